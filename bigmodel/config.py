@@ -1,0 +1,451 @@
+"""Config files and overrides -> one frozen `Config`; every error names the key and the fix.
+
+A config file defines `get_config(arg) -> ml_collections.ConfigDict` and sets only what differs from the
+defaults below. `load` reads it, applies the overrides, checks every value and returns frozen dataclasses:
+no ConfigDict goes further than this file. Nothing here imports JAX, so bad input fails at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line that names the key, file or record, and the fix; exit code 2."""
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A stack of Transformer blocks. GPT-2 and Llama are settings of it; zeros mean "derived"."""
+
+    name: str = "gpt"
+    depth: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 0  # grouped-query attention (Ainslie et al. 2023); 0: as many as heads
+    head_dim: int = 0  # 0: width / heads
+    mlp_width: int = 0  # 0: 4 x width for gelu, 8/3 x width (up to a multiple of 128) for swiglu
+    vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    position: Literal["learned", "rope"] = "learned"
+    rope_theta: float = 10_000.0
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    scan: bool = True  # one compiled block scanned over depth; False unrolls (same values)
+
+    def resolve(self) -> Transformer:
+        """Fills in the derived sizes (the zeros)."""
+        mlp_width = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 128) * 128
+        return dataclasses.replace(
+            self,
+            kv_heads=self.kv_heads or self.heads,
+            head_dim=self.head_dim or self.width // max(self.heads, 1),
+            mlp_width=self.mlp_width or mlp_width,
+        )
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        for key in ("depth", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
+            if getattr(self, key) < 1:
+                yield key, f"is {getattr(self, key)}: set it to 1 or more"
+        if self.width % max(self.heads, 1) and self.head_dim == self.width // max(self.heads, 1):
+            yield "heads", f"is {self.heads}, which does not divide model.width={self.width}"
+        if self.heads % max(self.kv_heads, 1):
+            yield "kv_heads", f"is {self.kv_heads}, which does not divide model.heads={self.heads}"
+        if self.position == "rope" and self.head_dim % 2:
+            yield "head_dim", f"is {self.head_dim}: rope needs an even one"
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"is {self.dropout}: choose 0 <= dropout < 1"
+
+
+@dataclass(frozen=True)
+class CNN:
+    """Conv 3x3 + ReLU for each entry of `channels`, max-pool 2 after the first, then two dense layers."""
+
+    name: str = "cnn"
+    channels: tuple[int, ...] = (64, 128)
+    width: int = 256
+    num_classes: int = 10
+
+    def resolve(self) -> CNN:
+        return self
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if not self.channels or min(self.channels) < 1:
+            yield "channels", f"is {self.channels}: give one or more positive numbers, e.g. 64,128"
+        for key in ("width", "num_classes"):
+            if getattr(self, key) < 1:
+                yield key, f"is {getattr(self, key)}: set it to 1 or more"
+
+
+Model = Transformer | CNN
+MODELS: dict[str, type[Transformer] | type[CNN]] = {"gpt": Transformer, "cnn": CNN}
+
+
+@dataclass(frozen=True)
+class Task:
+    name: Literal["lm", "classify"] = "lm"
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to read. `name` is a TFDS name, a bundled corpus or `text:GLOB`; see bigmodel/data/sources.py."""
+
+    name: str = "python_source"
+    split: str = "train"
+    eval_split: str = "test"
+    data_dir: str | None = None  # None: TFDS's own default (~/tensorflow_datasets or $TFDS_DATA_DIR)
+    tokenizer: str = "bytes"  # bytes | bpe:VOCAB_SIZE (trained on the training split, kept in the workdir)
+    shuffle: bool = True
+    cache: bool = True  # keep decoded images in memory, and token files on disk, after the first read
+    prefetch: int = 2  # batches made ready ahead of the step
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw", "adam", "sgd", "rmsprop", "adafactor", "lion", "muon"] = "adamw"
+    lr: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0  # wsd: length of the final decay; 0: a tenth of the run
+    end_lr: float = 0.0  # the learning rate at the end, as a fraction of lr
+    b1: float = 0.9  # momentum, for sgd, rmsprop, lion and muon too
+    b2: float = 0.95
+    eps: float = 1e-8
+    nesterov: bool = False
+    weight_decay: float = 0.0  # decoupled (AdamW) for every optimizer, times the learning rate
+    weight_decay_on: str = r"/(kernel|table)$"  # regex on parameter paths: which ones decay
+    l1: float = 0.0  # L1 penalty's coefficient, added as l1 * sign(p) to the gradient
+    l2: float = 0.0  # L2 penalty's coefficient (not decoupled), added as l2 * p to the gradient
+    penalty_on: str = r"/(kernel|table)$"  # regex on parameter paths: which ones l1 and l2 touch
+    clip_norm: float = 1.0  # by global norm; 0: off
+    ema_decay: float = 0.0  # exponential moving average of the parameters, used by evaluation; 0: off
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the device mesh's axes; one may be -1, "whatever is left"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    pipe: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 1000  # the last step is always saved
+    keep: int = 3
+    async_save: bool = True
+
+
+@dataclass(frozen=True)
+class Eval:
+    every_steps: int = 1000  # the last step is always evaluated
+    batches: int = -1  # -1: the whole split
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = 10
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes. `workdir` and `resume` are flags, not config."""
+
+    seed: int = 0
+    steps: int = 1000
+    budget: float = 0.0  # training FLOPs; when set, it decides `steps`
+    batch_size: int = 32  # examples a step, over the whole mesh
+    microbatches: int = 0  # gradient accumulation; 0: 1 on accelerators, cache-sized pieces on a CPU
+    seq_len: int = 256
+    compute_dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
+    remat: Remat = "none"
+    model: Model = Transformer()
+    task: Task = Task()
+    data: Data = Data()
+    optim: Optim = Optim()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+    def replace(self, **changes: Any) -> Config:
+        return dataclasses.replace(self, **changes)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """`size=124m,seq_len=1024` -> ConfigDict over `defaults`, whose types the values take.
+
+    Raises:
+        InputError: an argument that `defaults` does not name, or a value of another type.
+    """
+    out = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        key, eq, text = item.partition("=")
+        if key not in defaults:
+            raise InputError(f"--config argument {key!r} is unknown{_nearest(key, defaults)}")
+        kind = type(defaults[key])
+        if not eq and kind is not bool:
+            raise InputError(f"--config argument {key!r} has no value; write {key}=VALUE")
+        out[key] = _parse(text if eq else "true", kind, f"--config argument {key!r}")
+    return ml_collections.ConfigDict(out)
+
+
+def load(spec: str | pathlib.Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """Reads a config file and applies overrides.
+
+    Args:
+        spec: `configs/gpt.py` or `configs/gpt.py:size=124m,seq_len=1024`.
+        overrides: `["optim.lr=3e-4", ...]` (values parsed by the key's type) or `{"optim.lr": 3e-4}`.
+
+    Raises:
+        InputError: a missing file, an unknown key (with the nearest known one), a value of the wrong
+            type or out of range.
+    """
+    path_text, _, arg = str(spec).partition(":")
+    tree = _get_config(pathlib.Path(path_text), arg or None).to_dict()
+    items = overrides.items() if isinstance(overrides, Mapping) else map(_split_override, overrides)
+    for key, value in items:
+        _set(tree, key.split("."), value)
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Nested dict (a ConfigDict's, or what `to_dict` made) -> checked `Config`.
+
+    Raises:
+        InputError: as `load`.
+    """
+    config = _build(Config, tree, "")
+    config = config.replace(model=config.model.resolve())
+    _check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The inverse of `from_dict`; plain values, fit for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value in a, value in b), for every key that differs."""
+    flat_a, flat_b = _flatten(to_dict(a)), _flatten(to_dict(b))
+    keys = sorted(flat_a.keys() | flat_b.keys())
+    pairs = {key: (flat_a.get(key), flat_b.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _get_config(path: pathlib.Path, arg: str | None) -> ml_collections.ConfigDict:
+    if not path.is_file():
+        raise InputError(f"--config file {str(path)!r} does not exist; give one such as configs/gpt.py")
+    module_spec = importlib.util.spec_from_file_location(f"bigmodel_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"--config file {str(path)!r} is not a Python file; give one such as configs/gpt.py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return module.get_config(arg)
+    except (SyntaxError, ImportError, AttributeError) as error:
+        raise InputError(f"--config file {str(path)!r} cannot be read: {error}") from error
+
+
+def _split_override(item: str) -> tuple[str, str]:
+    key, eq, text = item.partition("=")
+    if not eq:
+        raise InputError(f"override {item!r} has no value; write {item}=VALUE")
+    return key, text
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for depth, key in enumerate(keys[:-1], 1):
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{'.'.join(keys[:depth])} is a single value and has no key {keys[depth]!r}")
+    tree[keys[-1]] = value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    """Dataclass `cls` from `tree`; `prefix` is the dotted path for messages."""
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise InputError(f"config key {prefix + key!r} is unknown{_nearest(key, hints, prefix)}")
+    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in tree.items()})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if hint == Model:
+        hint = _model_class(value, key)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{key} is a group of keys, not a value; set one of them, e.g. {key}.name")
+        return _build(hint, value, key + ".")
+    if isinstance(value, str):
+        return _parse(value, hint, key)
+    return _typed(value, hint, key)
+
+
+def _model_class(value: Any, key: str) -> type:
+    name = value.get("name", "gpt") if isinstance(value, Mapping) else value
+    if name not in MODELS:
+        raise InputError(f"{key}.name={name!r} is unknown{_nearest(str(name), MODELS)}")
+    return MODELS[name]
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """Text -> a value of type `hint`; the error says what was expected."""
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        if text.lower() in ("none", "null"):
+            return None
+        return _parse(text, options[0], key)
+    if typing.get_origin(hint) is Literal:
+        if text not in options:
+            raise InputError(f"{key}={text!r} is unknown; choose one of {', '.join(map(str, options))}")
+        return text
+    if typing.get_origin(hint) is tuple:
+        return tuple(_parse(part, options[0], key) for part in text.strip("()[] ").split(",") if part.strip())
+    parsers: dict[Any, tuple[Callable[[str], Any], str]] = {
+        int: (int, "a whole number such as 1000"),
+        float: (float, "a number such as 3e-4"),
+        bool: (_parse_bool, "true or false"),
+        str: (str, "text"),
+    }
+    parse, expected = parsers.get(hint, (json.loads, 'JSON such as {"option": "value"}'))
+    try:
+        return _typed(parse(text), hint, key)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{key}={text!r} is not {expected}") from error
+
+
+def _parse_bool(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """A Python value, checked against `hint`; a whole number may stand for a float, nothing else may."""
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _typed(value, typing.get_args(hint)[0], key)
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(item, typing.get_args(hint)[0], key) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={value} is not a finite number; give one such as 3e-4")
+    if typing.get_origin(hint) is Literal:
+        hint = str
+    kind = typing.get_origin(hint) or hint
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{key}={value!r} is {type(value).__name__}; it must be {kind.__name__.lower()}")
+    return value
+
+
+def _nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
+    names = list(known)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}"
+
+
+# ------------------------------------------------------------------------------------------ checking
+
+
+def _check(config: Config) -> None:
+    """Raises InputError at the first value that cannot make a run."""
+    for key, problem in _problems(config):
+        raise InputError(f"{key} {problem}")
+
+
+def _problems(config: Config) -> Iterable[tuple[str, str]]:
+    c = config
+    counts = {"batch_size": c.batch_size, "log.every_steps": c.log.every_steps, "checkpoint.keep": c.checkpoint.keep}
+    counts |= {"eval.every_steps": c.eval.every_steps, "checkpoint.every_steps": c.checkpoint.every_steps}
+    counts |= {"data.prefetch": c.data.prefetch, "steps": c.steps}
+    for key, value in counts.items():
+        if value < 1:
+            yield key, f"is {value}: set it to 1 or more"
+    for key in ("seed", "microbatches", "budget"):
+        if getattr(c, key) < 0:
+            yield key, f"is {getattr(c, key)}: set it to 0 or more"
+    if c.task.name == "lm" and c.seq_len < 2:
+        yield "seq_len", f"is {c.seq_len}: a language model needs 2 or more"
+    if c.microbatches and c.batch_size % c.microbatches:
+        yield "microbatches", f"is {c.microbatches}, which does not divide batch_size={c.batch_size}"
+    if c.eval.batches == 0 or c.eval.batches < -1:
+        yield "eval.batches", f"is {c.eval.batches}: set it to 1 or more, or to -1 for the whole split"
+    if not 0 <= c.task.label_smoothing < 1:
+        yield "task.label_smoothing", f"is {c.task.label_smoothing}: choose 0 <= label_smoothing < 1"
+    yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
+    yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim, c.steps))
+    yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
+    if not re.fullmatch(r"bytes|bpe:\d+", c.data.tokenizer):
+        yield "data.tokenizer", f"is {c.data.tokenizer!r}: choose bytes or bpe:VOCAB_SIZE, e.g. bpe:8192"
+
+
+def _optim_problems(optim: Optim, steps: int) -> Iterable[tuple[str, str]]:
+    for key in ("lr", "warmup_steps", "decay_steps", "end_lr", "weight_decay", "l1", "l2", "clip_norm"):
+        if getattr(optim, key) < 0:
+            yield key, f"is {getattr(optim, key)}: set it to 0 or more"
+    for key in ("b1", "b2", "ema_decay"):
+        if not 0 <= getattr(optim, key) < 1:
+            yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
+    if optim.warmup_steps > steps:
+        yield "warmup_steps", f"is {optim.warmup_steps}, more than steps={steps}; lower it"
+    for key in ("weight_decay_on", "penalty_on"):
+        try:
+            re.compile(getattr(optim, key))
+        except re.error as error:
+            yield key, f"is {getattr(optim, key)!r}, which is no regular expression ({error})"
+
+
+def _mesh_problems(mesh: Mesh) -> Iterable[tuple[str, str]]:
+    sizes = dataclasses.asdict(mesh)
+    for key, size in sizes.items():
+        if size < 1 and size != -1:
+            yield key, f"is {size}: set it to 1 or more, or to -1 for whatever devices are left"
+    free = [key for key, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"
+    for key in ("context", "expert", "pipe"):
+        if sizes[key] != 1:
+            yield key, f"is {sizes[key]}, but no model here shards over it yet; set it to 1 and use data, fsdp or tensor"
