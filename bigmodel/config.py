@@ -75,6 +75,11 @@ class Transformer:
         if not 0 <= self.dropout < 1:
             yield "dropout", f"is {self.dropout}: choose 0 <= dropout < 1"
 
+    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
+        for key in ("heads", "kv_heads"):
+            if getattr(self, key) % tensor:
+                yield key, f"is {getattr(self, key)}, which mesh.tensor={tensor} does not divide"
+
 
 @dataclass(frozen=True)
 class CNN:
@@ -94,6 +99,9 @@ class CNN:
         for key in ("width", "num_classes"):
             if getattr(self, key) < 1:
                 yield key, f"is {getattr(self, key)}: set it to 1 or more"
+
+    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
+        return ()
 
 
 Model = Transformer | CNN

@@ -1,0 +1,154 @@
+"""The device mesh: its axes, where every array of a run lies on it, and joining a multi-host job.
+
+Axis type is `Auto`, stated once here: models are written as if for one device, XLA partitions them, and
+`shard` pins the few activations where it should not have to guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bigmodel.config import Config, InputError
+
+# Outermost first: neighbours on the last axis are neighbours on the chip network, where tensor needs them.
+AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
+BATCH = ("data", "fsdp")  # both split the batch; fsdp splits parameters and optimizer state too
+
+Axes = str | tuple[str, ...] | None
+
+# Parameter path -> mesh axes of its last dimensions; the first match wins, and the last rule covers all.
+# Leading dimensions (a scanned stack's depth, a convolution's window) are never split.
+RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
+    (r"/table$", ("tensor", "fsdp")),  # embeddings [vocabulary, width]
+    (r"/(q|k|v|up|gate)/bias$", ("tensor",)),
+    (r"/(out|down)/kernel$", ("tensor", "fsdp")),  # row-parallel [hidden, width]
+    (r"/kernel$", ("fsdp", "tensor")),  # column-parallel [width, hidden]; convolutions [.., in, out]
+    (r"", ()),  # norms, biases, scalars: on every device
+)
+
+
+def join_cluster() -> None:
+    """Calls `jax.distributed.initialize()` when this process is one of several; else does nothing.
+
+    Several are meant by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (set by hand or by a
+    launcher), by a SLURM or Open MPI job of more than one task, or by a TPU VM (JAX asks its metadata).
+    """
+    env = os.environ
+    if jax.distributed.is_initialized():
+        return
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers"
+            ) from error
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif max(int(env.get(key, 1)) for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) > 1 or _on_tpu_vm():
+        jax.distributed.initialize()
+
+
+def _on_tpu_vm() -> bool:
+    wants_tpu = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    return wants_tpu and any(pathlib.Path(p).exists() for p in ("/dev/accel0", "/dev/vfio/0"))
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of the job's), with -1 filled in.
+
+    Raises:
+        InputError: the axes do not multiply to the number of devices, or the batch, the microbatches or
+            the model's heads do not divide over them.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(dataclasses.asdict(config.mesh))
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free:
+        sizes[free[0]] = len(devices) // known
+    text = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh.data=1"
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(
+            f"{text} needs {math.prod(sizes.values()) if not free else f'a multiple of {known}'} devices, "
+            f"but {len(devices)} are here; set one axis to -1 or start with that many devices"
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    _check_division(config, mesh)
+    return mesh
+
+
+def _check_division(config: Config, mesh: Mesh) -> None:
+    ways = batch_ways(mesh)
+    pieces = max(config.microbatches, 1)
+    if config.batch_size % (ways * pieces):
+        raise InputError(
+            f"batch_size={config.batch_size} is not a multiple of {ways * pieces} "
+            f"(mesh.data x mesh.fsdp = {ways}, microbatches = {pieces}); "
+            f"the next that is: {-(-config.batch_size // (ways * pieces)) * ways * pieces}"
+        )
+    for key, problem in config.model.mesh_problems(mesh.shape["tensor"]):
+        raise InputError(f"model.{key} {problem}")
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many pieces the mesh cuts a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what the code being traced will run on (not what this host has)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device is not None else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def shard(x: jax.Array, *axes: Axes) -> jax.Array:
+    """Pins `x`'s layout: one entry a dimension, as in PartitionSpec. Without a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    if len(axes) != x.ndim:
+        raise ValueError(f"shard: {len(axes)} axes for an array of shape {x.shape}")
+    return jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples over the data and fsdp axes, every other dimension whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter `path` ("blocks/attention/q/kernel") lies, by the first rule that matches.
+
+    An axis that does not divide its dimension is left out there: the array is then replicated over it.
+    """
+    axes = next(axes for pattern, axes in RULES if re.search(pattern, "/" + path))
+    axes = ((None,) * (len(shape) - len(axes)) + axes)[-len(shape) :] if shape else ()
+    return NamedSharding(mesh, _fit(axes, shape, mesh))
+
+
+def _fit(axes: Sequence[Axes], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    def fits(entry: Axes, size: int) -> Axes:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return entry if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    return PartitionSpec(*(fits(entry, size) for entry, size in zip(axes, shape, strict=True)))
+
+
+def path_str(path: tuple[Any, ...]) -> str:
+    """A `jax.tree_util` key path as `blocks/attention/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

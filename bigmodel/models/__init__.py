@@ -1,0 +1,18 @@
+"""Model families by the name that `config.model.name` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+
+from bigmodel.config import Config
+from bigmodel.models import module, transformer, vision
+
+FAMILIES = {"gpt": transformer.GPT, "cnn": vision.CNN}
+
+
+def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
+    """The model of `config` for batches of `spec`, before any array exists."""
+    family = FAMILIES[config.model.name]
+    return module.define(lambda rngs: family(config, spec, rngs))

@@ -1,0 +1,118 @@
+"""Layers that every family shares. Parameters are kept in `param_dtype`; a layer computes in its input's.
+
+Legend: B batch, L length, D width, I inputs, O outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bigmodel import mesh
+
+
+class Dense(nnx.Module):
+    """x [..., I] -> x @ kernel [I, O] (+ bias [O])."""
+
+    def __init__(self, i: int, o: int, *, std: float, dtype: str, rngs: nnx.Rngs, bias: bool = True):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (i, o), dtype))
+        self.bias = nnx.Param(jnp.zeros((o,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """ids [...] -> rows of table [V, D]; `attend` uses the same table as an output layer."""
+
+    def __init__(self, v: int, d: int, *, dtype: str, rngs: nnx.Rngs):
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (v, d), dtype))
+
+    def __call__(self, ids: jax.Array, dtype: str) -> jax.Array:
+        return self.table[...].astype(dtype)[ids]
+
+    def attend(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD @ self.table[...].astype(x_BLD.dtype).T
+
+
+class LayerNorm(nnx.Module):
+    """Ba et al. 2016; statistics in float32."""
+
+    def __init__(self, d: int, *, eps: float, dtype: str, bias: bool = True):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((d,), dtype))
+        self.bias = nnx.Param(jnp.zeros((d,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        var = jnp.square(x32 - mean).mean(-1, keepdims=True)
+        y = (x32 - mean) * jax.lax.rsqrt(var + self.eps) * self.scale[...].astype(jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Zhang and Sennrich 2019; statistics in float32."""
+
+    def __init__(self, d: int, *, eps: float, dtype: str):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((d,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Srivastava et al. 2014, scaled at training time; without a key (evaluation) it does nothing."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def rope(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, eq. 34), halves rotated as in Llama; angles in float32."""
+    half = x_BLHK.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BL.astype(jnp.float32)[..., None, None] * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
+
+
+def shard_hidden(x_BLF: jax.Array) -> jax.Array:
+    """Hidden units over the tensor axis, examples over the batch axes."""
+    return mesh.shard(x_BLF, mesh.BATCH, None, "tensor")
+
+
+def shard_width(x_BLD: jax.Array) -> jax.Array:
+    """The residual stream: examples over the batch axes, width whole."""
+    return mesh.shard(x_BLD, mesh.BATCH, None, None)
+
+
+class Conv(nnx.Module):
+    """x [B, H, W, I] -> [B, H, W, O]: a `size` x `size` convolution, stride 1, padded to the same size."""
+
+    def __init__(self, i: int, o: int, size: int, *, dtype: str, rngs: nnx.Rngs, bias: bool = True):
+        std = (2 / (i * size * size)) ** 0.5  # He et al. 2015, eq. 10
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (size, size, i, o), dtype))
+        self.bias = nnx.Param(jnp.zeros((o,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.lax.conv_general_dilated(
+            x, self.kernel[...].astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def max_pool(x: jax.Array, size: int) -> jax.Array:
+    """Maximum over `size` x `size` windows that do not overlap; [B, H, W, C] -> [B, H/size, W/size, C]."""
+    b, h, w, c = x.shape
+    x = x[:, : h // size * size, : w // size * size]
+    return x.reshape(b, h // size, size, w // size, size, c).max(axis=(2, 4))

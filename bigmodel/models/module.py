@@ -1,0 +1,81 @@
+"""The only bridge between Flax modules and plain dicts of arrays.
+
+A module is split once, from its abstract value, into a static graph and two nested dicts: `params`
+(nnx.Param) and `rest` (everything else: batch statistics, spectral norms). It is merged again only while a
+step is traced, so a compiled step sees nothing but dicts, and Flax costs nothing at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+Tree = dict[str, Any]  # nested dict of arrays, or of ShapeDtypeStructs
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A model before any array exists. `apply` must be called under `jax.jit`."""
+
+    graph: Any
+    params_spec: Tree
+    rest_spec: Tree
+    construct: Callable[[jax.Array], nnx.Module]
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        """key -> (params, rest)."""
+        _, params, rest = nnx.split(self.construct(key), nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+    def apply(
+        self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
+    ) -> tuple[Any, Tree]:
+        """-> (the model's outputs, rest as this call left it). `key` feeds dropout; None: no dropout."""
+        model = nnx.merge(self.graph, params, rest)
+        outputs = model(batch, key=key, train=train)
+        _, _, rest = nnx.split(model, nnx.Param, ...)
+        return outputs, nnx.to_pure_dict(rest)
+
+
+def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:
+    """Splits the module that `construct` makes, without making its arrays."""
+
+    def from_key(key: jax.Array) -> nnx.Module:
+        return construct(nnx.Rngs(key))
+
+    graph, params, rest = nnx.split(jax.eval_shape(from_key, jax.random.key(0)), nnx.Param, ...)
+    return Definition(graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest), from_key)
+
+
+def stack(construct: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` independently initialised modules as one, every parameter with a leading [depth]."""
+    return nnx.vmap(lambda key: construct(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
+
+
+def scan(
+    stacked: nnx.Module,
+    call: Callable[[nnx.Module, Any, Any], Any],
+    carry: Any,
+    xs: Any = None,
+    *,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body,
+    unroll: bool = False,
+) -> Any:
+    """carry = call(layer, carry, x) for every layer of a `stack`, compiled once (or unrolled).
+
+    Args:
+        xs: a pytree with a leading [depth], or None.
+        wrap: around the body, e.g. `jax.checkpoint`.
+    """
+    graph, params = nnx.split(stacked)
+
+    def body(carry: Any, layer: tuple[Tree, Any]) -> tuple[Any, None]:
+        params, x = layer
+        return call(nnx.merge(graph, params), carry, x), None
+
+    carry, _ = jax.lax.scan(wrap(body), carry, (nnx.to_pure_dict(params), xs), unroll=unroll)
+    return carry
