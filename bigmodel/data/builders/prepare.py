@@ -1,0 +1,137 @@
+"""Finds a TFDS dataset by name and, where it is not there yet, makes it, as array_record."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import io
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from bigmodel.config import InputError
+from bigmodel.data.builders import BUILDERS, builder_class
+
+log = logging.getLogger("bigmodel")
+
+
+def prepared(name: str, data_dir: str | None) -> Any:
+    """The builder of a dataset that lies on disk as array_record; a bundled one is made now if it does not."""
+    from tensorflow_datasets.core import file_adapters
+
+    builder = find(name, data_dir)
+    if not builder.is_prepared():
+        if builder.name not in BUILDERS:
+            raise InputError(_not_prepared(builder, name, data_dir))
+        prepare(name, data_dir)
+        builder = find(name, data_dir)
+    found = builder.info.available_file_formats()
+    if file_adapters.FileFormat.ARRAY_RECORD not in found:
+        formats = ", ".join(sorted(each.value for each in found))
+        raise InputError(
+            f"data.name={name!r} is prepared as {formats} in {builder.data_dir}, which cannot be read in any order; "
+            f"prepare it as array_record elsewhere: {_command(name, 'ANOTHER_DIR')}"
+        )
+    return builder
+
+
+def _not_prepared(builder: Any, name: str, data_dir: str | None) -> str:
+    if data_dir and not os.path.isdir(os.path.expanduser(data_dir)):
+        return f"data.data_dir={data_dir!r} does not exist; give where {name!r} is, or: {_command(name, data_dir)}"
+    root = data_dir or os.fspath(builder.data_dir_root)
+    return f"data.name={name!r} is not prepared in data.data_dir={root!r}; run: {_command(name, root)}"
+
+
+def _command(name: str, data_dir: str) -> str:
+    return f"python scripts/prepare_data.py --name={name} --data_dir={data_dir}"
+
+
+def find(name: str, data_dir: str | None) -> Any:
+    """A TFDS builder by name; nothing is read from disk but the dataset's description."""
+    import tensorflow_datasets as tfds
+
+    base = name.partition("/")[0].partition(":")[0]
+    with _quiet():
+        if base in BUILDERS:
+            if base != name:
+                raise InputError(f"data.name={name!r}: {base!r} has one config and one version; write {base}")
+            return builder_class(base)(data_dir=data_dir)
+        try:
+            return tfds.builder(name, data_dir=data_dir)
+        except tfds.core.DatasetNotFoundError as error:
+            known = [*BUILDERS, *tfds.list_builders(with_community_datasets=False)]
+            close = difflib.get_close_matches(base, known, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else "give a TFDS name, python_source, digits or text:GLOB"
+            )
+            raise InputError(f"data.name={name!r} is unknown; {hint}") from error
+        except (ValueError, AssertionError, ImportError) as error:
+            raise InputError(f"data.name={name!r} cannot be opened: {one_line(error)}") from error
+
+
+def prepare(name: str, data_dir: str | None = None) -> str:
+    """Downloads (if it needs to) and writes a dataset as array_record; returns its directory.
+
+    Safe when several processes do it at once: one works, the others wait.
+
+    Raises:
+        InputError: unknown dataset, no network, no room, a package that only preparing needs.
+    """
+    import requests
+    import tensorflow_datasets as tfds
+
+    builder = find(name, data_dir)
+    bundled = builder.name in BUILDERS
+    log.info("preparing %s in %s", name, builder.data_dir)
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        with locked(pathlib.Path(builder.data_dir_root) / f".{builder.name}.lock"), _quiet(bundled):
+            if not builder.is_prepared():
+                builder.download_and_prepare(file_format="array_record", download_config=config)
+    except ImportError as error:
+        fix = f"pip install {error.name}, here or on any machine, and copy its data_dir"
+        raise InputError(f"preparing {name!r} needs the package {error.name}: {fix}") from error
+    except (requests.RequestException, tfds.download.DownloadError, ConnectionError) as error:
+        raise InputError(f"{name!r} cannot be downloaded, check the network: {one_line(error)}") from error
+    except (OSError, AssertionError, ValueError) as error:
+        raise InputError(f"{name!r} cannot be prepared in {builder.data_dir}: {one_line(error)}") from error
+    return os.fspath(builder.data_dir)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock on `path` (made if need be) against other processes of this machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # freed when the file is closed, even by a kill
+        yield
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool = True) -> Iterator[None]:
+    """No progress bars, notes or absl warnings from TFDS about a dataset that takes a second to make."""
+    import absl.logging
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    if not quiet:
+        yield
+        return
+    verbosity, bars = absl.logging.get_verbosity(), tqdm_utils._active
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    tfds.display_progress_bar(enable=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl.logging.set_verbosity(verbosity)
+        tfds.display_progress_bar(enable=bars)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

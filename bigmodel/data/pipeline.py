@@ -1,0 +1,333 @@
+"""From a config to batches: `make_pipeline(config, "train")[step]`, a pure function of (seed, step).
+
+The global batch of a step is the same whatever the number of hosts; each host reads its own rows of it. So a
+run resumes from the step alone, on any number of hosts, and a checkpoint keeps `fingerprint()` to prove that
+the data is the same.
+
+Letters: B examples a step over all hosts, b rows of this host, n examples in a pass, L tokens.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from bigmodel.config import Config, InputError
+from bigmodel.data import sources, text, transforms
+
+Split = Literal["train", "eval"]
+
+
+class Examples(Protocol):
+    """Model-ready examples by index: packed windows, or a source of images."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+class Pipeline:
+    """Batches by step. Training shuffles anew each epoch and never ends; evaluation is one pass in order."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        finish: transforms.Transform,
+        check: Callable[[Mapping[str, np.ndarray]], None],
+        *,
+        facts: Mapping[str, Any],
+        batch_size: int,
+        seed: int | None,
+        max_batches: int | None,
+        process_index: int,
+        process_count: int,
+    ) -> None:
+        """Use `make_pipeline`. `seed` None reads in order; `max_batches` None never ends."""
+        self._examples, self._finish, self._check, self._facts = examples, finish, check, dict(facts)
+        self._batch_size, self._rows = batch_size, batch_size // process_count
+        self._process_index, self._process_count = process_index, process_count
+        self.num_examples = len(examples)
+        self._endless = max_batches is None
+        self._len = sys.maxsize if max_batches is None else max_batches
+        self._order = _order(self.num_examples, seed) if self._endless else None
+
+    def __len__(self) -> int:
+        """Batches in all; `sys.maxsize` for training, which never ends."""
+        return self._len
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """This host's rows of the batch of a step: the arrays of `spec()` with b rows for B.
+
+        Raises:
+            IndexError: a step past the end, or below 0.
+            InputError: a damaged record, or an id that the model has no place for.
+        """
+        if not 0 <= step < self._len:
+            raise IndexError(f"step {step} is not in 0..{self._len - 1}")
+        batch = self._examples.read(self.indices(step))
+        self._check(batch)
+        return transforms.pad_rows(self._finish(batch), self._rows)
+
+    def indices(self, step: int) -> np.ndarray:
+        """(<= b,) the examples of this host's rows; fewer than b only in the last batch of an evaluation."""
+        start = step * self._batch_size + self._process_index * self._rows
+        if self._order is not None:
+            return np.array([self._order[i] for i in range(start, start + self._rows)], np.int64)
+        return np.arange(min(start, self.num_examples), min(start + self._rows, self.num_examples))
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self[step] for step in range(self._len))
+
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch, as it comes out (one row is read)."""
+        row = self._finish(self._examples.read(np.array([0])))
+        shapes = {key: (value.shape[1:], value.dtype) for key, value in row.items()}
+        shapes["mask"] = ((), np.dtype(np.float32))
+        return {k: jax.ShapeDtypeStruct((self._batch_size, *s), d) for k, (s, d) in shapes.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the order and the content of the batches, for JSON; not the number of hosts."""
+        return {**self._facts, "batch_size": self._batch_size, "num_examples": self.num_examples}
+
+
+def make_pipeline(
+    config: Config,
+    split: Split,
+    workdir: pathlib.Path | None = None,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Pipeline:
+    """Opens the data of `config` for training or evaluation.
+
+    Args:
+        split: `train` reads `data.split` and shuffles; `eval` reads `data.eval_split` in order, `eval.batches`
+            batches at most; the last one is filled up with rows whose `mask` is 0.
+        workdir: where a trained tokenizer is kept.
+        process_index, process_count: this host; None asks JAX.
+
+    Raises:
+        InputError: data that is not there or does not fit the model; see sources.py and text.py.
+    """
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if config.batch_size % count:
+        raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
+    name = config.data.split if split == "train" else config.data.eval_split
+    parts = _text_parts if config.task.name == "lm" else _image_parts
+    examples, finish, check, facts = parts(config, name, workdir)
+    batches = None if split == "train" else _eval_batches(config, len(examples))
+    if split == "train" and len(examples) < config.batch_size:
+        lower = "batch_size or seq_len" if config.task.name == "lm" else "batch_size"
+        raise InputError(
+            f"data.name={config.data.name!r} split {name!r} makes {len(examples)} examples, fewer than "
+            f"batch_size={config.batch_size}; lower {lower}, or give more data"
+        )
+    shuffle = split == "train" and config.data.shuffle
+    seed = _shuffle_seed(config.seed) if shuffle else None
+    facts |= {
+        "name": config.data.name,
+        "split": name,
+        "shuffle": shuffle,
+        "seed": config.seed if shuffle else None,
+    }
+    return Pipeline(
+        examples,
+        finish,
+        check,
+        facts=facts,
+        batch_size=config.batch_size,
+        seed=seed,
+        max_batches=batches,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global batch. Reads no data, so a run can be planned for data that is not here.
+
+    Raises:
+        InputError: an unknown dataset, or one whose images have no fixed size.
+    """
+    size, length = config.batch_size, config.seq_len
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"mask": ((size,), np.float32)}
+    if config.task.name == "lm":
+        shapes |= dict.fromkeys(("tokens", "targets", "segments", "positions"), ((size, length), np.int32))
+        shapes["target_bytes"] = ((size, length), np.uint8)
+    else:
+        image, _ = _image_features(config, sources.features_of(config.data.name, config.data.data_dir))
+        shapes |= {"image": ((size, *image), np.float32), "label": ((size,), np.int32)}
+    return {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype) in shapes.items()}
+
+
+Parts = tuple[Examples, transforms.Transform, Callable[[Mapping[str, np.ndarray]], None], dict[str, Any]]
+
+
+def _text_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
+    tokenizer = text.get_tokenizer(config, workdir)
+    room = getattr(config.model, "vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > room:
+        raise InputError(
+            f"model.vocab_size is {room}, but data.tokenizer={config.data.tokenizer} makes ids up to "
+            f"{tokenizer.vocab_size - 1}; set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    source = text.open_text(config, split)
+    stream = text.token_stream(source, tokenizer, cache=config.data.cache)
+    packed = text.Packed(stream, tokenizer, config.seq_len)
+    facts = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
+
+    def check(batch: Mapping[str, np.ndarray]) -> None:
+        # Out-of-range ids do not fail on an accelerator: they clamp, or turn into NaN.
+        largest = max(batch["tokens"].max(initial=0), batch["targets"].max(initial=0))
+        if largest >= room:
+            raise InputError(
+                f"token id {largest} is not below model.vocab_size={room}: the tokens of "
+                f"data.tokenizer={config.data.tokenizer} in {text.cache_dir()} are damaged; remove them"
+            )
+
+    return packed, dict, check, facts
+
+
+def _image_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
+    del workdir
+    source = sources.open_source(
+        config.data.name, split, config.data.data_dir, keys=("image", "label"), cache=config.data.cache
+    )
+    _image_features(config, source.features)
+    classes = getattr(config.model, "num_classes", sys.maxsize)
+
+    def check(batch: Mapping[str, np.ndarray]) -> None:
+        bad = (batch["label"] < 0) | (batch["label"] >= classes)
+        if bad.any():
+            raise InputError(
+                f"data.name={config.data.name!r} split {split!r} has label {batch['label'][bad][0]}, which is not "
+                f"in 0..{classes - 1}; set model.num_classes, or choose a split with labels"
+            )
+
+    def finish(batch: Mapping[str, np.ndarray]) -> transforms.Batch:
+        return transforms.normalise({**batch, "label": batch["label"].astype(np.int32)})
+
+    return source, finish, check, {"source": source.fingerprint}
+
+
+def _image_features(config: Config, features: Mapping[str, sources.Feature]) -> tuple[tuple[int, ...], int]:
+    """The shape of an image (H, W, C) and the number of classes, which have to suit the model."""
+    name, missing = config.data.name, {"image", "label"} - set(features)
+    if missing:
+        raise InputError(
+            f"data.name={name!r} has no feature {sorted(missing)[0]!r}, which task.name={config.task.name} needs"
+        )
+    shape, classes = features["image"].shape, features["label"].num_classes or 0
+    if None in shape:
+        raise InputError(f"data.name={name!r} has images of any size {shape}; choose a dataset with one size")
+    if features["image"].dtype != "uint8":
+        raise InputError(f"data.name={name!r} has images of {features['image'].dtype}; choose one with uint8")
+    if classes > getattr(config.model, "num_classes", classes):
+        raise InputError(f"model.num_classes is too small for data.name={name!r}: set it to {classes}")
+    return tuple(size for size in shape if size is not None), classes
+
+
+def _eval_batches(config: Config, num_examples: int) -> int:
+    batches = -(-num_examples // config.batch_size)
+    return batches if config.eval.batches < 0 else min(batches, config.eval.batches)
+
+
+def _shuffle_seed(seed: int) -> int:
+    """Grain shuffles epoch e with seed + e, so neighbouring seeds would share epochs; a hash keeps them apart."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
+
+
+def _order(num_examples: int, seed: int | None) -> Any:
+    """Grain's endless order: order[i] is an example, a new permutation each epoch, each example once in it."""
+    import grain
+
+    numbers = grain.MapDataset.range(num_examples)
+    return (numbers if seed is None else numbers.shuffle(seed=seed)).repeat()
+
+
+# ----------------------------------------------------------------------------------------------- prefetch
+
+
+class Ready(NamedTuple):
+    """One prefetched batch."""
+
+    step: int
+    batch: Any  # what `put` returned
+    wait_s: float  # how long the consumer waited for it
+
+
+class Prefetch:
+    """Iterates over batches that a thread reads and places ahead of time.
+
+    with Prefetch(pipeline, start_step, put, depth) as batches:
+        for step, batch, wait_s in batches: ...
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        start_step: int = 0,
+        put: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch,
+        depth: int = 2,
+    ) -> None:
+        """Args: put: places a batch on the devices; depth: batches kept ready."""
+        self._pipeline, self._put = pipeline, put
+        self._room = threading.Semaphore(depth)
+        self._ready: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start_step,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _work(self, step: int) -> None:
+        """Ends every way by putting an exception in the queue, so that the consumer never waits for nothing."""
+        try:
+            while step < len(self._pipeline):
+                self._room.acquire()
+                if self._closed.is_set():
+                    break
+                self._ready.put((step, self._put(self._pipeline[step]), None))
+                step += 1
+            raise StopIteration
+        except BaseException as error:
+            self._ready.put((step, None, error))
+
+    def __iter__(self) -> Prefetch:
+        return self
+
+    def __next__(self) -> Ready:
+        """Raises what reading this step's batch raised; StopIteration at the end or after `close`."""
+        if self._closed.is_set():
+            raise StopIteration
+        start = time.perf_counter()
+        step, batch, error = self._ready.get()
+        if error is not None:
+            self.close()
+            raise error
+        self._room.release()
+        return Ready(step, batch, time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Stops the thread; a read under way is waited for, but not for long."""
+        self._closed.set()
+        self._room.release()
+        self._ready.put((-1, None, StopIteration()))  # for a consumer that waits in another thread
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,297 @@
+"""Where records come from: any TFDS dataset, the bundled ones, or text files; no TensorFlow at run time.
+
+    source = open_source("mnist", "train", data_dir)
+    source.read(np.array([3, 1]))  # {"image": uint8 (2, 28, 28, 1), "label": int64 (2,)}
+
+A source gives random access, so the order of a run can be a pure function of (seed, step). For that a TFDS
+dataset has to be prepared as array_record; scripts/prepare_data.py does it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from bigmodel.config import InputError
+from bigmodel.data.builders.prepare import find, one_line, prepared
+
+log = logging.getLogger("bigmodel")
+
+BIG_IMAGE_BYTES = 64 * 64 * 3  # decoding one takes long enough for a thread to pay
+CACHE_FRACTION = 0.25  # of this machine's memory: a decoded split that needs more is not kept
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of a source. Text has dtype `text` and shape (); None in `shape` varies by record."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+    num_classes: int | None = None
+
+
+class Source(Protocol):
+    """Records by index."""
+
+    features: Mapping[str, Feature]
+    fingerprint: str  # name, version, split, length and bytes: two equal ones hold the same records
+    num_bytes: int  # as stored; 0 when unknown
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """(n,) int -> {feature: (n, *shape)}; text as an object array of UTF-8 bytes.
+
+        Raises:
+            InputError: a record is damaged.
+        """
+        ...
+
+
+def open_source(
+    name: str,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    keys: Collection[str] | None = None,
+    cache: bool = True,
+) -> Source:
+    """Opens a split of a dataset; a bundled one is made first if need be.
+
+    Args:
+        name: `mnist`, `name/config:version` (TFDS), `python_source`, `digits`, or `text:GLOB`.
+        split: a split's name, or a TFDS slice of it such as `train[:10%]`.
+        data_dir: TFDS's directory; None is its own default.
+        keys: the features to read; None reads all plain ones (images, labels, text).
+        cache: keep decoded records of fixed size in memory, so each is decoded once.
+
+    Raises:
+        InputError: unknown or not prepared dataset, unknown split, no data, no random access.
+    """
+    if name.startswith("text:"):
+        return TextFiles(name, split)
+    return TfdsSource(name, split, data_dir, keys=keys, cache=cache)
+
+
+def features_of(name: str, data_dir: str | None = None) -> Mapping[str, Feature]:
+    """The features of a dataset whose data need not be there (they are part of its TFDS code).
+
+    Raises:
+        InputError: unknown dataset.
+    """
+    if name.startswith("text:"):
+        return {"text": Feature((), "text")}
+    return _features(find(name, data_dir))
+
+
+# ------------------------------------------------------------------------------------------ text files
+
+
+class TextFiles:
+    """`text:GLOB`: each file is a document; about 90 % of the files (by content) are `train`, the rest `test`.
+
+    Of a single file, the last 10 % (from the next start of a line) are `test`.
+    """
+
+    features: Mapping[str, Feature] = {"text": Feature((), "text")}
+
+    def __init__(self, name: str, split: str) -> None:
+        if split not in ("train", "test"):
+            raise InputError(f"data.split={split!r} is unknown for {name!r}; known: train, test")
+        pattern = os.path.expanduser(name.removeprefix("text:"))
+        paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise InputError(
+                f"data.name={name!r} matches no file; give a path or a glob such as text:books/*.txt"
+            )
+        self._parts: list[tuple[str, int, int]] = []  # path, first byte, end byte
+        digest = hashlib.sha256()
+        for path in paths:
+            content = _read_bytes(path)
+            start, end = self._range(content, split, alone=len(paths) == 1)
+            if end > start:
+                self._parts.append((path, start, end))
+                digest.update(hashlib.sha256(content[start:end]).digest())
+        if not self._parts:
+            raise InputError(f"data.name={name!r} has no text in split {split!r}; give more or longer files")
+        self.num_bytes = sum(end - start for _, start, end in self._parts)
+        # The content, not the path: a run may resume where the files lie elsewhere.
+        self.fingerprint = (
+            f"text/{split} records={len(self)} bytes={self.num_bytes} sha256={digest.hexdigest()[:16]}"
+        )
+
+    @staticmethod
+    def _range(content: bytes, split: str, alone: bool) -> tuple[int, int]:
+        """The bytes of one file that belong to `split`."""
+        if alone:
+            cut = content.find(b"\n", int(len(content) * 0.9)) + 1 or len(content)
+            return (0, cut) if split == "train" else (cut, len(content))
+        is_test = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % 10 == 0
+        return (0, len(content) if is_test == (split == "test") else 0)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        out = np.empty(len(indices), object)
+        for row, index in enumerate(indices):
+            path, start, end = self._parts[index]
+            out[row] = _read_bytes(path)[start:end]
+            if len(out[row]) != end - start:
+                raise InputError(f"{path} became shorter while it was read; start again")
+            try:
+                out[row].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path} is not UTF-8 text ({error}); convert it or leave it out") from None
+        return {"text": out}
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"data.name: {path} cannot be read: {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------------ TFDS
+
+
+class TfdsSource:
+    """A split of a TFDS dataset that lies on disk as array_record."""
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        data_dir: str | None,
+        *,
+        keys: Collection[str] | None = None,
+        cache: bool = True,
+    ) -> None:
+        builder = prepared(name, data_dir)
+        features = _features(builder)
+        self.features = {key: features[key] for key in features if keys is None or key in keys}
+        self._where = f"{builder.info.full_name} split {split!r}"
+        self._records = _open_records(builder, split, name)
+        self._decoders = {key: _decoder(builder.info.features[key]) for key in self.features}
+        if not len(self._records):
+            raise InputError(f"data.name={name!r} has no records in split {split!r}; choose another split")
+        self.num_bytes = int(builder.info.splits[split].num_bytes) if split in builder.info.splits else 0
+        self.fingerprint = f"{builder.info.full_name}/{split} records={len(self)} bytes={self.num_bytes}"
+        self._threads: ThreadPoolExecutor | None = None
+        self._kept: dict[str, np.ndarray] = self._room_for_all() if cache else {}
+        self._have = np.zeros(len(self) if self._kept else 0, bool)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        indices = np.asarray(indices, np.int64)
+        if not self._kept:
+            return self._decode(indices)
+        missing = np.unique(indices[~self._have[indices]])
+        if len(missing):
+            for key, column in self._decode(missing).items():
+                self._kept[key][missing] = column
+            self._have[missing] = True  # after the data: another thread may be reading
+        return {key: column[indices] for key, column in self._kept.items()}
+
+    def _room_for_all(self) -> dict[str, np.ndarray]:
+        """Empty columns for the whole split, or {} where sizes vary or memory is short."""
+        dtypes = {key: feature.dtype for key, feature in self.features.items()}
+        shapes = {key: feature.shape for key, feature in self.features.items()}
+        if "text" in dtypes.values() or any(None in shape for shape in shapes.values()):
+            return {}
+        size = sum(len(self) * np.dtype(dtypes[k]).itemsize * int(np.prod(shapes[k])) for k in dtypes)
+        if size > CACHE_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            log.warning("%s needs %.1f GB decoded: it is decoded anew each epoch", self._where, size / 1e9)
+            return {}
+        return {key: np.empty((len(self), *shapes[key]), dtypes[key]) for key in dtypes}  # type: ignore[misc]
+
+    def _decode(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        records = self._fetch(indices)
+        decode = self._decode_one
+        image = self.features.get("image")
+        if image and None not in image.shape and np.prod(image.shape) < BIG_IMAGE_BYTES:  # type: ignore[arg-type]
+            rows = [decode(record, index) for record, index in zip(records, indices, strict=True)]
+        else:
+            self._threads = self._threads or ThreadPoolExecutor(os.cpu_count(), "decode")
+            rows = list(self._threads.map(decode, records, indices))
+        return {key: self._stack(key, [row[key] for row in rows]) for key in self.features}
+
+    def _stack(self, key: str, column: list[Any]) -> np.ndarray:
+        feature = self.features[key]
+        if feature.dtype == "text" or None in feature.shape:
+            out = np.empty(len(column), object)
+            out[:] = column
+            return out
+        return np.stack(column).astype(feature.dtype, copy=False)
+
+    def _fetch(self, indices: np.ndarray) -> Sequence[bytes]:
+        try:
+            return self._records.__getitems__(indices.tolist())
+        except Exception:  # array_record raises several kinds, none of which says which record it was
+            for index in indices.tolist():
+                try:
+                    self._records[index]
+                except Exception as error:
+                    raise self._damaged(index, error) from error
+            raise
+
+    def _decode_one(self, record: bytes, index: int) -> dict[str, Any]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            stored = tf_example_pb2.Example.FromString(record).features.feature
+            return {key: decode(stored[key]) for key, decode in self._decoders.items()}
+        except Exception as error:  # protobuf's, OpenCV's and TFDS's own
+            raise self._damaged(index, error) from error
+
+    def _damaged(self, index: int, error: Exception) -> InputError:
+        return InputError(f"{self._where} record {index} is damaged ({one_line(error)}); prepare it again")
+
+
+def _decoder(feature: Any) -> Callable[[Any], Any]:
+    """tf.train.Feature -> value. TFDS's own parser of whole records takes four times as long."""
+    from tensorflow_datasets import features as kinds
+
+    if isinstance(feature, kinds.ClassLabel):
+        return lambda stored: stored.int64_list.value[0]
+    if isinstance(feature, kinds.Text):
+        return lambda stored: stored.bytes_list.value[0]
+    return lambda stored: feature.decode_example_np(stored.bytes_list.value[0])
+
+
+def _features(builder: Any) -> dict[str, Feature]:
+    """The top-level features that are plain arrays or text; nested ones (dicts, sequences) are left out."""
+    from tensorflow_datasets import features as kinds
+
+    out = {}
+    for key, feature in builder.info.features.items():
+        if isinstance(feature, kinds.Text):
+            out[key] = Feature((), "text")
+        elif isinstance(feature, kinds.Image | kinds.ClassLabel):
+            classes = getattr(feature, "num_classes", None)
+            out[key] = Feature(tuple(feature.shape), np.dtype(feature.np_dtype).name, classes)
+    return out
+
+
+def _open_records(builder: Any, split: str, name: str) -> Any:
+    from tensorflow_datasets.core import decode
+
+    try:
+        return builder.as_data_source(
+            split, deserialize_method=decode.DeserializeMethod.RAW_BYTES
+        ).data_source
+    except (ValueError, AssertionError, KeyError) as error:
+        known = ", ".join(builder.info.splits)
+        raise InputError(f"data.split={split!r} is unknown for {name!r}; known: {known}") from error

@@ -1,0 +1,361 @@
+"""Tokenizers, and documents packed into windows of token ids.
+
+The documents form one stream, `SEP d1 SEP d2 ... dn SEP`. Example i is the window [i L, i L + L + 1): its
+inputs are all but the last token, its targets all but the first. So every byte and every end of a document
+is a target exactly once, and nothing is one twice. A separator belongs to the document that follows it.
+
+Shape letters: B examples, L tokens an example, N tokens in the stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from bigmodel.config import Config, InputError
+from bigmodel.data.builders.prepare import locked
+from bigmodel.data.sources import Source, open_source
+
+log = logging.getLogger("bigmodel")
+
+SEPARATOR = "<|endoftext|>"
+CHUNK_BYTES = 4 << 20  # text encoded at once: bounds memory, keeps the cores busy
+LONGEST_TOKEN_BYTES = 128  # so that the bytes of a token fit uint8
+FORMAT = 1  # of the token files in the cache
+
+
+class Tokenizer(Protocol):
+    """Text <-> ids. Only `separator` marks the end of a document; no text encodes to it."""
+
+    vocab_size: int
+    separator: int
+    token_bytes: np.ndarray  # uint8 (vocab_size,): the bytes of text an id stands for; separator 0
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> int32 ids (n,), without a separator. Raises InputError for lone surrogates."""
+        ...
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Many UTF-8 documents -> their ids."""
+        ...
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        """Ids -> text; what is no UTF-8, or no id, becomes U+FFFD."""
+        ...
+
+
+class Bytes:
+    """Ids 0..255 are the bytes of UTF-8, 256 is the separator."""
+
+    vocab_size = 257
+    separator = 256
+    fingerprint = "bytes"
+    token_bytes = np.array([1] * 256 + [0], np.uint8)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [np.frombuffer(text, np.uint8) for text in texts]
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        return _join(
+            (bytes([i]) if 0 <= i < 256 else _special(i, self.separator)) for i in np.asarray(ids).tolist()
+        )
+
+
+class BPE:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2's pre-tokenizer), by `tokenizers`."""
+
+    def __init__(self, text: str) -> None:
+        """Args: text: the JSON of `tokenizers.Tokenizer`, as `save` writes it."""
+        from tokenizers import Tokenizer as Model
+        from tokenizers import pre_tokenizers
+
+        self._json = text
+        self._model: Any = Model.from_str(text)
+        self._model.encode_special_tokens = True  # "<|endoftext|>" inside a document is text like any other
+        separator = self._model.token_to_id(SEPARATOR)
+        if separator is None:
+            raise ValueError(f"it has no token {SEPARATOR}")
+        self.separator: int = separator
+        self.vocab_size: int = self._model.get_vocab_size()
+        self.fingerprint = f"bpe:{self.vocab_size} sha256={hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        # `tokenizers` writes each byte as one printable character.
+        alphabet = {char: byte for byte, char in enumerate(_byte_alphabet(pre_tokenizers))}
+        tokens = [self._model.id_to_token(i) for i in range(self.vocab_size)]
+        self._bytes = [b"" if t == SEPARATOR else bytes(alphabet[char] for char in t) for t in tokens]
+        self.token_bytes = np.array([len(token) for token in self._bytes], np.uint8)
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int) -> BPE:
+        """Learns `vocab_size` tokens (fewer where the text is short), the separator being the last."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        model: Any = Tokenizer(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            show_progress=False,
+            initial_alphabet=_byte_alphabet(pre_tokenizers),
+            max_token_length=LONGEST_TOKEN_BYTES,
+        )
+        model.train_from_iterator(texts, trainer)
+        model.add_special_tokens([AddedToken(SEPARATOR, special=True, normalized=False)])
+        return cls(model.to_str(pretty=True))
+
+    def encode(self, text: str) -> np.ndarray:
+        _utf8(text)
+        return np.array(self._model.encode(text).ids, np.int32)
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        encoded = self._model.encode_batch_fast([text.decode("utf-8") for text in texts])
+        return [np.array(each.ids, np.int32) for each in encoded]
+
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+        known = range(self.vocab_size)
+        return _join(
+            self._bytes[i] if i in known and i != self.separator else _special(i, self.separator)
+            for i in np.asarray(ids).tolist()
+        )
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes JSON that `tokenizers.Tokenizer.from_file` reads too."""
+        _write_atomically(path, lambda file: file.write(self._json.encode()))
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> BPE:
+        """Raises InputError for a file that is no saved tokenizer."""
+        try:
+            return cls(path.read_text("utf-8"))
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise InputError(
+                f"tokenizer file {path} cannot be read: {' '.join(str(error).split())[:200]}"
+            ) from error
+
+
+def get_tokenizer(config: Config, workdir: pathlib.Path | None = None) -> Tokenizer:
+    """The tokenizer of `config.data.tokenizer`; BPE is trained on the training split, once.
+
+    A trained one is kept as `tokenizer.json` in the workdir (and in the cache), and read from there later.
+
+    Raises:
+        InputError: a workdir with a tokenizer of another size, or bad data.
+    """
+    kind, _, size_text = config.data.tokenizer.partition(":")
+    if kind == "bytes":
+        return Bytes()
+    size, saved = int(size_text), workdir and pathlib.Path(workdir) / "tokenizer.json"
+    if size < 257:
+        raise InputError(f"data.tokenizer='bpe:{size}' is too small: 256 bytes and a separator make 257")
+    if saved and saved.is_file():
+        tokenizer = BPE.load(saved)
+        if tokenizer.vocab_size > size:
+            raise InputError(
+                f"data.tokenizer={config.data.tokenizer!r}, but {saved} has {tokenizer.vocab_size} tokens; "
+                f"set data.tokenizer=bpe:{tokenizer.vocab_size} or use another workdir"
+            )
+        return tokenizer
+    tokenizer = _trained(config, size)
+    if saved:
+        tokenizer.save(saved)
+    return tokenizer
+
+
+def _trained(config: Config, size: int) -> BPE:
+    """Trains, or reads what an earlier run trained on the same text."""
+    source = open_text(config, config.data.split)
+    if not config.data.cache:
+        return BPE.train(_texts(source), size)
+    path = cache_dir() / f"tokenizer-{_digest('bpe', size, LONGEST_TOKEN_BYTES, source.fingerprint)}.json"
+    with locked(path.with_suffix(".lock")):
+        if not path.is_file():
+            log.info("training a tokenizer of %d tokens on %s", size, source.fingerprint)
+            BPE.train(_texts(source), size).save(path)
+    return BPE.load(path)
+
+
+def open_text(config: Config, split: str) -> Source:
+    """The source of a language model's documents. Raises InputError for a dataset without text."""
+    source = open_source(config.data.name, split, config.data.data_dir, keys=("text",))
+    if "text" not in source.features:
+        raise InputError(f"data.name={config.data.name!r} has no feature 'text', which task.name=lm needs")
+    return source
+
+
+# ------------------------------------------------------------------------------------------- token stream
+
+
+def token_stream(source: Source, tokenizer: Tokenizer, *, cache: bool = True) -> np.ndarray:
+    """All documents as one array of ids (N,), uint16 or uint32: `SEP d1 SEP ... dn SEP`.
+
+    With `cache` it is a file mapped into memory, encoded once for each (source, tokenizer).
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    if not cache:
+        return np.concatenate([chunk.astype(dtype) for chunk in _encoded(source, tokenizer)])
+    path = cache_dir() / f"tokens-{_digest(FORMAT, source.fingerprint, tokenizer.fingerprint)}.bin"
+    with locked(path.with_suffix(".lock")):
+        if not _is_whole(path, dtype, tokenizer.separator):
+            chunks = _encoded(source, tokenizer)
+            _write_atomically(path, lambda file: [file.write(c.astype(dtype).tobytes()) for c in chunks])
+    return np.memmap(path, dtype, "r")
+
+
+def _is_whole(path: pathlib.Path, dtype: np.dtype, separator: int) -> bool:
+    """The file is there and ends as a stream does (a rename is atomic, a copied cache may be cut short)."""
+    if not path.is_file() or path.stat().st_size < 2 * dtype.itemsize or path.stat().st_size % dtype.itemsize:
+        return False
+    ends = np.memmap(path, dtype, "r")[[0, -1]]
+    return bool((ends == separator).all())
+
+
+def _encoded(source: Source, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Pieces of the stream, in order; one piece of text is in memory at a time."""
+    separator = np.array([tokenizer.separator])
+    done, told = 0, time.monotonic()
+    log.info("encoding %s with %s", source.fingerprint, tokenizer.fingerprint)
+    yield separator
+    for texts in _chunks(source):
+        parts = [part for ids in tokenizer.encode_all(texts) for part in (ids, separator)]
+        yield np.concatenate(parts)
+        done += len(texts)
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            log.info("encoding: %d of %d documents", done, len(source))
+
+
+def _chunks(source: Source) -> Iterator[list[bytes]]:
+    """Documents in order, about `CHUNK_BYTES` at once."""
+    chunk: list[bytes] = []
+    step = max(1, min(256, len(source) * CHUNK_BYTES // max(source.num_bytes, 1)))
+    for start in range(0, len(source), step):
+        chunk += source.read(np.arange(start, min(start + step, len(source))))["text"].tolist()
+        if sum(map(len, chunk)) >= CHUNK_BYTES:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
+def _texts(source: Source) -> Iterator[str]:
+    for chunk in _chunks(source):
+        yield from (text.decode("utf-8") for text in chunk)
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+class Packed:
+    """The windows of a token stream, by index."""
+
+    def __init__(self, stream: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> None:
+        """Args: stream: (N,) ids; seq_len: L."""
+        self._separator, self._token_bytes = tokenizer.separator, tokenizer.token_bytes
+        self._seq_len = seq_len
+        targets = len(stream) - 1
+        self._len, self._full = -(-targets // seq_len), targets // seq_len
+        rest = stream[self._full * seq_len :]
+        self._last_valid = len(rest) - 1  # targets in the last window, when it is not full
+        self._last = np.zeros(seq_len + 1, stream.dtype)
+        self._last[: len(rest)] = rest
+        self._windows = (
+            np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len] if self._full else None
+        )
+
+    def __len__(self) -> int:
+        return self._len
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """(B,) window numbers -> arrays (B, L).
+
+        `tokens`, `targets` int32; `segments` int32, which document of the window (1, 2, ...), 0 is padding;
+        `positions` int32 within the segment; `target_bytes` uint8, bytes of text a target stands for.
+        """
+        window = np.tile(self._last, (len(indices), 1))
+        full = np.asarray(indices) < self._full
+        if self._windows is not None:
+            window[full] = self._windows[indices[full]]
+        tokens, targets = window[:, :-1].astype(np.int32), window[:, 1:].astype(np.int32)
+        starts = tokens == self._separator
+        segments = np.cumsum(starts, axis=1, dtype=np.int32) + ~starts[:, :1]
+        offset = np.arange(self._seq_len, dtype=np.int32)
+        positions = offset - np.maximum.accumulate(np.where(starts, offset, 0), axis=1)
+        valid = full[:, None] | (offset < self._last_valid)
+        out = {
+            "tokens": tokens,
+            "targets": targets,
+            "segments": segments.astype(np.int32),
+            "positions": positions,
+        }
+        out["target_bytes"] = self._token_bytes[targets]
+        return {key: np.where(valid, value, value.dtype.type(0)) for key, value in out.items()}
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def cache_dir() -> pathlib.Path:
+    """$BIGMODEL_CACHE, or ~/.cache/bigmodel."""
+    return pathlib.Path(os.environ.get("BIGMODEL_CACHE") or "~/.cache/bigmodel").expanduser()
+
+
+def _write_atomically(path: pathlib.Path, write: Any) -> None:
+    """`path` appears whole or not at all. Raises InputError when it cannot be written."""
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); make room, set $BIGMODEL_CACHE, or data.cache=false"
+        ) from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text holds a lone surrogate at character {error.start}, which is not Unicode text"
+        ) from None
+
+
+def _special(index: int, separator: int) -> bytes:
+    return (SEPARATOR if index == separator else "\ufffd").encode()
+
+
+def _join(pieces: Any) -> str:
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+@functools.cache
+def _byte_alphabet(pre_tokenizers: Any) -> list[str]:
+    """The printable character that stands for each byte, in byte order (as in GPT-2's encoder.py)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [byte for byte in range(256) if byte not in plain]
+    chars = {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(other)}
+    assert set(chars.values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    return [chars[byte] for byte in range(256)]

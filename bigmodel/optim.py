@@ -1,0 +1,152 @@
+"""optax chains, schedules, path-regex masks, and loss scaling for float16."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigmodel import mesh
+from bigmodel.config import Config, Optim
+
+Tree = Any
+
+
+def make(config: Config) -> optax.GradientTransformation:
+    """Penalties, clipping, the optimizer, decoupled weight decay, the learning rate: in this order."""
+    o = config.optim
+    decay_mask = _mask(o.weight_decay_on)
+    parts = [
+        *([_penalty(o)] if o.l1 or o.l2 else []),
+        *([optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []),
+        _direction(o),
+        *([optax.add_decayed_weights(o.weight_decay, decay_mask)] if o.weight_decay else []),
+        optax.scale_by_learning_rate(schedule(config)),
+    ]
+    tx = optax.chain(*parts)
+    return optax.GradientTransformation(_standard_promotion(tx.init), _standard_promotion(tx.update))
+
+
+def _standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+    """optax mixes dtypes (`decay ** count`), which the strict promotion of our own code forbids."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return wrapped
+
+
+def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
+    """Step -> learning rate: linear warm-up from 0, then the named shape down to lr * end_lr.
+
+    `rsqrt` is lr * sqrt(warmup / step) (Vaswani et al. 2017, eq. 3); `wsd`, warmup-stable-decay, holds lr
+    and falls linearly over the last `decay_steps` (Hu et al. 2024).
+    """
+    o, steps = config.optim, config.steps
+    warmup, end = o.warmup_steps, o.lr * o.end_lr
+    left = max(steps - warmup, 1)
+    if o.schedule == "wsd":
+        decay = o.decay_steps or max(left // 10, 1)
+        stable = max(left - decay, 0)
+        main = optax.join_schedules(
+            [optax.constant_schedule(o.lr), optax.linear_schedule(o.lr, end, decay)], [stable]
+        )
+    elif o.schedule == "rsqrt":
+        knee = float(max(warmup, 1))
+
+        def main(step: jax.Array) -> jax.Array:
+            return o.lr * jnp.sqrt(knee / (knee + step))
+    else:
+        main = {
+            "cosine": optax.cosine_decay_schedule(o.lr, left, o.end_lr),
+            "linear": optax.linear_schedule(o.lr, end, left),
+            "constant": optax.constant_schedule(o.lr),
+        }[o.schedule]
+    if warmup:
+        # From one step past zero, so that the first update is not thrown away.
+        rise = optax.linear_schedule(o.lr / warmup, o.lr, max(warmup - 1, 1))
+        main = optax.join_schedules([rise, main], [warmup])
+    return _standard_promotion(main)
+
+
+def _direction(o: Optim) -> optax.GradientTransformation:
+    """The optimizer without learning rate, decay or sign: gradients -> the direction to step against."""
+    if o.name in ("adamw", "adam"):
+        return optax.scale_by_adam(o.b1, o.b2, o.eps, nesterov=o.nesterov)
+    if o.name == "sgd":
+        return optax.trace(o.b1, o.nesterov) if o.b1 else optax.identity()
+    if o.name == "rmsprop":
+        momentum = [optax.trace(o.b1, o.nesterov)] if o.b1 else []
+        return optax.chain(optax.scale_by_rms(o.b2, o.eps), *momentum)
+    if o.name == "lion":
+        return optax.scale_by_lion(o.b1, o.b2)
+    if o.name == "adafactor":  # Shazeer and Stern 2018, algorithm 4
+        return optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        )
+    # Muon (Jordan et al. 2024) for matrices, Adam for the rest; updates as large as AdamW's (Liu et al. 2025).
+    muon = optax.contrib.muon(
+        1.0, beta=o.b1, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2, consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrices,
+    )  # fmt: skip
+    return optax.chain(muon, optax.scale(-1.0))
+
+
+def _matrices(params: Tree) -> Tree:
+    """Which axes Muon multiplies: kernels' last two, convolutions' windows with their inputs; else None."""
+
+    def numbers(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        name = mesh.path_str(path)
+        if not name.endswith("/kernel") or name.startswith("head/"):
+            return None
+        window = (0, 1) if x.ndim == 4 else ()
+        return optax.contrib.MuonDimensionNumbers((*window, x.ndim - 2), x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _penalty(o: Optim) -> optax.GradientTransformation:
+    """Adds the gradient of l1 * |p| + l2 * p^2 / 2, for the parameters that `penalty_on` matches."""
+
+    def add(g: jax.Array, p: jax.Array) -> jax.Array:
+        return g + (o.l1 * jnp.sign(p) + o.l2 * p).astype(g.dtype)
+
+    penalise = optax.stateless(lambda updates, params: jax.tree.map(add, updates, params))
+    return optax.masked(penalise, _mask(o.penalty_on))
+
+
+def _mask(pattern: str) -> Any:
+    """params -> tree of bool: whose "/path" the regex finds."""
+
+    def mask(params: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: bool(re.search(pattern, "/" + mesh.path_str(path))), params
+        )
+
+    return mask
+
+
+# ------------------------------------------------------------------------------------ float16 scaling
+
+GROWTH_STEPS = 2000  # steps without overflow before the scale doubles (Micikevicius et al. 2018, 3.2)
+
+
+def loss_scale_init() -> dict[str, jax.Array]:
+    return {"scale": jnp.float32(2.0**15), "good_steps": jnp.int32(0)}
+
+
+def loss_scale_update(state: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
+    """Halves the scale when a gradient overflowed, doubles it after `GROWTH_STEPS` that did not."""
+    grow = state["good_steps"] + 1 >= GROWTH_STEPS
+    grown = jnp.where(grow, jnp.minimum(state["scale"] * 2, 2.0**24), state["scale"])
+    return {
+        "scale": jnp.where(finite, grown, jnp.maximum(state["scale"] / 2, 1.0)),
+        "good_steps": jnp.where(finite & ~grow, state["good_steps"] + 1, 0),
+    }

@@ -1,0 +1,230 @@
+"""The Program: everything a run is, known before any array exists.
+
+`plan` compiles it for a cluster that need not be there; `train` runs the very same compiled object;
+`checkpoint` restores into its `state_spec`. There is no second path, so a plan cannot drift from the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from bigmodel import mesh as mesh_lib
+from bigmodel import models, optim, tasks
+from bigmodel.config import Config, InputError
+from bigmodel.metrics import Metrics
+from bigmodel.models.module import Definition
+
+State = dict[str, Any]  # step, key, params, rest, opt [, ema] [, loss_scale]: nested dicts of arrays
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a run computes. Specs are trees of `jax.ShapeDtypeStruct` with shape, dtype AND sharding."""
+
+    config: Config
+    mesh: Mesh
+    model: Definition
+    state_spec: State
+    batch_spec: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[jax.Array], State]  # jitted straight into its sharding
+    train_step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
+    eval_step: Any  # jitted (state, batch) -> Metrics
+
+    def compile(self) -> Any:
+        """The train step, compiled: call it, or read its `cost_analysis`, `memory_analysis`, `as_text`."""
+        lowered = self.train_step.trace(self.state_spec, self.batch_spec).lower()
+        return lowered.compile(dict(self.config.compiler_options))
+
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
+        """This host's rows of a batch (numpy) -> the global batch on the mesh."""
+        return {
+            name: jax.make_array_from_process_local_data(self.batch_spec[name].sharding, rows)
+            for name, rows in batch.items()
+        }
+
+
+def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> Program:
+    """Config, mesh and the batch's shapes -> the Program. Makes no array and compiles nothing.
+
+    Raises:
+        InputError: `microbatches` does not divide what each device gets.
+    """
+    sharding = mesh_lib.batch_sharding(mesh)
+    batch_spec = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in batch_spec.items()}
+    model = models.define(config, batch_spec)
+    task, tx = tasks.make(config), optim.make(config)
+
+    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Lets the function's `shard` and `attend` see the mesh, wherever it is traced from."""
+
+        def wrapped(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args)
+
+        wrapped.__name__ = function.__name__
+        return wrapped
+
+    init = on_mesh(lambda key: init_state(config, model, tx, key))
+    spec = jax.eval_shape(init, jax.random.key(0))
+    state_spec = jax.tree_util.tree_map_with_path(lambda path, s: _placed(mesh, path, s), spec)
+    state_sharding = jax.tree.map(lambda s: s.sharding, state_spec)
+    batch_sharding = {name: s.sharding for name, s in batch_spec.items()}
+    everywhere = mesh_lib.replicated(mesh)
+    pieces = microbatches(config, mesh)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        return update(config, model, task, tx, pieces, state, batch)
+
+    def eval_step(state: State, batch: Batch) -> Metrics:
+        params = state.get("ema", state["params"])
+        outputs, _ = model.apply(params, state["rest"], batch, key=None, train=False)
+        return task.terms(outputs, batch, False)
+
+    return Program(
+        config=config,
+        mesh=mesh,
+        model=model,
+        state_spec=state_spec,
+        batch_spec=batch_spec,
+        init=jax.jit(init, out_shardings=state_sharding),
+        train_step=jax.jit(
+            on_mesh(train_step),
+            in_shardings=(state_sharding, batch_sharding),
+            out_shardings=(state_sharding, everywhere),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            on_mesh(eval_step), in_shardings=(state_sharding, batch_sharding), out_shardings=everywhere
+        ),
+    )
+
+
+def microbatches(config: Config, mesh: Mesh) -> int:
+    """`config.microbatches`, or the default: on a CPU, pieces whose temporaries are used again and not
+    faulted in anew by every operation (about 1,024 tokens or 32 images); elsewhere 1.
+
+    Raises:
+        InputError: the pieces do not divide over the mesh.
+    """
+    ways = mesh_lib.batch_ways(mesh)
+    if config.microbatches:
+        if config.batch_size % (config.microbatches * ways):
+            raise InputError(
+                f"microbatches={config.microbatches} does not divide the {config.batch_size // ways} examples "
+                f"that each of {ways} devices gets of batch_size={config.batch_size}"
+            )
+        return config.microbatches
+    if mesh.devices.flat[0].platform != "cpu":
+        return 1
+    small = max(1024 // config.seq_len, 1) if config.task.name == "lm" else 32
+    most = max(config.batch_size // max(small, ways), 1)
+    return next(n for n in range(most, 0, -1) if config.batch_size % (n * ways) == 0)
+
+
+def init_state(config: Config, model: Definition, tx: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state at step 0."""
+    init_key, step_key = jax.random.split(key)
+    params, rest = model.init(init_key)
+    state = {
+        "step": jnp.int32(0),
+        "key": jax.random.key_data(step_key),
+        "params": params,
+        "rest": rest,
+        "opt": tx.init(params),
+    }
+    if config.optim.ema_decay:
+        state["ema"] = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    if config.compute_dtype == "float16":
+        state["loss_scale"] = optim.loss_scale_init()
+    return state
+
+
+def update(
+    config: Config,
+    model: Definition,
+    task: tasks.Task,
+    tx: optax.GradientTransformation,
+    pieces: int,
+    state: State,
+    batch: Batch,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One training step. -> (the next state, scalar metrics: loss, grad_norm, lr and the task's own)."""
+    scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
+    grads, rest, terms = gradients(model, task, pieces, scale, state, batch)
+    updates, opt = tx.update(grads, state["opt"], state["params"])
+    new = dict(state, rest=rest, opt=opt, params=optax.apply_updates(state["params"], updates))
+    if config.optim.ema_decay:
+        d = config.optim.ema_decay
+        new["ema"] = jax.tree.map(
+            lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], new["params"]
+        )
+    grad_norm = optax.tree.norm(grads)
+    metrics = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in terms.items()}
+    metrics |= {"grad_norm": grad_norm, "lr": optim.schedule(config)(state["step"])}
+    if scale is not None:  # float16: an overflow skips the update and halves the scale
+        finite = jnp.isfinite(grad_norm)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        new["loss_scale"] = optim.loss_scale_update(state["loss_scale"], finite)
+        metrics |= {"loss_scale": scale, "skipped": 1.0 - finite.astype(jnp.float32)}
+    new["step"] = state["step"] + 1
+    return new, metrics
+
+
+def gradients(
+    model: Definition, task: tasks.Task, pieces: int, scale: jax.Array | None, state: State, batch: Batch
+) -> tuple[Any, Any, Metrics]:
+    """-> (gradients of the batch's mean loss, rest, metric sums), over `pieces` microbatches.
+
+    The loss is divided by the whole batch's weight, so that cutting it into pieces changes only rounding.
+    """
+    total = jnp.maximum(task.weight(batch), 1e-9)
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+
+    def loss(params: Any, rest: Any, piece: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        outputs, rest = model.apply(params, rest, piece, key=key, train=True)
+        terms = task.terms(outputs, piece, True)
+        value = terms["loss"][0] / total
+        return value if scale is None else value * scale, (rest, terms)
+
+    grad = jax.grad(loss, has_aux=True)
+    if pieces == 1:
+        grads, (rest, terms) = grad(state["params"], state["rest"], batch, step_key)
+        return _unscale(grads, scale), rest, terms
+
+    def body(carry: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        sums, rest, terms = carry
+        grads, (rest, more) = grad(state["params"], rest, *x)
+        return (jax.tree.map(jnp.add, sums, grads), rest, jax.tree.map(jnp.add, terms, more)), None
+
+    xs = (jax.tree.map(lambda x: _cut(x, pieces), dict(batch)), jax.random.split(step_key, pieces))
+    first = jax.tree.map(lambda x: x[0], xs)
+    grads, (_, terms) = jax.eval_shape(grad, state["params"], state["rest"], *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, terms))
+    (grads, rest, terms), _ = jax.lax.scan(body, (zeros[0], state["rest"], zeros[1]), xs)
+    return _unscale(grads, scale), rest, terms
+
+
+def _cut(x: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] -> [pieces, B / pieces, ...], strided so that every device keeps its own examples."""
+    x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+    return mesh_lib.shard(x, None, mesh_lib.BATCH, *(None,) * (x.ndim - 2))
+
+
+def _unscale(grads: Any, scale: jax.Array | None) -> Any:
+    if scale is None:
+        return grads
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) / scale).astype(g.dtype), grads)
+
+
+def _placed(mesh: Mesh, path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A state leaf with its sharding; optimizer state and EMA follow the rule of the parameter they belong to."""
+    sharding: NamedSharding = mesh_lib.param_sharding(mesh, mesh_lib.path_str(path), s.shape)
+    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
