@@ -112,6 +112,12 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def plain_cpu() -> Any:
+    """A context in which code is traced as for one CPU: no sharding, no kernels."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1])
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def shard(x: jax.Array, *axes: Axes) -> jax.Array:
     """Pins `x`'s layout: one entry a dimension, as in PartitionSpec. Without a mesh it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()

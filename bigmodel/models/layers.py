@@ -25,13 +25,15 @@ class Dense(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """ids [...] -> rows of table [V, D]; `attend` uses the same table as an output layer."""
+    """ids [B, L] -> rows of table [V, D]; `attend` uses the same table as an output layer."""
 
     def __init__(self, v: int, d: int, *, dtype: str, rngs: nnx.Rngs):
         self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (v, d), dtype))
 
-    def __call__(self, ids: jax.Array, dtype: str) -> jax.Array:
-        return self.table[...].astype(dtype)[ids]
+    def __call__(self, ids_BL: jax.Array, dtype: str) -> jax.Array:
+        # Rows whole before the lookup: XLA cannot cut a gather's result by width and by batch at once.
+        table_VD = mesh.shard(self.table[...].astype(dtype), "tensor", None)
+        return shard_width(table_VD[ids_BL])
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         return x_BLD @ self.table[...].astype(x_BLD.dtype).T

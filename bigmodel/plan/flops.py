@@ -1,0 +1,82 @@
+"""FLOPs counted on the jaxpr, where loops have lengths; XLA's own total counts a scan's body once.
+
+Only matrix products and convolutions count, a multiply and an add as two, as everyone does for MFU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from bigmodel import mesh
+from bigmodel.program import Program
+
+
+def count(function: Callable[..., Any], *specs: Any) -> float:
+    """FLOPs of one call of `function` on arguments of these shapes, recomputation (remat) included."""
+    return _jaxpr_flops(jax.make_jaxpr(function)(*specs).jaxpr)
+
+
+def forward_flops(program: Program) -> float:
+    """FLOPs of the forward pass over one global batch, attention counted in full (causal would halve it)."""
+    model, spec = program.model, program.state_spec
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), (spec["params"], spec["rest"]))
+    batch = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in program.batch_spec.items()}
+
+    def forward(params: Any, rest: Any, batch: Any) -> Any:
+        with mesh.plain_cpu():  # kernels hide their FLOPs; the plain form shows them
+            return model.apply(params, rest, batch, key=None, train=False)[0]
+
+    return count(forward, *shapes, batch)
+
+
+def model_flops(program: Program) -> float:
+    """FLOPs that training on one global batch needs: forward, and twice that backward (PaLM, appendix B).
+
+    What is recomputed (remat) does not count, so that MFU measures useful work.
+    """
+    return 3 * forward_flops(program)
+
+
+def _jaxpr_flops(jaxpr: Any) -> float:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        inputs = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(inputs[i] for i in contracting)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features
+    inner = [_jaxpr_flops(sub) for sub in _subjaxprs(params)]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "cond":
+        return max(inner, default=0)
+    if name == "while" and sum(inner):
+        raise ValueError("a while loop with matrix products has no known length; write it as a scan")
+    if name == "shard_map":
+        return params["mesh"].size * sum(inner)
+    if name == "pallas_call":
+        raise ValueError("a Pallas kernel hides its FLOPs; count the plain form")
+    return sum(inner)
+
+
+def _subjaxprs(params: dict[str, Any]) -> list[Any]:
+    """Jaxprs among an equation's parameters (of custom rules, only the function itself)."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found
