@@ -30,7 +30,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -83,6 +83,9 @@ class Checkpoints:
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
         self._keep, self._async, self._read_only = keep, async_save, read_only
+        orbax_log = logging.getLogger("absl")
+        if orbax_log.level == logging.NOTSET:  # else it tells every step of a save at INFO
+            orbax_log.setLevel(logging.WARNING)
         # Replica-parallel writes would slice every replicated array on the device, compiling each slice.
         arrays = type_handlers.ArrayHandler(use_replica_parallel=False)
         self._arrays = ocp.PyTreeCheckpointHandler(
@@ -147,7 +150,8 @@ class Checkpoints:
         self.wait()
         orbax = self._require_free(step)
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(arrays), manifest=_ManifestSave(step, arrays, meta)
+            state=ocp.args.PyTreeSave({path: x for path, x in arrays.items() if x.size}),
+            manifest=_ManifestSave(step, arrays, meta),
         )
         self._writing = step
         with self._reporting():
@@ -229,15 +233,16 @@ class Checkpoints:
         _raise_together(problem, root)
         assert manifest is not None
         _compare(wanted, manifest["arrays"], part, root)
+        stored = {path: x for path, x in wanted.items() if math.prod(x.shape)}  # Orbax saves no empty ones
         args = {
             path: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-            for path, x in wanted.items()
+            for path, x in stored.items()
         }
         arrays: dict[str, jax.Array] = {}
         try:
-            request = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
+            request = ocp.args.PyTreeRestore(item=stored, restore_args=args, partial_restore=True)
             # The handler, not the checkpointer: that has barriers, where one process's error hangs the rest.
-            arrays = self._arrays.restore(root / "state", args=request) if wanted else {}
+            arrays = self._arrays.restore(root / "state", args=request) if stored else {}
         except Exception as error:
             if isinstance(error, MemoryError) or any(w in str(error) for w in _NOT_DAMAGE):
                 raise
@@ -246,6 +251,11 @@ class Checkpoints:
         bad = _mismatches(arrays, wanted, manifest["arrays"])
         problem = f"checkpoint {root}: damaged: {_some(bad)} (SHA-256 differs)" if bad else None
         _raise_together(problem, root)
+        empty = {path: x for path, x in wanted.items() if path not in stored}
+        arrays |= {
+            path: jax.jit(lambda x=x: jax.numpy.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
+            for path, x in empty.items()
+        }
         return jax.tree.unflatten(treedef, [arrays[path] for path in wanted]), dict(manifest["meta"])
 
     def _require_free(self, step: int) -> ocp.AsyncCheckpointer:
@@ -270,7 +280,8 @@ class Checkpoints:
         except Exception as error:
             path, self._writing = self.directory / str(self._writing), None
             if jax.process_index() == 0:
-                _remove(path.parent / (path.name + TMP))
+                with suppress(OSError):  # TensorStore may still be writing; then the next start removes it
+                    _remove(path.parent / (path.name + TMP))
             raise InputError(
                 f"{path}: checkpoint not written: {_cause(error)}; free space or mend the path, then"
                 f" resume. Earlier checkpoints are valid: {self.steps()}"
@@ -526,7 +537,9 @@ _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+    text = str(error).strip().partition("\n")[0]
+    text = text if len(text) < 200 else "... " + text[-190:]  # TensorStore puts the cause last
+    return f"{type(error).__name__}: {text}"
 
 
 def _cause(error: BaseException) -> str:

@@ -133,6 +133,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def host_rows(mesh: Mesh, batch_size: int) -> dict[str, int]:
+    """Which slice of a batch this host must read: `process_index` of `process_count` equal slices.
+
+    Hosts that split only the model (tensor) read the same rows, so the count may be below the number of hosts.
+
+    Raises:
+        InputError: the mesh's device order gives this host rows that are not one slice.
+    """
+    spans = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    starts = sorted({(s[0].start or 0, batch_size if s[0].stop is None else s[0].stop) for s in spans if s})
+    first, last = starts[0][0], starts[-1][1]
+    if sum(stop - start for start, stop in starts) != last - first or first % (last - first):
+        raise InputError("mesh: a host's rows of the batch are not one slice; put the tensor axis inside a host")
+    return {"process_index": first // (last - first), "process_count": batch_size // (last - first)}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -46,8 +46,8 @@ class Program:
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """This host's rows of a batch (numpy) -> the global batch on the mesh."""
         return {
-            name: jax.make_array_from_process_local_data(self.batch_spec[name].sharding, rows)
-            for name, rows in batch.items()
+            name: jax.make_array_from_process_local_data(s.sharding, batch[name], s.shape)
+            for name, s in self.batch_spec.items()
         }
 
 

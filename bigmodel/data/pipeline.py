@@ -110,8 +110,8 @@ def make_pipeline(
     """Opens the data of `config` for training or evaluation.
 
     Args:
-        split: `train` reads `data.split` and shuffles; `eval` reads `data.eval_split` in order, `eval.batches`
-            batches at most; the last one is filled up with rows whose `mask` is 0.
+        split: `train` reads `data.split` and shuffles; `eval` reads `data.eval_split` in order, at most
+            `eval.batches` batches; the last one is filled up with rows whose `mask` is 0.
         workdir: where a trained tokenizer is kept.
         process_index, process_count: this host; None asks JAX.
 
@@ -154,7 +154,7 @@ def make_pipeline(
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the global batch. Reads no data, so a run can be planned for data that is not here.
+    """Shapes and dtypes of the global batch. Reads no data: runs are planned before data is there.
 
     Raises:
         InputError: an unknown dataset, or one whose images have no fixed size.
@@ -210,8 +210,8 @@ def _image_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Pa
         bad = (batch["label"] < 0) | (batch["label"] >= classes)
         if bad.any():
             raise InputError(
-                f"data.name={config.data.name!r} split {split!r} has label {batch['label'][bad][0]}, which is not "
-                f"in 0..{classes - 1}; set model.num_classes, or choose a split with labels"
+                f"data.name={config.data.name!r} split {split!r} has label {batch['label'][bad][0]}, not "
+                f"one of 0..{classes - 1}; set model.num_classes, or choose a split with labels"
             )
 
     def finish(batch: Mapping[str, np.ndarray]) -> transforms.Batch:
@@ -225,7 +225,7 @@ def _image_features(config: Config, features: Mapping[str, sources.Feature]) -> 
     name, missing = config.data.name, {"image", "label"} - set(features)
     if missing:
         raise InputError(
-            f"data.name={name!r} has no feature {sorted(missing)[0]!r}, which task.name={config.task.name} needs"
+            f"data.name={name!r} has no feature {min(missing)!r}, which task.name={config.task.name} needs"
         )
     shape, classes = features["image"].shape, features["label"].num_classes or 0
     if None in shape:
@@ -243,12 +243,12 @@ def _eval_batches(config: Config, num_examples: int) -> int:
 
 
 def _shuffle_seed(seed: int) -> int:
-    """Grain shuffles epoch e with seed + e, so neighbouring seeds would share epochs; a hash keeps them apart."""
+    """Grain shuffles epoch e with seed + e: neighbouring seeds would share epochs. A hash parts them."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
 
 
 def _order(num_examples: int, seed: int | None) -> Any:
-    """Grain's endless order: order[i] is an example, a new permutation each epoch, each example once in it."""
+    """Grain's endless order: order[i] is an example; each epoch is a new permutation of all of them."""
     import grain
 
     numbers = grain.MapDataset.range(num_examples)
@@ -289,7 +289,7 @@ class Prefetch:
         self._thread.start()
 
     def _work(self, step: int) -> None:
-        """Ends every way by putting an exception in the queue, so that the consumer never waits for nothing."""
+        """Always ends by putting an exception in the queue, so that the consumer never waits for nothing."""
         try:
             while step < len(self._pipeline):
                 self._room.acquire()

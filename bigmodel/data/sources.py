@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -42,7 +43,9 @@ class Feature:
 class Source(Protocol):
     """Records by index."""
 
-    features: Mapping[str, Feature]
+    @property
+    def features(self) -> Mapping[str, Feature]: ...
+
     fingerprint: str  # name, version, split, length and bytes: two equal ones hold the same records
     num_bytes: int  # as stored; 0 when unknown
 
@@ -97,16 +100,18 @@ def features_of(name: str, data_dir: str | None = None) -> Mapping[str, Feature]
 
 
 class TextFiles:
-    """`text:GLOB`: each file is a document; about 90 % of the files (by content) are `train`, the rest `test`.
+    """`text:GLOB`: each file is a document; about a tenth of them, by a hash of the content, are `test`.
 
-    Of a single file, the last 10 % (from the next start of a line) are `test`.
+    The others are `train`. Of a single file, the last 10 % (from the next start of a line) are `test`.
     """
 
     features: Mapping[str, Feature] = {"text": Feature((), "text")}
 
     def __init__(self, name: str, split: str) -> None:
         if split not in ("train", "test"):
-            raise InputError(f"data.split={split!r} is unknown for {name!r}; known: train, test")
+            raise InputError(
+                f"split {split!r} of data.name={name!r} is unknown; set data.split or data.eval_split to train or test"
+            )
         pattern = os.path.expanduser(name.removeprefix("text:"))
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not paths:
@@ -114,10 +119,16 @@ class TextFiles:
                 f"data.name={name!r} matches no file; give a path or a glob such as text:books/*.txt"
             )
         self._parts: list[tuple[str, int, int]] = []  # path, first byte, end byte
+        contents = {path: _content_hash(_read_bytes(path)) for path in paths}
+        tests = _test_hashes(set(contents.values()))
         digest = hashlib.sha256()
         for path in paths:
             content = _read_bytes(path)
-            start, end = self._range(content, split, alone=len(paths) == 1)
+            if len(tests) == len(set(contents.values())):  # one text only
+                cut = content.find(b"\n", int(len(content) * 0.9)) + 1 or len(content)
+                start, end = (0, cut) if split == "train" else (cut, len(content))
+            else:
+                start, end = 0, len(content) if (contents[path] in tests) == (split == "test") else 0
             if end > start:
                 self._parts.append((path, start, end))
                 digest.update(hashlib.sha256(content[start:end]).digest())
@@ -128,15 +139,6 @@ class TextFiles:
         self.fingerprint = (
             f"text/{split} records={len(self)} bytes={self.num_bytes} sha256={digest.hexdigest()[:16]}"
         )
-
-    @staticmethod
-    def _range(content: bytes, split: str, alone: bool) -> tuple[int, int]:
-        """The bytes of one file that belong to `split`."""
-        if alone:
-            cut = content.find(b"\n", int(len(content) * 0.9)) + 1 or len(content)
-            return (0, cut) if split == "train" else (cut, len(content))
-        is_test = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % 10 == 0
-        return (0, len(content) if is_test == (split == "test") else 0)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -153,6 +155,16 @@ class TextFiles:
             except UnicodeDecodeError as error:
                 raise InputError(f"{path} is not UTF-8 text ({error}); convert it or leave it out") from None
         return {"text": out}
+
+
+def _content_hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+
+
+def _test_hashes(hashes: set[int]) -> set[int]:
+    """About a tenth of the files' hashes, but at least one, and not all where there are two."""
+    tests = {each for each in hashes if each % 10 == 0}
+    return tests if 0 < len(tests) < len(hashes) else {min(hashes)}
 
 
 def _read_bytes(path: str) -> bytes:
@@ -185,7 +197,8 @@ class TfdsSource:
         self._decoders = {key: _decoder(builder.info.features[key]) for key in self.features}
         if not len(self._records):
             raise InputError(f"data.name={name!r} has no records in split {split!r}; choose another split")
-        self.num_bytes = int(builder.info.splits[split].num_bytes) if split in builder.info.splits else 0
+        splits = builder.info.splits  # a part of a split does not know its bytes
+        self.num_bytes = int(splits[split].num_bytes if split in splits else builder.info.dataset_size)
         self.fingerprint = f"{builder.info.full_name}/{split} records={len(self)} bytes={self.num_bytes}"
         self._threads: ThreadPoolExecutor | None = None
         self._kept: dict[str, np.ndarray] = self._room_for_all() if cache else {}
@@ -207,34 +220,35 @@ class TfdsSource:
 
     def _room_for_all(self) -> dict[str, np.ndarray]:
         """Empty columns for the whole split, or {} where sizes vary or memory is short."""
-        dtypes = {key: feature.dtype for key, feature in self.features.items()}
-        shapes = {key: feature.shape for key, feature in self.features.items()}
-        if "text" in dtypes.values() or any(None in shape for shape in shapes.values()):
-            return {}
-        size = sum(len(self) * np.dtype(dtypes[k]).itemsize * int(np.prod(shapes[k])) for k in dtypes)
+        shapes = {key: _fixed(feature) for key, feature in self.features.items()}
+        columns: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        for key, shape in shapes.items():
+            if shape is None:
+                return {}
+            columns[key] = (len(self), *shape), np.dtype(self.features[key].dtype)
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns.values())
         if size > CACHE_FRACTION * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             log.warning("%s needs %.1f GB decoded: it is decoded anew each epoch", self._where, size / 1e9)
             return {}
-        return {key: np.empty((len(self), *shapes[key]), dtypes[key]) for key in dtypes}  # type: ignore[misc]
+        return {key: np.empty(shape, dtype) for key, (shape, dtype) in columns.items()}
 
     def _decode(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        records = self._fetch(indices)
-        decode = self._decode_one
-        image = self.features.get("image")
-        if image and None not in image.shape and np.prod(image.shape) < BIG_IMAGE_BYTES:  # type: ignore[arg-type]
-            rows = [decode(record, index) for record, index in zip(records, indices, strict=True)]
-        else:
+        records = self._fetch(indices) if len(indices) else []
+        shapes = [_fixed(feature) for key, feature in self.features.items() if feature.dtype != "text"]
+        if any(shape is None or math.prod(shape) >= BIG_IMAGE_BYTES for shape in shapes):
             self._threads = self._threads or ThreadPoolExecutor(os.cpu_count(), "decode")
-            rows = list(self._threads.map(decode, records, indices))
+            rows = list(self._threads.map(self._decode_one, records, indices))
+        else:
+            rows = [self._decode_one(*pair) for pair in zip(records, indices, strict=True)]
         return {key: self._stack(key, [row[key] for row in rows]) for key in self.features}
 
     def _stack(self, key: str, column: list[Any]) -> np.ndarray:
-        feature = self.features[key]
-        if feature.dtype == "text" or None in feature.shape:
+        shape = _fixed(self.features[key])
+        if shape is None:
             out = np.empty(len(column), object)
             out[:] = column
             return out
-        return np.stack(column).astype(feature.dtype, copy=False)
+        return np.array(column, self.features[key].dtype).reshape(len(column), *shape)
 
     def _fetch(self, indices: np.ndarray) -> Sequence[bytes]:
         try:
@@ -258,6 +272,14 @@ class TfdsSource:
 
     def _damaged(self, index: int, error: Exception) -> InputError:
         return InputError(f"{self._where} record {index} is damaged ({one_line(error)}); prepare it again")
+
+
+def _fixed(feature: Feature) -> tuple[int, ...] | None:
+    """The shape, when every record has the same."""
+    if feature.dtype == "text":
+        return None
+    sizes = tuple(size for size in feature.shape if size is not None)
+    return sizes if len(sizes) == len(feature.shape) else None
 
 
 def _decoder(feature: Any) -> Callable[[Any], Any]:
@@ -294,4 +316,7 @@ def _open_records(builder: Any, split: str, name: str) -> Any:
         ).data_source
     except (ValueError, AssertionError, KeyError) as error:
         known = ", ".join(builder.info.splits)
-        raise InputError(f"data.split={split!r} is unknown for {name!r}; known: {known}") from error
+        raise InputError(
+            f"split {split!r} of data.name={name!r} is unknown; set data.split or data.eval_split to one of "
+            f"{known}, or to a part of one such as train[:10%]"
+        ) from error

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data.builders.prepare import locked
+from bigmodel.data.builders.prepare import locked, write_atomically
 from bigmodel.data.sources import Source, open_source
 
 log = logging.getLogger("bigmodel")
@@ -93,7 +92,7 @@ class BPE:
         self.fingerprint = f"bpe:{self.vocab_size} sha256={hashlib.sha256(text.encode()).hexdigest()[:16]}"
         # `tokenizers` writes each byte as one printable character.
         alphabet = {char: byte for byte, char in enumerate(_byte_alphabet(pre_tokenizers))}
-        tokens = [self._model.id_to_token(i) for i in range(self.vocab_size)]
+        tokens = [self._model.id_to_token(i) or "" for i in range(self.vocab_size)]
         self._bytes = [b"" if t == SEPARATOR else bytes(alphabet[char] for char in t) for t in tokens]
         self.token_bytes = np.array([len(token) for token in self._bytes], np.uint8)
 
@@ -132,7 +131,7 @@ class BPE:
 
     def save(self, path: pathlib.Path) -> None:
         """Writes JSON that `tokenizers.Tokenizer.from_file` reads too."""
-        _write_atomically(path, lambda file: file.write(self._json.encode()))
+        write_atomically(path, lambda file: file.write(self._json.encode()))
 
     @classmethod
     def load(cls, path: pathlib.Path) -> BPE:
@@ -166,6 +165,8 @@ def get_tokenizer(config: Config, workdir: pathlib.Path | None = None) -> Tokeni
                 f"data.tokenizer={config.data.tokenizer!r}, but {saved} has {tokenizer.vocab_size} tokens; "
                 f"set data.tokenizer=bpe:{tokenizer.vocab_size} or use another workdir"
             )
+        if tokenizer.vocab_size < size:
+            log.warning("%s has %d tokens, fewer than %s", saved, tokenizer.vocab_size, config.data.tokenizer)
         return tokenizer
     tokenizer = _trained(config, size)
     if saved:
@@ -209,7 +210,7 @@ def token_stream(source: Source, tokenizer: Tokenizer, *, cache: bool = True) ->
     with locked(path.with_suffix(".lock")):
         if not _is_whole(path, dtype, tokenizer.separator):
             chunks = _encoded(source, tokenizer)
-            _write_atomically(path, lambda file: [file.write(c.astype(dtype).tobytes()) for c in chunks])
+            write_atomically(path, lambda file: [file.write(c.astype(dtype).tobytes()) for c in chunks])
     return np.memmap(path, dtype, "r")
 
 
@@ -308,26 +309,6 @@ class Packed:
 def cache_dir() -> pathlib.Path:
     """$BIGMODEL_CACHE, or ~/.cache/bigmodel."""
     return pathlib.Path(os.environ.get("BIGMODEL_CACHE") or "~/.cache/bigmodel").expanduser()
-
-
-def _write_atomically(path: pathlib.Path, write: Any) -> None:
-    """`path` appears whole or not at all. Raises InputError when it cannot be written."""
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); make room, set $BIGMODEL_CACHE, or data.cache=false"
-        ) from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def _digest(*parts: object) -> str:

@@ -1,4 +1,7 @@
-"""Finds a TFDS dataset by name and, where it is not there yet, makes it, as array_record."""
+"""Finds a TFDS dataset by name and, where it is not there yet, makes it, as array_record.
+
+Also what keeps files whole when several processes write them: `locked` and `write_atomically`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import io
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 from bigmodel.config import InputError
 from bigmodel.data.builders import BUILDERS, builder_class
@@ -19,11 +23,13 @@ log = logging.getLogger("bigmodel")
 
 
 def prepared(name: str, data_dir: str | None) -> Any:
-    """The builder of a dataset that lies on disk as array_record; a bundled one is made now if it does not."""
+    """The builder of a dataset that lies on disk as array_record; a bundled one is made now."""
     from tensorflow_datasets.core import file_adapters
 
     builder = find(name, data_dir)
-    if not builder.is_prepared():
+    with _quiet():
+        there = builder.is_prepared()
+    if not there:
         if builder.name not in BUILDERS:
             raise InputError(_not_prepared(builder, name, data_dir))
         prepare(name, data_dir)
@@ -32,7 +38,7 @@ def prepared(name: str, data_dir: str | None) -> Any:
     if file_adapters.FileFormat.ARRAY_RECORD not in found:
         formats = ", ".join(sorted(each.value for each in found))
         raise InputError(
-            f"data.name={name!r} is prepared as {formats} in {builder.data_dir}, which cannot be read in any order; "
+            f"data.name={name!r} is prepared as {formats} in {builder.data_dir}, which has no random access; "
             f"prepare it as array_record elsewhere: {_command(name, 'ANOTHER_DIR')}"
         )
     return builder
@@ -40,7 +46,8 @@ def prepared(name: str, data_dir: str | None) -> Any:
 
 def _not_prepared(builder: Any, name: str, data_dir: str | None) -> str:
     if data_dir and not os.path.isdir(os.path.expanduser(data_dir)):
-        return f"data.data_dir={data_dir!r} does not exist; give where {name!r} is, or: {_command(name, data_dir)}"
+        fix = f"give where {name!r} lies, or run: {_command(name, data_dir)}"
+        return f"data.data_dir={data_dir!r} does not exist; {fix}"
     root = data_dir or os.fspath(builder.data_dir_root)
     return f"data.name={name!r} is not prepared in data.data_dir={root!r}; run: {_command(name, root)}"
 
@@ -63,14 +70,14 @@ def find(name: str, data_dir: str | None) -> Any:
             return tfds.builder(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
             known = [*BUILDERS, *tfds.list_builders(with_community_datasets=False)]
-            close = difflib.get_close_matches(base, known, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(base, known, n=1, cutoff=0.6)
             hint = (
                 f"did you mean {close[0]!r}?"
                 if close
                 else "give a TFDS name, python_source, digits or text:GLOB"
             )
             raise InputError(f"data.name={name!r} is unknown; {hint}") from error
-        except (ValueError, AssertionError, ImportError) as error:
+        except Exception as error:  # the dataset's own code runs here, and may do anything
             raise InputError(f"data.name={name!r} cannot be opened: {one_line(error)}") from error
 
 
@@ -94,22 +101,56 @@ def prepare(name: str, data_dir: str | None = None) -> str:
             if not builder.is_prepared():
                 builder.download_and_prepare(file_format="array_record", download_config=config)
     except ImportError as error:
-        fix = f"pip install {error.name}, here or on any machine, and copy its data_dir"
-        raise InputError(f"preparing {name!r} needs the package {error.name}: {fix}") from error
+        fix = f"run pip install {error.name}, or prepare it on another machine and copy its data_dir"
+        raise InputError(f"preparing {name!r} needs the package {error.name}; {fix}") from error
     except (requests.RequestException, tfds.download.DownloadError, ConnectionError) as error:
         raise InputError(f"{name!r} cannot be downloaded, check the network: {one_line(error)}") from error
     except (OSError, AssertionError, ValueError) as error:
         raise InputError(f"{name!r} cannot be prepared in {builder.data_dir}: {one_line(error)}") from error
+    if not find(name, data_dir).is_prepared():
+        raise InputError(f"{builder.data_dir} is there but incomplete; remove it and prepare {name!r} again")
     return os.fspath(builder.data_dir)
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock on `path` (made if need be) against other processes of this machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    """Holds a lock on `path` (made if need be) against other processes of this machine.
+
+    Raises:
+        InputError: a directory that cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (closed below; only the opening is guarded)
+    except OSError as error:
+        fix = "choose another by data.data_dir (datasets) or $BIGMODEL_CACHE (token files)"
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}); {fix}") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)  # freed when the file is closed, even by a kill
         yield
+
+
+def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], object]) -> None:
+    """`path` appears whole or not at all.
+
+    Raises:
+        InputError: no room, or a directory that cannot be written.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        fix = "make room, set $BIGMODEL_CACHE or set data.cache=false"
+        raise InputError(f"{path} cannot be written ({error.strerror}); {fix}") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.remove(temporary)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,334 @@
+"""The training loop: plan, restore, step, log one step late, evaluate, save.
+
+Exit codes (`Result.exit_code`, and what scripts/train.py exits with):
+    0   done: `steps` steps are trained and saved
+    2   bad input (InputError); nothing was overwritten
+    3   the loss or the gradient is not finite (NotFinite); the last good checkpoint stays the newest
+    75  SIGTERM: the step was finished and saved; the same command resumes (EX_TEMPFAIL)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+from jax.experimental import multihost_utils
+
+from bigmodel import config as config_lib
+from bigmodel import data, evaluate, hardware, log, mesh, program, workdir
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.config import Config, InputError
+from bigmodel.data import Pipeline, Prefetch
+from bigmodel.ledger import Ledger
+from bigmodel.plan import estimate
+from bigmodel.program import Program, State
+
+DONE, BAD_INPUT, NOT_FINITE, PREEMPTED = 0, 2, 3, 75
+Resume = Literal["auto", "never", "must"]
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient became NaN or infinite. Nothing of that step was saved."""
+
+
+@dataclass
+class Result:
+    """What a run left behind."""
+
+    exit_code: int
+    step: int
+    metrics: dict[str, float]  # of the last evaluation, "eval/<split>/<metric>"
+    workdir: pathlib.Path
+    program: Program
+    state: State = field(repr=False)
+
+
+def run(config: Config, directory: str | os.PathLike[str], resume: Resume = "auto") -> Result:
+    """Trains `config` in `directory`, on every device of the job; goes on from the newest checkpoint there.
+
+    Every host of a multi-host job calls it alike.
+
+    Args:
+        resume: auto: when there is a checkpoint. must: fail when there is none. never: fail when there is one.
+
+    Raises:
+        InputError: the config, the data, the devices and the directory do not fit together.
+        NotFinite: training diverged.
+    """
+    ledger = Ledger()
+    log.show_logging()
+    mesh.join_cluster()
+    with contextlib.ExitStack() as stack:
+        first = jax.process_index() == 0
+        path = stack.enter_context(workdir.claim(directory)) if first else pathlib.Path(directory)
+        with ledger.timing("start"):
+            the_mesh = mesh.make_mesh(config)
+            _check_resume(path, resume)
+            rows = mesh.host_rows(the_mesh, config.batch_size)
+            train_data = data.make_pipeline(config, "train", path, **rows)
+            eval_data = data.make_pipeline(config, "eval", path, **rows)
+            the_program = _build(config, the_mesh)
+        run = _Run(the_program, path, train_data, eval_data, ledger)
+        return run.train(stack)
+
+
+def _build(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
+    """The Program; a budget is first turned into steps, which the learning rate's schedule needs."""
+    spec = data.batch_spec(config)
+    built = program.build(config, the_mesh, spec)
+    if not config.budget:
+        return built
+    config = config.replace(steps=estimate.steps_for_budget(built))
+    log.say(f"budget    {estimate.quantity(config.budget)}FLOP buys {config.steps:,} steps")
+    return program.build(config, the_mesh, spec)
+
+
+def _check_resume(path: pathlib.Path, resume: Resume) -> None:
+    there = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
+    if resume == "never" and (there or (path / "config.json").exists()):
+        raise InputError(f"--resume=never, but --workdir={path} holds a run; choose a new --workdir")
+    if resume == "must" and not there:
+        raise InputError(f"--resume=must, but --workdir={path} holds no checkpoint; check it, or use --resume=auto")
+
+
+@dataclass
+class _Run:
+    """One run's parts, and the loop over them."""
+
+    program: Program
+    path: pathlib.Path
+    train_data: Pipeline
+    eval_data: Pipeline
+    ledger: Ledger
+
+    def train(self, stack: contextlib.ExitStack) -> Result:
+        config, first = self.program.config, jax.process_index() == 0
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                self.path / "checkpoints", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save
+            )
+        )
+        start = checkpoints.latest() or 0
+        self._compare_with_last(checkpoints, start)
+        with self.ledger.timing("compile"):
+            compiled = self.program.compile()
+        with self.ledger.timing("restore"):
+            state = self._initial_state(checkpoints)
+        start = int(state["step"])
+        left = max(config.steps - start, 0)
+        receipt = estimate.receipt(self.program, compiled, left)
+        log.say("\n".join(estimate.table(receipt)))
+        if first:
+            workdir.write_config(self.path, config)
+            workdir.write_json(self.path / "plan.json", receipt)
+        if not left:
+            log.say(f"done: {self.path} is at step {start:,} of {config.steps:,}; raise steps to go on")
+            return Result(DONE, start, {}, self.path, self.program, state)
+        if start:
+            log.say(f"resuming from step {start:,}")
+        writer = stack.enter_context(
+            log.Writer(self.path, first_step=start, tensorboard=config.log.tensorboard)
+        )
+        loop = _Loop(self, compiled, state, checkpoints, writer, receipt)
+        try:
+            return loop.run(start)
+        finally:
+            if first:
+                workdir.write_json(self.path / "ledger.json", self.ledger.report(receipt["model_flops_per_step"]))
+
+    def _compare_with_last(self, checkpoints: Checkpoints, start: int) -> None:
+        """Refuses other data than the checkpoint's; tells which other settings changed."""
+        if not start:
+            return
+        if (self.path / "config.json").exists():
+            old = workdir.read_config(self.path)
+            for key, (was, now) in config_lib.difference(old, self.program.config).items():
+                log.say(f"config    {key}: was {was}, now {now}")
+        was, now = checkpoints.meta(start)["pipeline"], self.train_data.fingerprint()
+        for key in sorted(was.keys() | now.keys()):
+            if was.get(key) != now.get(key):
+                raise InputError(
+                    f"--workdir={self.path} was trained on other data: {key} was {was.get(key)}, now {now.get(key)}; "
+                    "use the same data, seed and batch_size, or a new --workdir"
+                )
+
+    def _initial_state(self, checkpoints: Checkpoints) -> State:
+        if checkpoints.latest() is None:
+            return self.program.init(jax.random.key(self.program.config.seed))
+        state, _, _ = checkpoints.restore(self.program.state_spec)
+        return state
+
+
+class _Loop:
+    """The steps of one run. Metrics are read one step late, so that the device never waits for the host."""
+
+    def __init__(
+        self,
+        run: _Run,
+        compiled: Callable[..., Any],
+        state: State,
+        checkpoints: Checkpoints,
+        writer: log.Writer,
+        receipt: estimate.Receipt,
+    ) -> None:
+        self.run_, self.compiled, self.state = run, compiled, state
+        self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
+        self.config, self.ledger = run.program.config, run.ledger
+        self.pending: tuple[int, Any] | None = None
+        self.window = _Window()
+        self.eval_metrics: dict[str, float] = {}
+
+    def run(self, start: int) -> Result:
+        steps, run = self.config.steps, self.run_
+        prefetch = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch)
+        with _sigterm() as stop_asked, log.Progress() as self.progress, prefetch as batches:
+            self.window.reset()
+            for index, batch, wait_s in batches:
+                step = index + 1
+                self._step(step, batch, wait_s)
+                stopping = stop_asked(step)
+                last = step >= steps or stopping
+                if last or step % self.config.eval.every_steps == 0 or step % self.config.checkpoint.every_steps == 0:
+                    self._pause(step, stopping)
+                if last:
+                    break
+            self.checkpoints.wait()
+        self._finish(step)
+        code = PREEMPTED if stopping and step < steps else DONE
+        return Result(code, step, self.eval_metrics, run.path, run.program, self.state)
+
+    def _step(self, step: int, batch: Any, wait_s: float) -> None:
+        began = time.perf_counter()
+        self.state, metrics = self.compiled(self.state, batch)
+        self._read_pending()
+        self.pending = (step, metrics)
+        self.window.add(wait_s)
+        self.ledger.steps += 1
+        self.ledger.seconds["input"] += wait_s
+        self.ledger.seconds["step"] += time.perf_counter() - began
+
+    def _read_pending(self) -> None:
+        """Waits for the step before; stops the run if it diverged; logs it if it is its turn."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.pending = None
+        skipped = values.get("skipped", 0.0) > 0  # float16: an overflow that the loss scale absorbs
+        if not math.isfinite(values["loss"]) or not (skipped or math.isfinite(values["grad_norm"])):
+            self.writer.write(step, {"train/loss": values["loss"], "train/grad_norm": values["grad_norm"]})
+            kept = self.checkpoints.latest()
+            raise NotFinite(
+                f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}. The newest checkpoint is "
+                f"{'none' if kept is None else f'step {kept}'}; lower optim.lr, raise optim.warmup_steps, "
+                "or set optim.clip_norm"
+            )
+        if step % self.config.log.every_steps == 0 or step >= self.config.steps:
+            self._log(step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        step_s, wait_s = self.window.means()
+        perf = {"step_time_s": step_s, "input_wait_s": wait_s}
+        whole_s = step_s + wait_s
+        unit = "tokens" if "tokens" in self.run_.program.batch_spec else "examples"
+        per_s = self.receipt["tokens_per_step"] / whole_s
+        perf[f"{unit}_per_s"] = per_s
+        peak = hardware.peak_flops(self.run_.program.mesh.devices.flat[0], self.config.compute_dtype)
+        mfu = ""
+        if peak is not None:
+            perf["mfu"] = self.receipt["model_flops_per_step"] / whole_s / (peak * self.run_.program.mesh.size)
+            mfu = f"  MFU {perf['mfu']:.1%}"
+        train = {f"train/{name}": value for name, value in values.items()}
+        self.writer.write(step, train | {f"perf/{name}": value for name, value in perf.items()})
+        eta = estimate.duration((self.config.steps - step) * whole_s)
+        waiting = f"  input {wait_s / whole_s:.0%}" if wait_s > 0.05 * whole_s else ""
+        self.progress.show(
+            f"step {step:,}/{self.config.steps:,}  loss {values['loss']:.4f}  "
+            f"{estimate.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
+        )
+        self.window.reset()
+
+    def _pause(self, step: int, stopping: bool) -> None:
+        """Saves and evaluates; the metrics of the step are read first, so that no diverged state is saved."""
+        began = time.perf_counter()
+        self._read_pending()
+        self.ledger.seconds["step"] += time.perf_counter() - began
+        last = step >= self.config.steps or stopping
+        if last or step % self.config.checkpoint.every_steps == 0:
+            with self.ledger.timing("checkpoint"):
+                self.checkpoints.save(step, self.state, {"pipeline": self.run_.train_data.fingerprint()})
+        if not stopping and (last or step % self.config.eval.every_steps == 0):
+            with self.ledger.timing("eval"):
+                self._evaluate(step)
+        self.window.reset()
+
+    def _evaluate(self, step: int) -> None:
+        values = evaluate.run(self.run_.program, self.state, self.run_.eval_data)
+        split = self.config.data.eval_split
+        self.eval_metrics = {f"eval/{split}/{name}": value for name, value in values.items()}
+        self.writer.write(step, self.eval_metrics)
+        log.say(f"eval      step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+    def _finish(self, step: int) -> None:
+        """Says what was spent beside what was planned, and draws the curve."""
+        report = self.ledger.report(self.receipt["model_flops_per_step"])
+        low, high = self.receipt["step_s_range"]
+        log.say(
+            f"spent     {estimate.duration(report['total_s'])}, {report['goodput']:.0%} in training steps; "
+            f"a step took {report['step_s']:.3g} s (planned {self.receipt['step_s']:.3g}, {low:.3g} to {high:.3g})"
+        )
+        log.say(f"saved     step {step:,} in {self.run_.path}")
+        if jax.process_index() == 0:
+            log.plot_loss(self.run_.path)
+
+
+class _Window:
+    """Mean step and input time since the last line of the log; pauses do not count."""
+
+    def reset(self) -> None:
+        self.began, self.steps, self.wait_s = time.perf_counter(), 0, 0.0
+
+    __init__ = reset
+
+    def add(self, wait_s: float) -> None:
+        self.steps += 1
+        self.wait_s += wait_s
+
+    def means(self) -> tuple[float, float]:
+        """-> (seconds a step without input, seconds of waiting for input)."""
+        steps = max(self.steps, 1)
+        return max((time.perf_counter() - self.began - self.wait_s) / steps, 1e-9), self.wait_s / steps
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields `asked(step)`: whether SIGTERM came, and in a multi-host job, all hosts are to stop at this step.
+
+    A second SIGTERM ends the process at once.
+    """
+    if jax.process_count() > 1:  # JAX's coordination service has the signal, and agrees on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        came.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: came.is_set()
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield lambda step: came.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,85 @@
+"""GPT-2 and Llama shapes by name, from a toy to 175b.
+
+    python scripts/train.py --config=configs/gpt.py:size=toy --workdir=runs/toy
+
+`size` names a published shape: GPT-2 (Radford et al. 2019, table 2), GPT-3 (Brown et al. 2020, table 2.1),
+Llama (Touvron et al. 2023, table 2), Llama 2 70B (Touvron et al. 2023b), Llama 3 (Grattafiori et al. 2024, table 3).
+The corpus is the text of Python's standard library unless `--config.data.name` says otherwise.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from bigmodel import config as config_lib
+from bigmodel.config import InputError
+
+
+def _gpt(depth: int, width: int, heads: int, **more: object) -> dict[str, object]:
+    return {"depth": depth, "width": width, "heads": heads, **more}
+
+
+def _llama(depth: int, width: int, heads: int, mlp_width: int, **more: object) -> dict[str, object]:
+    shape = {
+        "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "tie_embeddings": False,
+        "vocab_size": 32_000, "norm_eps": 1e-5,
+    }  # fmt: skip
+    return {**shape, "depth": depth, "width": width, "heads": heads, "mlp_width": mlp_width, **more}
+
+
+_GPT2 = {"vocab_size": 50_257}
+_LLAMA3 = {"vocab_size": 128_256, "kv_heads": 8, "rope_theta": 500_000.0}
+
+SIZES: dict[str, dict[str, object]] = {
+    "toy": _gpt(4, 128, 4),
+    "small": _gpt(6, 384, 6),
+    "124m": _gpt(12, 768, 12, **_GPT2),
+    "350m": _gpt(24, 1024, 16, **_GPT2),
+    "774m": _gpt(36, 1280, 20, **_GPT2),
+    "1.5b": _gpt(48, 1600, 25, **_GPT2),
+    "2.7b": _gpt(32, 2560, 32, **_GPT2),
+    "6.7b": _gpt(32, 4096, 32, **_GPT2),
+    "13b": _gpt(40, 5120, 40, **_GPT2),
+    "175b": _gpt(96, 12288, 96, **_GPT2),
+    "llama-toy": _llama(4, 128, 4, 352, vocab_size=264, kv_heads=2),
+    "llama-7b": _llama(32, 4096, 32, 11008),
+    "llama-13b": _llama(40, 5120, 40, 13824),
+    "llama-33b": _llama(60, 6656, 52, 17920),
+    "llama-65b": _llama(80, 8192, 64, 22016),
+    "llama-70b": _llama(80, 8192, 64, 28672, kv_heads=8),
+    "llama3-8b": _llama(32, 4096, 32, 14336, **_LLAMA3),
+    "llama3-70b": _llama(80, 8192, 64, 28672, **_LLAMA3),
+    "llama3-405b": _llama(126, 16384, 128, 53248, **_LLAMA3),
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Arguments: `size` (a key of SIZES) and `seq_len`."""
+    args = config_lib.parse_arg(arg, size="toy", seq_len=256)
+    if args.size not in SIZES:
+        raise InputError(f"--config argument size={args.size!r} is unknown; choose one of {', '.join(SIZES)}")
+    large = args.size not in ("toy", "small", "llama-toy")
+    config = ml_collections.ConfigDict()
+    config.model = {"name": "gpt", **SIZES[args.size]}
+    config.task = {"name": "lm"}
+    config.data = {"name": "python_source"}
+    config.seq_len = args.seq_len
+    config.batch_size = 256 if large else 16
+    config.steps = 20_000 if large else 500
+    config.compute_dtype = "bfloat16" if large else "float32"
+    config.remat = "minimal" if large else "none"
+    config.optim = {
+        "name": "adamw",
+        "lr": 6e-4 if large else 2e-3,
+        "end_lr": 0.1,
+        "warmup_steps": 700 if large else 50,
+        "weight_decay": 0.1,
+    }
+    config.eval = {"every_steps": 1000 if large else 250, "batches": 50}
+    config.checkpoint = {"every_steps": 1000 if large else 250}
+    return config
+
+
+def sweep() -> list[dict[str, object]]:
+    """Learning rates around the default, for scripts that run one config many times."""
+    return [{"optim.lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
