@@ -1,22 +1,21 @@
 """Checkpoints: save without stopping the run, restore onto any mesh, and never restore damaged values.
 
-Orbax writes the arrays: the v0 `AsyncCheckpointer`, because its handlers take our own item (below) in
-the same commit and cost less than `CheckpointManager`, whose cached step list outlives a failed save.
-Measured on 10M float32 parameters in 100 arrays on two cores: without compression and without
-replica-parallel writes the loop is blocked 15-50 ms instead of 40-400, and a restore takes 0.2-0.3 s
-instead of 0.7-1.2, for 3 % more disk.
+Orbax writes the arrays: the v0 `AsyncCheckpointer`, because its handlers take our own item (below) into the
+same commit, and without `CheckpointManager`, whose step list is cached and outlives a failed save. Measured
+on 10M float32 parameters in 100 arrays, 8 CPU devices, two cores: uncompressed and without replica-parallel
+writes, `save` blocks 15-60 ms instead of 40-400 and a restore takes 0.2-0.5 s instead of 0.7-1.2.
 
-A step is `<directory>/<step>/` with three parts, complete only if `commit_success.txt` is there:
+A step is the directory `<directory>/<step>/`, and counts only once commit_success.txt is in it:
 
-    state/     one flat dict {path: array}, so every message can name the array
-    manifest/  process_<i>.json: meta, shapes, dtypes, and the SHA-256 of every shard process i wrote
+    state/              one flat dict {path: array}, so that every message can name the array
+    manifest/           process_<i>.json: meta, shapes, dtypes, the SHA-256 of each shard process i wrote
     commit_success.txt
 
-Orbax does not checksum array data (60 of 60 flipped bits came back silently wrong), hence the manifest.
-It is written by an Orbax handler, so that no step is committed without its digests. On a local disk a
-step is built under `<step>.orbax-checkpoint-tmp` and renamed once complete: stronger than
-AtomicityMode.COMMIT_FILE, which builds it in place, where the remains of a killed save cannot be told
-from a directory of the user's. We demand the marker too. (On gs:// Orbax uses COMMIT_FILE by itself.)
+Orbax does not checksum array data (60 of 60 flipped bits came back silently wrong), hence the manifest. An
+Orbax handler writes it, so no step is committed without its digests. On a local disk a step is built as
+`<step>.orbax-checkpoint-tmp` and renamed when complete. AtomicityMode.COMMIT_FILE would build it in place,
+where the remains of a killed save look like a directory of the user's and could not safely be removed.
+(On gs:// Orbax does that of itself; remains are then ignored, and stop a save of the same step.)
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ import logging
 import math
 import operator
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,27 +47,27 @@ from bigmodel.config import InputError
 log = logging.getLogger("bigmodel")
 
 MARKER = "commit_success.txt"
-TMP = ".orbax-checkpoint-tmp"  # suffix of a step that is being written, or deleted
-Box = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: where a shard lies in its array
-Manifest = dict[str, Any]
+TMP = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written or deleted
+Box = tuple[tuple[int, int], ...]  # (start, stop) along each dimension: where a shard lies in its array
+Manifest = dict[str, Any]  # {"processes": n, "meta": ..., "arrays": {path: {dtype, shape, shards: [[box, sha]]}}}
 
 
 class CorruptCheckpoint(InputError):
-    """A committed checkpoint is damaged: a file is missing, cut short, or does not match its digest."""
+    """A committed checkpoint is damaged: a file is missing, cut short, or not what its digest says."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process of a job makes one, and calls the same methods in step.
+    """The checkpoints of one run. Every process of a job makes one and calls the same methods in order.
 
-    A context manager: leaving it waits for the save under way. One writer per directory.
+    A context manager: leaving it waits for the save under way. One writing job per directory.
 
     Args:
-      directory: holds one directory per step; created unless read_only. Local, or gs://.
-      keep: how many of the newest steps stay on disk. One more may be there while a save is under way.
+      directory: holds one directory per step; made if missing. Local, or gs://.
+      keep: how many of the newest steps stay. One more is there from a commit until the next call.
       async_save: False makes `save` return only when the step is committed.
       read_only: writes, renames and removes nothing; for evaluation beside a running job.
 
-    Raises: InputError if keep < 1 or the directory cannot be used.
+    Raises: InputError if keep < 1 or the directory cannot be made.
     """
 
     def __init__(
@@ -79,26 +79,23 @@ class Checkpoints:
         read_only: bool = False,
     ) -> None:
         if keep < 1:
-            raise InputError(f"checkpoint.keep={keep}: at least one checkpoint must be kept")
+            raise InputError(f"checkpoint.keep={keep}: keep at least one checkpoint")
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
         self._keep, self._async, self._read_only = keep, async_save, read_only
         orbax_log = logging.getLogger("absl")
-        if orbax_log.level == logging.NOTSET:  # else it tells every step of a save at INFO
+        if orbax_log.level == logging.NOTSET:  # else it follows the root logger, 30 lines a save at INFO
             orbax_log.setLevel(logging.WARNING)
-        # Replica-parallel writes would slice every replicated array on the device, compiling each slice.
-        arrays = type_handlers.ArrayHandler(use_replica_parallel=False)
-        self._arrays = ocp.PyTreeCheckpointHandler(
-            use_compression=False,
-            type_handler_registry=type_handlers.create_type_handler_registry((jax.Array, arrays)),
-        )
-        self._writing: int | None = None
+        # Replica-parallel writes slice every replicated array on the device and compile each slice.
+        handler = type_handlers.ArrayHandler(use_replica_parallel=False)
+        registry = type_handlers.create_type_handler_registry((jax.Array, handler))
+        self._arrays = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
         self._orbax: ocp.AsyncCheckpointer | None = None
+        self._writing: int | None = None
         if not read_only:
             _on_first_process(self._prepare)
-            self._orbax = ocp.AsyncCheckpointer(
-                ocp.CompositeCheckpointHandler(state=self._arrays, manifest=_ManifestHandler())
-            )
+            items = ocp.CompositeCheckpointHandler(state=self._arrays, manifest=_ManifestHandler())
+            self._orbax = ocp.AsyncCheckpointer(items)
 
     def __enter__(self) -> Self:
         return self
@@ -111,32 +108,31 @@ class Checkpoints:
         except Exception as failure:
             if error is None:
                 raise
-            log.error("%s", failure)  # the error that is already on its way out matters more
+            log.error("%s", failure)  # the error already on its way out says more
 
     def steps(self) -> list[int]:
-        """The committed steps, oldest first. Anything else in the directory is ignored."""
+        """The committed steps, oldest first. Whatever else lies in the directory is ignored."""
         if not self.directory.is_dir():
             return []
-        names = [p.name for p in self.directory.iterdir() if p.name.isascii() and p.name.isdigit()]
-        found = [int(n) for n in names if n == str(int(n)) and (self.directory / n / MARKER).exists()]
-        return sorted(found)
+        names = [path.name for path in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
+        return sorted(int(name) for name in names if (self.directory / name / MARKER).exists())
 
     def latest(self) -> int | None:
         """The newest committed step, or None."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Saves a state. Returns once its arrays are on the host; they may then be donated.
+        """Saves a state. Returns once the arrays are on the host: then they may be donated.
 
-        A save under way is waited for first, so its error, if any, is raised here.
+        First waits for the save under way, so an error of that one is raised here.
 
         Args:
           step: newer than every committed step.
-          state: a pytree of jax.Array, of any sharding.
-          meta: JSON; the pipeline's fingerprint, the config's digest. Process 0's is stored.
+          state: pytree of jax.Array, of any shardings.
+          meta: JSON, such as the pipeline's fingerprint. Process 0's is stored.
 
-        Raises: InputError if the step is not newer, or its directory is taken; if a leaf is no jax.Array
-          or two leaves share a path; if meta is not JSON; if this or the last step could not be written.
+        Raises: InputError if the step is not newer or its directory is taken, a leaf is no jax.Array, two
+          leaves have one path, meta is not JSON, or this step or the one before could not be written.
         """
         step = operator.index(step)
         arrays, _ = _flatten(state)
@@ -149,13 +145,14 @@ class Checkpoints:
             raise InputError(f"checkpoint meta must be JSON: {error}") from error
         self.wait()
         orbax = self._require_free(step)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave({path: x for path, x in arrays.items() if x.size}),
-            manifest=_ManifestSave(step, arrays, meta),
-        )
-        self._writing = step
-        with self._reporting():
-            orbax.save(self.directory / str(step), args=args)
+        stored = {path: x for path, x in arrays.items() if x.size}  # Orbax refuses empty arrays
+        manifest = _ManifestSave(arrays, meta)
+        with self._reporting(step):
+            orbax.save(
+                self.directory / str(step),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(stored), manifest=manifest),
+            )
+            self._writing = step
         if not self._async:
             self.wait()
 
@@ -164,127 +161,123 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any], int]:
         """Restores a state into the shardings of its spec, whatever mesh it was saved from.
 
-        Every saved shard is compared with its SHA-256. A process checks what it holds; a region that no
-        single process holds (a mesh with other process boundaries) is gathered, one array at a time.
-        Without a step, a damaged one is logged, renamed to `<step>.corrupt-<time>` so that the run can
-        save that step again (not if read_only), and the one before it is tried.
+        Every saved shard is compared with its SHA-256 after it was read. Each process checks the shards
+        that its devices hold; an array with a shard that no process holds whole (the mesh now cuts it
+        between processes) is gathered to every host for the check, one array at a time.
+
+        Without a step, a damaged one is logged, renamed `<step>.corrupt-<time>` so that the run can save
+        that step anew (not if read_only), and the one before it is tried.
 
         Args:
           state_spec: pytree of jax.ShapeDtypeStruct with shardings.
-          step: None for the newest good one.
-          part: restore only this subtree ("params"), of which state_spec is then the spec.
+          step: None means the newest undamaged one.
+          part: the path of a subtree, such as "params", of which state_spec is then the spec.
 
         Returns: (state, meta, step).
 
-        Raises: InputError if there is no such step, or a path, shape or dtype differs from the spec, which
-          is found before any array is read; CorruptCheckpoint if the given step, or every step, is damaged.
+        Raises: InputError if there is no such step, or if a path, shape or dtype differs from the spec
+          (found before any array is read). CorruptCheckpoint if the step asked for, or every step, is damaged.
         """
         self.wait()
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise InputError(f"{self.directory}: no checkpoint of step {step}; there are {steps}")
+        steps = self.steps() if step is None else [self._require_step(step)]
+        problem = f"{self.directory}: no checkpoint to restore; check --workdir"
         if not steps:
-            raise InputError(f"{self.directory}: no checkpoint to restore; check --workdir")
-        problem = ""
-        for candidate in [step] if step is not None else reversed(steps):
+            raise InputError(problem)
+        for candidate in reversed(steps):
             try:
-                return (*self._restore(state_spec, candidate, part), candidate)
+                return (*self._restore(self.directory / str(candidate), state_spec, part), candidate)
             except CorruptCheckpoint as error:
-                problem = str(error)
                 if step is not None:
                     raise
+                problem = str(error)
                 log.warning("%s; trying the step before it", problem)
                 if not self._read_only:
-                    _on_first_process(lambda c=candidate: self._set_aside(c))
-        raise CorruptCheckpoint(f"{self.directory}: no good checkpoint is left; the last error: {problem}")
+                    aside = self.directory / f"{candidate}.corrupt-{time.time_ns()}"
+                    _on_first_process((self.directory / str(candidate)).rename, aside)
+        raise CorruptCheckpoint(f"{self.directory}: no good checkpoint is left; the last one: {problem}")
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was given to `save` with this step. Raises InputError, CorruptCheckpoint."""
-        if step not in (steps := self.steps()):
-            raise InputError(f"{self.directory}: no checkpoint of step {step}; there are {steps}")
-        return dict(_read_manifest(self.directory / str(step))["meta"])
+        """The meta saved with a step. Raises InputError if there is no such step, CorruptCheckpoint."""
+        return dict(_read_manifest(self.directory / str(self._require_step(step)))["meta"])
 
     def wait(self) -> None:
-        """Waits for the save under way, and removes old steps. Raises InputError if it failed."""
+        """Waits for the save under way, then removes steps beyond `keep`. Raises InputError if it failed."""
         if self._orbax is None or self._writing is None:
             return
-        with self._reporting():
+        step, self._writing = self._writing, None
+        with self._reporting(step):
             self._orbax.wait_until_finished()
-        self._writing = None
         _on_first_process(self._remove_old)
 
     def close(self) -> None:
-        """As `wait`; then ends Orbax's threads. May be called twice."""
+        """As `wait`, then ends Orbax's threads; `save` raises from here on. May be called twice."""
         try:
             self.wait()
         finally:
             if self._orbax is not None:
                 self._orbax.close()
-                self._orbax, self._read_only = None, True
+                self._orbax = None
 
-    def _restore(self, spec: Any, step: int, part: str) -> tuple[Any, dict[str, Any]]:
-        root = self.directory / str(step)
+    def _restore(self, root: epath.Path, spec: Any, part: str) -> tuple[Any, dict[str, Any]]:
         wanted, treedef = _flatten(spec, part)
-        manifest = problem = None
-        try:
+        with _together(root):
             manifest = _read_manifest(root)
-        except CorruptCheckpoint as error:
-            problem = str(error)
-        _raise_together(problem, root)
-        assert manifest is not None
-        _compare(wanted, manifest["arrays"], part, root)
-        stored = {path: x for path, x in wanted.items() if math.prod(x.shape)}  # Orbax saves no empty ones
-        args = {
-            path: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-            for path, x in stored.items()
-        }
-        arrays: dict[str, jax.Array] = {}
-        try:
-            request = ocp.args.PyTreeRestore(item=stored, restore_args=args, partial_restore=True)
-            # The handler, not the checkpointer: that has barriers, where one process's error hangs the rest.
-            arrays = self._arrays.restore(root / "state", args=request) if stored else {}
-        except Exception as error:
-            if isinstance(error, MemoryError) or any(w in str(error) for w in _NOT_DAMAGE):
-                raise
-            problem = f"checkpoint {root}: unreadable ({_first_line(error)})"
-        _raise_together(problem, root)
-        bad = _mismatches(arrays, wanted, manifest["arrays"])
-        problem = f"checkpoint {root}: damaged: {_some(bad)} (SHA-256 differs)" if bad else None
-        _raise_together(problem, root)
-        empty = {path: x for path, x in wanted.items() if path not in stored}
-        arrays |= {
-            path: jax.jit(lambda x=x: jax.numpy.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
-            for path, x in empty.items()
-        }
+            _compare(wanted, manifest["arrays"], part, root)
+            arrays = self._read(root, {path: x for path, x in wanted.items() if math.prod(x.shape)})
+        with _together(root):
+            if bad := _mismatches(arrays, manifest["arrays"]):
+                raise CorruptCheckpoint(f"checkpoint {root}: damaged: {_some(bad)} (SHA-256 differs)")
+        for path, x in wanted.items():
+            if path not in arrays:  # empty, so not stored
+                zeros = jax.jit(lambda x=x: jax.numpy.zeros(x.shape, x.dtype), out_shardings=x.sharding)
+                arrays[path] = zeros()
         return jax.tree.unflatten(treedef, [arrays[path] for path in wanted]), dict(manifest["meta"])
 
+    def _read(self, root: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+        args = {
+            path: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+            for path, x in wanted.items()
+        }
+        request = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
+        try:
+            # Through the handler: a checkpointer has barriers, where the error of one process hangs the rest.
+            return dict(self._arrays.restore(root / "state", args=request)) if wanted else {}
+        except Exception as error:
+            # Out of memory, or not allowed to read: falling back to an older step would hide it.
+            if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|PERMISSION_DENIED", str(error)):
+                raise
+            raise CorruptCheckpoint(f"checkpoint {root}: unreadable: {_one_line(error)}") from error
+
+    def _require_step(self, step: int) -> int:
+        if step not in (steps := self.steps()):
+            raise InputError(f"{self.directory}: no checkpoint of step {step}; there are {steps}")
+        return step
+
     def _require_free(self, step: int) -> ocp.AsyncCheckpointer:
-        """Raises InputError unless this step can be saved."""
-        if self._orbax is None:
-            raise InputError(f"{self.directory}: opened read-only, or closed; cannot save step {step}")
         path, latest = self.directory / str(step), self.latest()
+        if self._orbax is None:
+            raise InputError(f"{path}: cannot save, the checkpoints are read-only or closed")
         if step < 0 or (latest is not None and step <= latest):
-            raise InputError(
-                f"{path}: cannot save step {step}, step {latest} is there already; resume from it, or use"
-                " a new --workdir"
-            )
+            there = "" if latest is None else f", step {latest} is there already"
+            raise InputError(f"{path}: cannot save step {step}{there}; resume, or use a new --workdir")
         if path.exists():
             raise InputError(f"{path}: in the way of a checkpoint, and not a complete one; move it away")
         return self._orbax
 
     @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Turns whatever Orbax raises into one line that names the path, and frees the space."""
+    def _reporting(self, step: int) -> Iterator[None]:
+        """Turns what Orbax raises into one line that names the path, and frees the space."""
         try:
             yield
         except Exception as error:
-            path, self._writing = self.directory / str(self._writing), None
+            path = self.directory / str(step)
             if jax.process_index() == 0:
-                with suppress(OSError):  # TensorStore may still be writing; then the next start removes it
-                    _remove(path.parent / (path.name + TMP))
+                with suppress(OSError):  # TensorStore may still be writing; if so the next start removes it
+                    (self.directory / f"{step}{TMP}").rmtree(missing_ok=True)
+            full = re.search("No space left|RESOURCE_EXHAUSTED", str(error))
             raise InputError(
-                f"{path}: checkpoint not written: {_cause(error)}; free space or mend the path, then"
-                f" resume. Earlier checkpoints are valid: {self.steps()}"
+                f"{path}: checkpoint not written: {'the disk is full: ' if full else ''}{_one_line(error)};"
+                f" make room or mend the path, then resume. Steps {self.steps()} are still valid"
             ) from error
 
     def _prepare(self) -> None:
@@ -293,24 +286,20 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"{self.directory}: cannot hold checkpoints: {error}") from error
         for path in self.directory.iterdir():
-            if path.name.endswith(TMP) and path.is_dir():  # what a killed run left
-                _remove(path)
+            if path.name.endswith(TMP) and path.is_dir():  # left by a killed run
+                path.rmtree(missing_ok=True)
 
     def _remove_old(self) -> None:
         for step in self.steps()[: -self._keep]:
             path = self.directory / str(step)
-            (path / MARKER).unlink()  # first: a step that is half removed must not count
-            _remove(path.rename(self.directory / f"{step}{TMP}"))
-
-    def _set_aside(self, step: int) -> None:
-        path = self.directory / str(step)
-        path.rename(self.directory / f"{step}.corrupt-{time.time_ns()}")
+            (path / MARKER).unlink()  # first, so that a half-removed step cannot count
+            path.rename(self.directory / f"{step}{TMP}").rmtree()
 
 
 def digest(state: Any) -> str:
-    """SHA-256 (hex) of a whole state: its paths, shapes, dtypes and values. The same on any mesh.
+    """SHA-256 (hex) of a whole state: its paths, shapes, dtypes and values; the same on any mesh.
 
-    In a multi-process job every process must call it; arrays are gathered to each, one at a time.
+    In a multi-process job every process must call it; arrays are gathered to each host, one at a time.
     """
     whole = hashlib.sha256()
     for path, x in sorted(_flatten(state)[0].items()):
@@ -318,118 +307,103 @@ def digest(state: Any) -> str:
     return whole.hexdigest()
 
 
-# --- The manifest -----------------------------------------------------------------------------------
-
-
 class _ManifestHandler(ocp.AsyncCheckpointHandler):
-    """Writes this process's manifest. The arrays are hashed in the background, on several threads."""
+    """Writes this process's manifest. Arrays are hashed in the background, on several threads."""
 
     async def async_save(self, directory: epath.Path, args: _ManifestSave) -> list[ocp.future.Future]:
-        boxes = {
-            path: [(_box(s.index, x.shape), s.data) for s in x.addressable_shards if s.replica_id == 0]
+        shards = [
+            (path, _box(shard.index, x.shape), shard.data)
             for path, x in args.arrays.items()
-        }
-        shards = [(path, box, data) for path, found in boxes.items() for box, data in found]
+            for shard in x.addressable_shards
+            if shard.replica_id == 0
+        ]
         for _, _, data in shards:
             data.copy_to_host_async()
-        # Now, not in the background: the next train step may donate these buffers.
-        host = [np.asarray(data) for _, _, data in shards]
-        arrays = {
-            path: {"dtype": str(x.dtype), "shape": list(x.shape), "shards": []}
-            for path, x in args.arrays.items()
-        }
-        manifest = {"step": args.step, "processes": jax.process_count(), "meta": args.meta, "arrays": arrays}
+        host = [np.asarray(data) for _, _, data in shards]  # not later: the caller may donate the buffers
 
         async def write() -> None:
+            arrays: dict[str, Any] = {
+                path: {"dtype": str(x.dtype), "shape": x.shape, "shards": []} for path, x in args.arrays.items()
+            }
             for (path, box, _), sha in zip(shards, _each(_sha256, host), strict=True):
                 arrays[path]["shards"].append([box, sha])
-            body = json.dumps(manifest)
-            text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
-            (directory / f"process_{jax.process_index()}.json").write_text(text)
+            body = json.dumps({"processes": jax.process_count(), "meta": args.meta, "arrays": arrays})
+            path = directory / f"process_{jax.process_index()}.json"
+            path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
     def save(self, directory: epath.Path, args: _ManifestSave) -> None:
-        raise NotImplementedError("saved through AsyncCheckpointer only")
+        raise NotImplementedError("an AsyncCheckpointer calls async_save")
 
-    def restore(self, directory: epath.Path, args: Any = None) -> Manifest:
+    def restore(self, directory: epath.Path, args: _ManifestSave | None = None) -> Manifest:
         return _read_manifest(directory.parent)
 
 
 @ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)
 @dataclass
 class _ManifestSave(ocp.args.CheckpointArgs):
-    step: int
     arrays: dict[str, jax.Array]
     meta: dict[str, Any]
 
 
 def _read_manifest(root: epath.Path) -> Manifest:
-    """Joins the manifests of all processes. Raises CorruptCheckpoint naming the file."""
-    first: Manifest | None = None
-    index, count = 0, 1
-    while index < count:
-        path = root / "manifest" / f"process_{index}.json"
+    """Joins the manifests of all processes that saved. Raises CorruptCheckpoint naming the file."""
+    parts: list[Manifest] = []
+    while not parts or len(parts) < parts[0]["processes"]:
+        path = root / "manifest" / f"process_{len(parts)}.json"
         try:
             sha, _, body = path.read_text().partition("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise CorruptCheckpoint(f"checkpoint {root}: {path} is unreadable ({error})") from error
+            raise CorruptCheckpoint(f"checkpoint {root}: {path} is unreadable: {error}") from error
         if hashlib.sha256(body.encode()).hexdigest() != sha:
             raise CorruptCheckpoint(f"checkpoint {root}: {path} is damaged (SHA-256 differs)")
-        manifest = json.loads(body)
-        if first is None:
-            first, count = manifest, manifest["processes"]
-        else:
-            for name, array in manifest["arrays"].items():
-                first["arrays"][name]["shards"] += array["shards"]
-        index += 1
-    assert first is not None
-    return first
+        parts.append(json.loads(body))
+    for path, array in parts[0]["arrays"].items():
+        for other in parts[1:]:
+            array["shards"] += other["arrays"][path]["shards"]
+    return parts[0]
 
 
 def _compare(wanted: dict[str, Any], saved: dict[str, Any], part: str, root: epath.Path) -> None:
     """Raises InputError listing the first differences in path, shape and dtype."""
     inside = {path for path in saved if not part or path == part or path.startswith(part + "/")}
-    problems = [f"{path} is not in the checkpoint" for path in wanted if path not in inside]
+    problems = []
     for path, x in wanted.items():
-        if path in inside:
-            has = f"{saved[path]['dtype']}{saved[path]['shape']}"
-            if has != (wants := f"{x.dtype}{list(x.shape)}"):
-                problems.append(f"{path} is {has} in the checkpoint, {wants} in this run")
+        if path not in inside:
+            problems.append(f"{path} is not in the checkpoint")
+        elif (has := _kind(**saved[path])) != (wants := _kind(x.dtype, x.shape)):
+            problems.append(f"{path} is {has} in the checkpoint, {wants} in this run")
+        elif x.sharding is None:
+            raise InputError(f"{path}: its spec has no sharding; give it the one it is to arrive in")
     problems += [f"{path} is only in the checkpoint" for path in sorted(inside - set(wanted))]
     if problems:
         raise InputError(
-            f"checkpoint {root} does not match this run: {_some(problems)}. The config has changed: restore"
-            " the model and optimizer it was saved with, or use a new --workdir"
+            f"checkpoint {root} does not match this run: {_some(problems)}. Most likely the config changed:"
+            " restore with the model and optimizer it was saved with, or start in a new --workdir"
         )
 
 
-# --- Digests ----------------------------------------------------------------------------------------
+def _kind(dtype: Any, shape: Sequence[int], shards: Any = None) -> str:
+    return f"{dtype}{list(shape)}"
 
 
-def _sha256(x: np.ndarray) -> str:
-    sha = hashlib.sha256(f"{x.dtype}{list(x.shape)}\n".encode())
-    sha.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
-    return sha.hexdigest()
-
-
-def _mismatches(
-    arrays: dict[str, jax.Array], wanted: dict[str, Any], saved: dict[str, Any]
-) -> list[str]:
-    """Paths of the arrays that are not what was saved, as far as this process can tell."""
-    checks: list[tuple[str, jax.Array | np.ndarray, Box, str]] = []
+def _mismatches(arrays: dict[str, jax.Array], saved: dict[str, Any]) -> list[str]:
+    """The paths of the arrays that are not what was saved, as far as this process holds them."""
+    checks: list[tuple[str, dict[Box, Any], Box, str]] = []
     bad = []
     for path, x in arrays.items():
         shards = [(tuple((a, b) for a, b in box), sha) for box, sha in saved[path]["shards"]]
-        complete = sum(_size(box) for box, _ in shards) == x.size and shards
-        if (x.shape, x.dtype) != (wanted[path].shape, wanted[path].dtype) or not complete:
+        if sum(_size(box) for box, _ in shards) != x.size or _kind(x.dtype, x.shape) != _kind(**saved[path]):
             bad.append(path)
-            continue
-        split = any(not _held_by_one(x, box) for box, _ in shards)  # the same answer on every process
-        source = _gathered(x) if split else x
-        checks += [(path, source, box, sha) for box, sha in shards]
+        elif _some_box_is_cut(x, [box for box, _ in shards]):
+            whole = {tuple((0, n) for n in x.shape): _gathered(x)}
+            checks += [(path, whole, box, sha) for box, sha in shards]
+        else:
+            local = {_box(shard.index, x.shape): shard.data for shard in x.addressable_shards}
+            checks += [(path, local, box, sha) for box, sha in shards]
 
-    def differs(check: tuple[str, jax.Array | np.ndarray, Box, str]) -> bool:
+    def differs(check: tuple[str, dict[Box, Any], Box, str]) -> bool:
         region = _region(check[1], check[2])
         return region is not None and _sha256(region) != check[3]
 
@@ -437,36 +411,43 @@ def _mismatches(
     return list(dict.fromkeys(bad))
 
 
-def _region(x: jax.Array | np.ndarray, box: Box) -> np.ndarray | None:
-    """The values of x in box, put together from local shards; None if they are not all here."""
-    if isinstance(x, np.ndarray):
-        return x[tuple(slice(a, b) for a, b in box)]
-    shards = {_box(s.index, x.shape): s.data for s in x.addressable_shards}
-    if box in shards:
-        return np.asarray(shards[box])
-    out, filled = np.empty([b - a for a, b in box], x.dtype), 0
-    for other, data in shards.items():
-        both = _overlap(box, other)
-        if size := _size(both):
-            to = tuple(slice(a - p, b - p) for (a, b), (p, _) in zip(both, box, strict=True))
-            of = tuple(slice(a - p, b - p) for (a, b), (p, _) in zip(both, other, strict=True))
-            out[to] = np.asarray(data)[of]
-            filled += size
-    return out if filled == out.size else None
+def _region(local: dict[Box, Any], box: Box) -> np.ndarray | None:
+    """The values in a box, put together from disjoint local shards; None if they are not all here."""
+    if box in local:
+        return np.asarray(local[box])
+    both = {other: _overlap(box, other) for other in local}
+    if sum(map(_size, both.values())) != _size(box):
+        return None
+    out = np.empty([stop - start for start, stop in box], next(iter(local.values())).dtype)
+    for other, shared in both.items():
+        if _size(shared):
+            source = np.asarray(local[other])[_slices(shared, other)]
+            out[_slices(shared, box)] = source
+    return out
 
 
-def _held_by_one(x: jax.Array, box: Box) -> bool:
-    """Whether one process holds all of box. Knows every process's shards, not only the local ones."""
+def _some_box_is_cut(x: jax.Array, boxes: list[Box]) -> bool:
+    """Whether a box is held whole by no process. Knows all processes' shards, so all agree."""
     if x.is_fully_addressable:
-        return True
+        return False
     held: dict[int, set[Box]] = {}
     for device, index in x.sharding.devices_indices_map(x.shape).items():
         held.setdefault(device.process_index, set()).add(_box(index, x.shape))
-    return any(sum(_size(_overlap(box, b)) for b in boxes) == _size(box) for boxes in held.values())
+
+    def holds(parts: set[Box], box: Box) -> bool:
+        return box in parts or sum(_size(_overlap(box, part)) for part in parts) == _size(box)
+
+    return not all(any(holds(parts, box) for parts in held.values()) for box in boxes)
 
 
 def _gathered(x: jax.Array) -> np.ndarray:
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def _sha256(x: np.ndarray) -> str:
+    sha = hashlib.sha256(f"{_kind(x.dtype, x.shape)}\n".encode())
+    sha.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return sha.hexdigest()
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
@@ -477,21 +458,21 @@ def _overlap(a: Box, b: Box) -> Box:
     return tuple((max(p, r), max(min(q, s), p, r)) for (p, q), (r, s) in zip(a, b, strict=True))
 
 
+def _slices(box: Box, within: Box) -> tuple[slice, ...]:
+    return tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(box, within, strict=True))
+
+
 def _size(box: Box) -> int:
-    return math.prod(b - a for a, b in box)
+    return math.prod(stop - start for start, stop in box)
 
 
-def _each(function: Any, items: list[Any]) -> list[Any]:
-    """Maps on threads: hashlib lets go of the interpreter lock."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+def _each(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter lock
         return list(pool.map(function, items))
 
 
-# --- Paths, processes, messages ---------------------------------------------------------------------
-
-
 def _flatten(tree: Any, part: str = "") -> tuple[dict[str, Any], Any]:
-    """{path: leaf} and the treedef. The path is the keys joined by "/", the same for every container."""
+    """{path: leaf} and the treedef. A path is the keys joined by "/", whatever the containers are."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     flat: dict[str, Any] = {}
     for keys, leaf in leaves:
@@ -503,45 +484,36 @@ def _flatten(tree: Any, part: str = "") -> tuple[dict[str, Any], Any]:
     return flat, treedef
 
 
-def _on_first_process(action: Any) -> None:
+def _on_first_process(action: Callable[..., Any], *args: Any) -> None:
     """Runs action on process 0 while the others wait."""
     if jax.process_index() == 0:
-        action()
+        action(*args)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("bigmodel.checkpoint")
 
 
-def _raise_together(problem: str | None, root: epath.Path) -> None:
-    """Raises CorruptCheckpoint on every process if any has a problem, so that all fall back alike."""
-    if jax.process_count() > 1 and problem is None:
-        problem = f"checkpoint {root}: damaged, as another process found"
-        if not np.any(multihost_utils.process_allgather(np.array(False))):
-            return
-    elif jax.process_count() > 1:
-        multihost_utils.process_allgather(np.array(True))
+@contextmanager
+def _together(root: epath.Path) -> Iterator[None]:
+    """CorruptCheckpoint on one process becomes CorruptCheckpoint on all, so that all fall back alike."""
+    problem: CorruptCheckpoint | None = None
+    try:
+        yield
+    except CorruptCheckpoint as error:
+        problem = error
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(problem is not None)).any():
+        problem = problem or CorruptCheckpoint(f"checkpoint {root}: damaged, as another process found")
     if problem is not None:
-        raise CorruptCheckpoint(problem)
-
-
-def _remove(path: epath.Path) -> None:
-    if path.exists():
-        path.rmtree(missing_ok=True)
+        raise problem
 
 
 def _some(texts: list[str]) -> str:
     return "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
-# Words by which TensorStore and XLA report what is no damage: falling back would hide it.
-_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    text = text if len(text) < 200 else "... " + text[-190:]  # TensorStore puts the cause last
+def _one_line(error: BaseException) -> str:
+    """The innermost cause, without TensorStore's specs and driver stacks."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.split(r"\n| \[(?:tensorstore_spec|source)", str(error))[0]
+    text = re.sub(r'Error opening "\w+" driver: ', "", text)
     return f"{type(error).__name__}: {text}"
-
-
-def _cause(error: BaseException) -> str:
-    full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-    return f"the disk is full ({_first_line(error)})" if full else _first_line(error)

@@ -1,14 +1,44 @@
-"""Sampling from a language model: each token by a full forward pass over a window of `seq_len`."""
+"""A trained model at work: loading it from a workdir, and sampling text.
+
+Each token takes a full forward pass over a window of `seq_len`.
+"""
 
 from __future__ import annotations
 
+import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigmodel import data, mesh, program, workdir
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.config import Mesh
 from bigmodel.program import Program, State
+
+
+def load(directory: str | os.PathLike[str], step: int | None = None) -> tuple[Program, State]:
+    """The run in `directory` and what inference needs of its state: params (or ema) and rest.
+
+    Restores onto the devices at hand, whatever mesh trained it.
+
+    Args:
+        step: a checkpoint's step; None: the newest good one.
+
+    Raises:
+        InputError: no run or no checkpoint there.
+    """
+    path = pathlib.Path(directory)
+    config = workdir.read_config(path).replace(mesh=Mesh())
+    devices = jax.devices()[: np.gcd(len(jax.devices()), config.batch_size)]
+    built = program.build(config, mesh.make_mesh(config, devices), data.batch_spec(config))
+    part = "ema" if "ema" in built.state_spec else "params"
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        params, _, step = checkpoints.restore(built.state_spec[part], step, part=part)
+        rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
+    return built, {part: params, "params": params, "rest": rest}
 
 
 def sample(

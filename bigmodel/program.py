@@ -36,7 +36,7 @@ class Program:
     batch_spec: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[jax.Array], State]  # jitted straight into its sharding
     train_step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
-    eval_step: Any  # jitted (state, batch) -> Metrics
+    eval_step: Any  # jitted (state, batch) -> Metrics; of the state only params (or ema) and rest are read
 
     def compile(self) -> Any:
         """The train step, compiled: call it, or read its `cost_analysis`, `memory_analysis`, `as_text`."""
@@ -102,7 +102,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            on_mesh(eval_step), in_shardings=(state_sharding, batch_sharding), out_shardings=everywhere
+            on_mesh(eval_step), in_shardings=(None, batch_sharding), out_shardings=everywhere
         ),
     )
 

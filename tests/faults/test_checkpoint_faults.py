@@ -18,6 +18,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint, digest
 from bigmodel.config import InputError
 
+# When Orbax fails to read a damaged step it abandons the coroutines of its other reads; Python then warns.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited:RuntimeWarning"
+)
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # A stand-in for a run: step k's state is a pure function of k, so any process knows what k must hold.
