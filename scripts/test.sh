@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs the linters and the default test suite; arguments go to pytest.
+#   bash scripts/test.sh            under 8 minutes on 2 cores
+#   bash scripts/test.sh -m slow    likewise: -m fault, -m gpu
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+setup_venv test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"
