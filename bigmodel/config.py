@@ -8,26 +8,21 @@ no ConfigDict goes further than this file. Nothing here imports JAX, so bad inpu
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import json
-import math
 import pathlib
 import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ml_collections
 
+from bigmodel import typed
+from bigmodel.typed import InputError
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
-
-
-class InputError(ValueError):
-    """Bad input. The message is one line that names the key, file or record, and the fix; exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,6 @@ class CNN:
 
 
 Model = Transformer | CNN
-MODELS: dict[str, type[Transformer] | type[CNN]] = {"gpt": Transformer, "cnn": CNN}
 
 
 @dataclass(frozen=True)
@@ -207,9 +201,6 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
-# ------------------------------------------------------------------------------------------- reading
-
-
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     """`size=124m,seq_len=1024` -> ConfigDict over `defaults`, whose types the values take.
 
@@ -220,11 +211,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     for item in filter(None, (arg or "").split(",")):
         key, eq, text = item.partition("=")
         if key not in defaults:
-            raise InputError(f"--config argument {key!r} is unknown{_nearest(key, defaults)}")
+            raise InputError(f"--config argument {key!r} is unknown{typed.nearest(key, defaults)}")
         kind = type(defaults[key])
         if not eq and kind is not bool:
             raise InputError(f"--config argument {key!r} has no value; write {key}=VALUE")
-        out[key] = _parse(text if eq else "true", kind, f"--config argument {key!r}")
+        out[key] = typed.parse(text if eq else "true", kind, f"--config argument {key!r}")
     return ml_collections.ConfigDict(out)
 
 
@@ -253,7 +244,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     Raises:
         InputError: as `load`.
     """
-    config = _build(Config, tree, "")
+    config = typed.build(Config, tree, "")
     config = config.replace(model=config.model.resolve())
     _check(config)
     return config
@@ -308,96 +299,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
-    """Dataclass `cls` from `tree`; `prefix` is the dotted path for messages."""
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            raise InputError(f"config key {prefix + key!r} is unknown{_nearest(key, hints, prefix)}")
-    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in tree.items()})
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    if hint == Model:
-        hint = _model_class(value, key)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{key} is a group of keys, not a value; set one of them, e.g. {key}.name")
-        return _build(hint, value, key + ".")
-    if isinstance(value, str):
-        return _parse(value, hint, key)
-    return _typed(value, hint, key)
-
-
-def _model_class(value: Any, key: str) -> type:
-    name = value.get("name", "gpt") if isinstance(value, Mapping) else value
-    if name not in MODELS:
-        raise InputError(f"{key}.name={name!r} is unknown{_nearest(str(name), MODELS)}")
-    return MODELS[name]
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """Text -> a value of type `hint`; the error says what was expected."""
-    options = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        if text.lower() in ("none", "null"):
-            return None
-        return _parse(text, options[0], key)
-    if typing.get_origin(hint) is Literal:
-        if text not in options:
-            raise InputError(f"{key}={text!r} is unknown; choose one of {', '.join(map(str, options))}")
-        return text
-    if typing.get_origin(hint) is tuple:
-        return tuple(_parse(part, options[0], key) for part in text.strip("()[] ").split(",") if part.strip())
-    parsers: dict[Any, tuple[Callable[[str], Any], str]] = {
-        int: (int, "a whole number such as 1000"),
-        float: (float, "a number such as 3e-4"),
-        bool: (_parse_bool, "true or false"),
-        str: (str, "text"),
-    }
-    parse, expected = parsers.get(hint, (json.loads, 'JSON such as {"option": "value"}'))
-    try:
-        return _typed(parse(text), hint, key)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{key}={text!r} is not {expected}") from error
-
-
-def _parse_bool(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise ValueError(text)
-    return values[text.lower()]
-
-
-def _typed(value: Any, hint: Any, key: str) -> Any:
-    """A Python value, checked against `hint`; a whole number may stand for a float, nothing else may."""
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _typed(value, typing.get_args(hint)[0], key)
-    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(item, typing.get_args(hint)[0], key) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{key}={value} is not a finite number; give one such as 3e-4")
-    if typing.get_origin(hint) is Literal:
-        hint = str
-    kind = typing.get_origin(hint) or hint
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{key}={value!r} is {type(value).__name__}; it must be {kind.__name__.lower()}")
-    return value
-
-
-def _nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
-    names = list(known)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}"
-
-
-# ------------------------------------------------------------------------------------------ checking
-
-
 def _check(config: Config) -> None:
     """Raises InputError at the first value that cannot make a run."""
     for key, problem in _problems(config):
@@ -406,7 +307,11 @@ def _check(config: Config) -> None:
 
 def _problems(config: Config) -> Iterable[tuple[str, str]]:
     c = config
-    counts = {"batch_size": c.batch_size, "log.every_steps": c.log.every_steps, "checkpoint.keep": c.checkpoint.keep}
+    counts = {
+        "batch_size": c.batch_size,
+        "log.every_steps": c.log.every_steps,
+        "checkpoint.keep": c.checkpoint.keep,
+    }
     counts |= {"eval.every_steps": c.eval.every_steps, "checkpoint.every_steps": c.checkpoint.every_steps}
     counts |= {"data.prefetch": c.data.prefetch, "steps": c.steps}
     for key, value in counts.items():
@@ -456,4 +361,7 @@ def _mesh_problems(mesh: Mesh) -> Iterable[tuple[str, str]]:
         yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"
     for key in ("context", "expert", "pipe"):
         if sizes[key] != 1:
-            yield key, f"is {sizes[key]}, but no model here shards over it yet; set it to 1 and use data, fsdp or tensor"
+            yield (
+                key,
+                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use data, fsdp or tensor",
+            )

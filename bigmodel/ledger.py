@@ -1,4 +1,4 @@
-"""What a run really spent: seconds by bucket, steps, FLOPs. `goodput` is the share spent in training steps."""
+"""What a run really spent: seconds by bucket, steps, FLOPs. `goodput` is the share of training steps."""
 
 from __future__ import annotations
 

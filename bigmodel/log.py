@@ -31,7 +31,11 @@ def say(line: str) -> None:
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname.lower()}: {record.getMessage()}" if record.levelno > logging.INFO else record.getMessage())
+        say(
+            f"{record.levelname.lower()}: {record.getMessage()}"
+            if record.levelno > logging.INFO
+            else record.getMessage()
+        )
 
 
 def show_logging() -> None:
@@ -47,7 +51,7 @@ class Writer:
     """Writes metrics by step. A context manager; one for each run, in every process."""
 
     def __init__(self, workdir: pathlib.Path, *, first_step: int, tensorboard: bool):
-        """Lines of steps from `first_step` on, left by a run that went further than its last checkpoint, go."""
+        """Drops the lines past `first_step`: their run went further than the checkpoint it left."""
         self._file, self._tensorboard = None, None
         if jax.process_index() != 0:
             return
@@ -85,7 +89,7 @@ class Writer:
 
 
 class Progress:
-    """One line that says where the run is. On a terminal it stays in place; elsewhere every update is a line."""
+    """One line that says where the run is. On a terminal it stays in place; elsewhere each update is a line."""
 
     def __init__(self) -> None:
         self._live: Live | None = None

@@ -50,7 +50,7 @@ def join_cluster() -> None:
             count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
         except (KeyError, ValueError) as error:
             raise InputError(
-                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers"
+                "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole numbers too"
             ) from error
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
     elif max(int(env.get(key, 1)) for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) > 1 or _on_tpu_vm():
@@ -136,7 +136,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def host_rows(mesh: Mesh, batch_size: int) -> dict[str, int]:
     """Which slice of a batch this host must read: `process_index` of `process_count` equal slices.
 
-    Hosts that split only the model (tensor) read the same rows, so the count may be below the number of hosts.
+    Hosts that split only the model (tensor) read the same rows, so there may be fewer slices than hosts.
 
     Raises:
         InputError: the mesh's device order gives this host rows that are not one slice.
@@ -145,7 +145,9 @@ def host_rows(mesh: Mesh, batch_size: int) -> dict[str, int]:
     starts = sorted({(s[0].start or 0, batch_size if s[0].stop is None else s[0].stop) for s in spans if s})
     first, last = starts[0][0], starts[-1][1]
     if sum(stop - start for start, stop in starts) != last - first or first % (last - first):
-        raise InputError("mesh: a host's rows of the batch are not one slice; put the tensor axis inside a host")
+        raise InputError(
+            "mesh: a host's rows of the batch are not one slice; put the tensor axis inside a host"
+        )
     return {"process_index": first // (last - first), "process_count": batch_size // (last - first)}
 
 

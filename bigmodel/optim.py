@@ -91,7 +91,7 @@ def _direction(o: Optim) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
         )
-    # Muon (Jordan et al. 2024) for matrices, Adam for the rest; updates as large as AdamW's (Liu et al. 2025).
+    # Muon (Jordan et al. 2024) for matrices, Adam for the rest; steps as large as AdamW's (Liu et al. 2025).
     muon = optax.contrib.muon(
         1.0, beta=o.b1, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2, consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrices,

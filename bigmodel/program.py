@@ -36,7 +36,7 @@ class Program:
     batch_spec: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[jax.Array], State]  # jitted straight into its sharding
     train_step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
-    eval_step: Any  # jitted (state, batch) -> Metrics; of the state only params (or ema) and rest are read
+    eval_step: Any  # jitted (state, batch) -> Metrics; reads only params (or ema) and rest
 
     def compile(self) -> Any:
         """The train step, compiled: call it, or read its `cost_analysis`, `memory_analysis`, `as_text`."""
@@ -84,7 +84,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         return update(config, model, task, tx, pieces, state, batch)
 
     def eval_step(state: State, batch: Batch) -> Metrics:
-        params = state.get("ema", state["params"])
+        params = state["ema"] if "ema" in state else state["params"]
         outputs, _ = model.apply(params, state["rest"], batch, key=None, train=False)
         return task.terms(outputs, batch, False)
 
@@ -101,9 +101,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
             out_shardings=(state_sharding, everywhere),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(
-            on_mesh(eval_step), in_shardings=(None, batch_sharding), out_shardings=everywhere
-        ),
+        eval_step=jax.jit(on_mesh(eval_step), in_shardings=(None, batch_sharding), out_shardings=everywhere),
     )
 
 
@@ -118,8 +116,8 @@ def microbatches(config: Config, mesh: Mesh) -> int:
     if config.microbatches:
         if config.batch_size % (config.microbatches * ways):
             raise InputError(
-                f"microbatches={config.microbatches} does not divide the {config.batch_size // ways} examples "
-                f"that each of {ways} devices gets of batch_size={config.batch_size}"
+                f"microbatches={config.microbatches} does not divide batch_size={config.batch_size} over the "
+                f"{ways} pieces of mesh.data x mesh.fsdp; lower it to a divisor of {config.batch_size // ways}"
             )
         return config.microbatches
     if mesh.devices.flat[0].platform != "cpu":
@@ -225,6 +223,6 @@ def _unscale(grads: Any, scale: jax.Array | None) -> Any:
 
 
 def _placed(mesh: Mesh, path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A state leaf with its sharding; optimizer state and EMA follow the rule of the parameter they belong to."""
+    """A state leaf with its sharding; optimizer state and EMA follow the rule of their parameter."""
     sharding: NamedSharding = mesh_lib.param_sharding(mesh, mesh_lib.path_str(path), s.shape)
     return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)

@@ -58,7 +58,7 @@ def run(config: Config, directory: str | os.PathLike[str], resume: Resume = "aut
     Every host of a multi-host job calls it alike.
 
     Args:
-        resume: auto: when there is a checkpoint. must: fail when there is none. never: fail when there is one.
+        resume: auto: if there is a checkpoint. must: fail if there is none. never: fail if there is a run.
 
     Raises:
         InputError: the config, the data, the devices and the directory do not fit together.
@@ -97,7 +97,9 @@ def _check_resume(path: pathlib.Path, resume: Resume) -> None:
     if resume == "never" and (there or (path / "config.json").exists()):
         raise InputError(f"--resume=never, but --workdir={path} holds a run; choose a new --workdir")
     if resume == "must" and not there:
-        raise InputError(f"--resume=must, but --workdir={path} holds no checkpoint; check it, or use --resume=auto")
+        raise InputError(
+            f"--resume=must, but --workdir={path} holds no checkpoint; check it, or use --resume=auto"
+        )
 
 
 @dataclass
@@ -114,7 +116,9 @@ class _Run:
         config, first = self.program.config, jax.process_index() == 0
         checkpoints = stack.enter_context(
             Checkpoints(
-                self.path / "checkpoints", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save
+                self.path / "checkpoints",
+                keep=config.checkpoint.keep,
+                async_save=config.checkpoint.async_save,
             )
         )
         start = checkpoints.latest() or 0
@@ -143,7 +147,9 @@ class _Run:
             return loop.run(start)
         finally:
             if first:
-                workdir.write_json(self.path / "ledger.json", self.ledger.report(receipt["model_flops_per_step"]))
+                workdir.write_json(
+                    self.path / "ledger.json", self.ledger.report(receipt["model_flops_per_step"])
+                )
 
     def _compare_with_last(self, checkpoints: Checkpoints, start: int) -> None:
         """Refuses other data than the checkpoint's; tells which other settings changed."""
@@ -157,8 +163,8 @@ class _Run:
         for key in sorted(was.keys() | now.keys()):
             if was.get(key) != now.get(key):
                 raise InputError(
-                    f"--workdir={self.path} was trained on other data: {key} was {was.get(key)}, now {now.get(key)}; "
-                    "use the same data, seed and batch_size, or a new --workdir"
+                    f"--workdir={self.path} was trained on other data: {key} was {was.get(key)}, "
+                    f"now {now.get(key)}; use the same data, seed and batch_size, or a new --workdir"
                 )
 
     def _initial_state(self, checkpoints: Checkpoints) -> State:
@@ -197,7 +203,11 @@ class _Loop:
                 self._step(step, batch, wait_s)
                 stopping = stop_asked(step)
                 last = step >= steps or stopping
-                if last or step % self.config.eval.every_steps == 0 or step % self.config.checkpoint.every_steps == 0:
+                if (
+                    last
+                    or step % self.config.eval.every_steps == 0
+                    or step % self.config.checkpoint.every_steps == 0
+                ):
                     self._pause(step, stopping)
                 if last:
                     break
@@ -228,9 +238,9 @@ class _Loop:
             self.writer.write(step, {"train/loss": values["loss"], "train/grad_norm": values["grad_norm"]})
             kept = self.checkpoints.latest()
             raise NotFinite(
-                f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}. The newest checkpoint is "
-                f"{'none' if kept is None else f'step {kept}'}; lower optim.lr, raise optim.warmup_steps, "
-                "or set optim.clip_norm"
+                f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; the newest "
+                f"checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.lr, raise "
+                "optim.warmup_steps, or set optim.clip_norm"
             )
         if step % self.config.log.every_steps == 0 or step >= self.config.steps:
             self._log(step, values)
@@ -245,7 +255,9 @@ class _Loop:
         peak = hardware.peak_flops(self.run_.program.mesh.devices.flat[0], self.config.compute_dtype)
         mfu = ""
         if peak is not None:
-            perf["mfu"] = self.receipt["model_flops_per_step"] / whole_s / (peak * self.run_.program.mesh.size)
+            perf["mfu"] = (
+                self.receipt["model_flops_per_step"] / whole_s / (peak * self.run_.program.mesh.size)
+            )
             mfu = f"  MFU {perf['mfu']:.1%}"
         train = {f"train/{name}": value for name, value in values.items()}
         self.writer.write(step, train | {f"perf/{name}": value for name, value in perf.items()})
@@ -276,7 +288,9 @@ class _Loop:
         split = self.config.data.eval_split
         self.eval_metrics = {f"eval/{split}/{name}": value for name, value in values.items()}
         self.writer.write(step, self.eval_metrics)
-        log.say(f"eval      step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        log.say(
+            f"eval      step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        )
 
     def _finish(self, step: int) -> None:
         """Says what was spent beside what was planned, and draws the curve."""
@@ -284,7 +298,8 @@ class _Loop:
         low, high = self.receipt["step_s_range"]
         log.say(
             f"spent     {estimate.duration(report['total_s'])}, {report['goodput']:.0%} in training steps; "
-            f"a step took {report['step_s']:.3g} s (planned {self.receipt['step_s']:.3g}, {low:.3g} to {high:.3g})"
+            f"a step took {report['step_s']:.3g} s "
+            f"(planned {self.receipt['step_s']:.3g}, {low:.3g} to {high:.3g})"
         )
         log.say(f"saved     step {step:,} in {self.run_.path}")
         if jax.process_index() == 0:
@@ -311,7 +326,7 @@ class _Window:
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step)`: whether SIGTERM came, and in a multi-host job, all hosts are to stop at this step.
+    """Yields `asked(step)`: whether SIGTERM came and, in a multi-host job, all hosts stop at this step.
 
     A second SIGTERM ends the process at once.
     """

@@ -1,6 +1,6 @@
 """A run's directory: who may write in it, and the config it was started with.
 
-    config.json  plan.json  metrics.jsonl  tb/  loss.png  checkpoints/<step>/  tokenizer.json  ledger.json
+config.json  plan.json  metrics.jsonl  tb/  loss.png  checkpoints/<step>/  tokenizer.json  ledger.json
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "a+")  # noqa: SIM115 -- held as long as the run
     except OSError as error:
-        raise InputError(f"--workdir={workdir}: {error.strerror}; choose a directory you can write") from error
+        raise InputError(
+            f"--workdir={workdir}: {error.strerror}; choose a directory you can write"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,9 +58,13 @@ def read_config(workdir: pathlib.Path) -> Config:
     try:
         return config_lib.from_dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; give the --workdir of a run that scripts/train.py made") from error
+        raise InputError(
+            f"{path} does not exist; give the --workdir of a run that scripts/train.py made"
+        ) from error
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error}); restore it, or start over in a new --workdir") from error
+        raise InputError(
+            f"{path} is not JSON ({error}); restore it, or start over in a new --workdir"
+        ) from error
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:

@@ -16,7 +16,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         def error(self, message: str) -> None:  # type: ignore[override]
             raise InputError(f"{message}; see --help")
 
-    return Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_config(flags: argparse.ArgumentParser) -> None:
@@ -24,7 +26,9 @@ def add_config(flags: argparse.ArgumentParser) -> None:
     flags.epilog = "Any key of the config can be set: --config.optim.lr=3e-4 --config.mesh.fsdp=8"
 
 
-def parse(flags: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    flags: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """-> (flags, overrides such as "optim.lr=3e-4", taken from --config.KEY=VALUE or --config.KEY VALUE)."""
     args, rest = flags.parse_known_args(argv)
     overrides = []

@@ -1,6 +1,6 @@
 """Evaluates a trained model on its held-out split and prints the metrics as JSON.
 
-    python scripts/evaluate.py --workdir=runs/toy
+python scripts/evaluate.py --workdir=runs/toy
 """
 
 from __future__ import annotations

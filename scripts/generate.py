@@ -1,6 +1,6 @@
 """Continues a prompt with a trained language model.
 
-    python scripts/generate.py --workdir=runs/toy --prompt="def main(" --length=200
+python scripts/generate.py --workdir=runs/toy --prompt="def main(" --length=200
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def main() -> int:
 
     program, state = infer.load(args.workdir, args.step)
     if program.config.task.name != "lm":
-        raise InputError(f"--workdir={args.workdir} holds a {program.config.model.name}, not a language model")
+        raise InputError(
+            f"--workdir={args.workdir} holds a {program.config.model.name}, not a language model"
+        )
     tokenizer = data.get_tokenizer(program.config, pathlib.Path(args.workdir))
     prompt = np.concatenate([[tokenizer.separator], tokenizer.encode(args.prompt)])
     ids = infer.sample(

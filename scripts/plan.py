@@ -1,6 +1,6 @@
 """Prints what a run will cost on the devices at hand: parameters, FLOPs, memory, time. Trains nothing.
 
-    python scripts/plan.py --config=configs/gpt.py:size=124m,seq_len=1024 --json=plan.json
+python scripts/plan.py --config=configs/gpt.py:size=124m,seq_len=1024 --json=plan.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Trains a config, or goes on from the newest checkpoint in the workdir.
 
-    python scripts/train.py --config=configs/gpt.py:size=124m,seq_len=1024 --config.optim.lr=3e-4 --workdir=DIR
+    python scripts/train.py --config=configs/gpt.py:size=124m,seq_len=1024 --config.optim.lr=3e-4 \\
+        --workdir=DIR
 
 Exit codes: 0 done; 2 bad input; 3 the loss is not finite; 75 stopped by SIGTERM, run again to resume.
 """

@@ -42,7 +42,6 @@ class Pipeline:
         self,
         examples: Examples,
         finish: transforms.Transform,
-        check: Callable[[Mapping[str, np.ndarray]], None],
         *,
         facts: Mapping[str, Any],
         batch_size: int,
@@ -52,7 +51,7 @@ class Pipeline:
         process_count: int,
     ) -> None:
         """Use `make_pipeline`. `seed` None reads in order; `max_batches` None never ends."""
-        self._examples, self._finish, self._check, self._facts = examples, finish, check, dict(facts)
+        self._examples, self._finish, self._facts = examples, finish, dict(facts)
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
         self.num_examples = len(examples)
@@ -73,9 +72,7 @@ class Pipeline:
         """
         if not 0 <= step < self._len:
             raise IndexError(f"step {step} is not in 0..{self._len - 1}")
-        batch = self._examples.read(self.indices(step))
-        self._check(batch)
-        return transforms.pad_rows(self._finish(batch), self._rows)
+        return transforms.pad_rows(self._finish(self._examples.read(self.indices(step))), self._rows)
 
     def indices(self, step: int) -> np.ndarray:
         """(<= b,) the examples of this host's rows; fewer than b only in the last batch of an evaluation."""
@@ -124,7 +121,7 @@ def make_pipeline(
         raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
     name = config.data.split if split == "train" else config.data.eval_split
     parts = _text_parts if config.task.name == "lm" else _image_parts
-    examples, finish, check, facts = parts(config, name, workdir)
+    examples, finish, facts = parts(config, name, workdir)
     batches = None if split == "train" else _eval_batches(config, len(examples))
     if split == "train" and len(examples) < config.batch_size:
         lower = "batch_size or seq_len" if config.task.name == "lm" else "batch_size"
@@ -143,7 +140,6 @@ def make_pipeline(
     return Pipeline(
         examples,
         finish,
-        check,
         facts=facts,
         batch_size=config.batch_size,
         seed=seed,
@@ -170,7 +166,7 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype) in shapes.items()}
 
 
-Parts = tuple[Examples, transforms.Transform, Callable[[Mapping[str, np.ndarray]], None], dict[str, Any]]
+Parts = tuple[Examples, transforms.Transform, dict[str, Any]]
 
 
 def _text_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
@@ -185,17 +181,7 @@ def _text_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Par
     stream = text.token_stream(source, tokenizer, cache=config.data.cache)
     packed = text.Packed(stream, tokenizer, config.seq_len)
     facts = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
-
-    def check(batch: Mapping[str, np.ndarray]) -> None:
-        # Out-of-range ids do not fail on an accelerator: they clamp, or turn into NaN.
-        largest = max(batch["tokens"].max(initial=0), batch["targets"].max(initial=0))
-        if largest >= room:
-            raise InputError(
-                f"token id {largest} is not below model.vocab_size={room}: the tokens of "
-                f"data.tokenizer={config.data.tokenizer} in {text.cache_dir()} are damaged; remove them"
-            )
-
-    return packed, dict, check, facts
+    return packed, dict, facts
 
 
 def _image_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
@@ -206,18 +192,16 @@ def _image_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Pa
     _image_features(config, source.features)
     classes = getattr(config.model, "num_classes", sys.maxsize)
 
-    def check(batch: Mapping[str, np.ndarray]) -> None:
+    def finish(batch: Mapping[str, np.ndarray]) -> transforms.Batch:
         bad = (batch["label"] < 0) | (batch["label"] >= classes)
         if bad.any():
             raise InputError(
                 f"data.name={config.data.name!r} split {split!r} has label {batch['label'][bad][0]}, not "
                 f"one of 0..{classes - 1}; set model.num_classes, or choose a split with labels"
             )
-
-    def finish(batch: Mapping[str, np.ndarray]) -> transforms.Batch:
         return transforms.normalise({**batch, "label": batch["label"].astype(np.int32)})
 
-    return source, finish, check, {"source": source.fingerprint}
+    return source, finish, {"source": source.fingerprint}
 
 
 def _image_features(config: Config, features: Mapping[str, sources.Feature]) -> tuple[tuple[int, ...], int]:
@@ -311,7 +295,7 @@ class Prefetch:
         start = time.perf_counter()
         step, batch, error = self._ready.get()
         if error is not None:
-            self.close()
+            self._closed.set()  # no join: the thread is at its end, or another consumer closed
             raise error
         self._room.release()
         return Ready(step, batch, time.perf_counter() - start)

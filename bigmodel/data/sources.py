@@ -110,7 +110,8 @@ class TextFiles:
     def __init__(self, name: str, split: str) -> None:
         if split not in ("train", "test"):
             raise InputError(
-                f"split {split!r} of data.name={name!r} is unknown; set data.split or data.eval_split to train or test"
+                f"split {split!r} of data.name={name!r} is unknown; set data.split or data.eval_split "
+                "to train or test"
             )
         pattern = os.path.expanduser(name.removeprefix("text:"))
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))

@@ -68,9 +68,8 @@ class Bytes:
         return [np.frombuffer(text, np.uint8) for text in texts]
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        return _join(
-            (bytes([i]) if 0 <= i < 256 else _special(i, self.separator)) for i in np.asarray(ids).tolist()
-        )
+        numbers = np.asarray(ids).tolist()
+        return _join(bytes([i]) if 0 <= i < 256 else _special(i, self.separator) for i in numbers)
 
 
 class BPE:
@@ -123,11 +122,9 @@ class BPE:
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        known = range(self.vocab_size)
-        return _join(
-            self._bytes[i] if i in known and i != self.separator else _special(i, self.separator)
-            for i in np.asarray(ids).tolist()
-        )
+        known, separator, numbers = range(self.vocab_size), self.separator, np.asarray(ids).tolist()
+        plain = (self._bytes[i] if i in known and i != separator else None for i in numbers)
+        return _join(_special(i, separator) if b is None else b for i, b in zip(numbers, plain, strict=True))
 
     def save(self, path: pathlib.Path) -> None:
         """Writes JSON that `tokenizers.Tokenizer.from_file` reads too."""
@@ -246,7 +243,8 @@ def _chunks(source: Source) -> Iterator[list[bytes]]:
         if sum(map(len, chunk)) >= CHUNK_BYTES:
             yield chunk
             chunk = []
-    yield chunk
+    if chunk:
+        yield chunk
 
 
 def _texts(source: Source) -> Iterator[str]:
@@ -282,24 +280,28 @@ class Packed:
 
         `tokens`, `targets` int32; `segments` int32, which document of the window (1, 2, ...), 0 is padding;
         `positions` int32 within the segment; `target_bytes` uint8, bytes of text a target stands for.
+
+        Raises:
+            InputError: an id that the tokenizer does not have, from a damaged token file.
         """
         window = np.tile(self._last, (len(indices), 1))
         full = np.asarray(indices) < self._full
         if self._windows is not None:
             window[full] = self._windows[indices[full]]
+        if (largest := window.max(initial=0)) >= len(self._token_bytes):
+            # Unnoticed, it would clamp or turn into NaN on the device.
+            raise InputError(
+                f"token id {largest} is not one of data.tokenizer's {len(self._token_bytes)}: "
+                f"the token files in {cache_dir()} are damaged; remove them"
+            )
         tokens, targets = window[:, :-1].astype(np.int32), window[:, 1:].astype(np.int32)
         starts = tokens == self._separator
         segments = np.cumsum(starts, axis=1, dtype=np.int32) + ~starts[:, :1]
         offset = np.arange(self._seq_len, dtype=np.int32)
         positions = offset - np.maximum.accumulate(np.where(starts, offset, 0), axis=1)
         valid = full[:, None] | (offset < self._last_valid)
-        out = {
-            "tokens": tokens,
-            "targets": targets,
-            "segments": segments.astype(np.int32),
-            "positions": positions,
-        }
-        out["target_bytes"] = self._token_bytes[targets]
+        out = {"tokens": tokens, "targets": targets, "target_bytes": self._token_bytes[targets]}
+        out |= {"segments": segments.astype(np.int32), "positions": positions}
         return {key: np.where(valid, value, value.dtype.type(0)) for key, value in out.items()}
 
 

@@ -28,8 +28,8 @@ class Definition:
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest)."""
-        _, params, rest = nnx.split(self.construct(key), nnx.Param, ...)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        _, params, rest = _split(self.construct(key))
+        return params, rest
 
     def apply(
         self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
@@ -37,8 +37,8 @@ class Definition:
         """-> (the model's outputs, rest as this call left it). `key` feeds dropout; None: no dropout."""
         model = nnx.merge(self.graph, params, rest)
         outputs = model(batch, key=key, train=train)
-        _, _, rest = nnx.split(model, nnx.Param, ...)
-        return outputs, nnx.to_pure_dict(rest)
+        _, _, rest = _split(model)
+        return outputs, rest
 
 
 def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:
@@ -47,8 +47,14 @@ def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:
     def from_key(key: jax.Array) -> nnx.Module:
         return construct(nnx.Rngs(key))
 
-    graph, params, rest = nnx.split(jax.eval_shape(from_key, jax.random.key(0)), nnx.Param, ...)
-    return Definition(graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest), from_key)
+    graph, params, rest = _split(jax.eval_shape(from_key, jax.random.key(0)))
+    return Definition(graph, params, rest, from_key)
+
+
+def _split(model: nnx.Module) -> tuple[Any, Tree, Tree]:
+    states: Any = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = states
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
 def stack(construct: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel.config import CNN as CNNConfig

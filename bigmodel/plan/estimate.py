@@ -93,7 +93,10 @@ def _speed(device: Any, dtype: str, mesh: Any) -> tuple[float, str]:
     """FLOP/s of the whole mesh, and where the figure is from."""
     peak = hardware.peak_flops(device, dtype)
     if peak is not None:
-        return peak * mesh.size, f"peak of {device.device_kind} at {dtype}, {hardware.CHIPS[device.device_kind].source}"
+        return (
+            peak * mesh.size,
+            f"peak of {device.device_kind} at {dtype}, {hardware.CHIPS[device.device_kind].source}",
+        )
     hosts = max(len({d.process_index for d in mesh.devices.flat}), 1)
     devices = 1 if device.platform == "cpu" else mesh.size // hosts  # CPU devices share one host's cores
     return hardware.matmul_flops(dtype) * devices * hosts, f"a {dtype} matrix product, measured here"

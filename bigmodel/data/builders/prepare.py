@@ -12,7 +12,9 @@ import io
 import logging
 import os
 import pathlib
+import shlex
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -20,6 +22,8 @@ from bigmodel.config import InputError
 from bigmodel.data.builders import BUILDERS, builder_class
 
 log = logging.getLogger("bigmodel")
+
+LEFT_BEHIND_S = 24 * 3600  # a half-written file that nobody has touched for so long has no writer
 
 
 def prepared(name: str, data_dir: str | None) -> Any:
@@ -53,21 +57,28 @@ def _not_prepared(builder: Any, name: str, data_dir: str | None) -> str:
 
 
 def _command(name: str, data_dir: str) -> str:
-    return f"python scripts/prepare_data.py --name={name} --data_dir={data_dir}"
+    return f"python scripts/prepare_data.py --name={shlex.quote(name)} --data_dir={shlex.quote(data_dir)}"
 
 
 def find(name: str, data_dir: str | None) -> Any:
-    """A TFDS builder by name; nothing is read from disk but the dataset's description."""
+    """A TFDS builder by name; nothing is read from disk but the dataset's description.
+
+    Raises:
+        InputError: an unknown name, or a description that cannot be read.
+    """
     import tensorflow_datasets as tfds
 
     base = name.partition("/")[0].partition(":")[0]
+    if base in BUILDERS and base != name:
+        raise InputError(f"data.name={name!r}: {base!r} has one config and one version; write {base}")
+    root = os.path.expanduser(data_dir) if data_dir else None
     with _quiet():
-        if base in BUILDERS:
-            if base != name:
-                raise InputError(f"data.name={name!r}: {base!r} has one config and one version; write {base}")
-            return builder_class(base)(data_dir=data_dir)
         try:
-            return tfds.builder(name, data_dir=data_dir)
+            builder = (
+                builder_class(base)(data_dir=root) if base in BUILDERS else tfds.builder(name, data_dir=root)
+            )
+            _ = builder.info  # read now, where its errors are caught
+            return builder
         except tfds.core.DatasetNotFoundError as error:
             known = [*BUILDERS, *tfds.list_builders(with_community_datasets=False)]
             close = difflib.get_close_matches(base, known, n=1, cutoff=0.6)
@@ -78,7 +89,8 @@ def find(name: str, data_dir: str | None) -> Any:
             )
             raise InputError(f"data.name={name!r} is unknown; {hint}") from error
         except Exception as error:  # the dataset's own code runs here, and may do anything
-            raise InputError(f"data.name={name!r} cannot be opened: {one_line(error)}") from error
+            where = f" in data.data_dir={data_dir!r}" if data_dir else ""
+            raise InputError(f"data.name={name!r} cannot be opened{where}: {one_line(error)}") from error
 
 
 def prepare(name: str, data_dir: str | None = None) -> str:
@@ -97,7 +109,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     log.info("preparing %s in %s", name, builder.data_dir)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        with locked(pathlib.Path(builder.data_dir_root) / f".{builder.name}.lock"), _quiet(bundled):
+        with locked(pathlib.Path(builder.data_dir_root) / f".{builder.name}.lock"), _quiet(prints=bundled):
             if not builder.is_prepared():
                 builder.download_and_prepare(file_format="array_record", download_config=config)
     except ImportError as error:
@@ -139,6 +151,9 @@ def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], object]) -
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
+                left.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
             write(file)
@@ -154,20 +169,17 @@ def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], object]) -
 
 
 @contextlib.contextmanager
-def _quiet(quiet: bool = True) -> Iterator[None]:
-    """No progress bars, notes or absl warnings from TFDS about a dataset that takes a second to make."""
+def _quiet(*, prints: bool = False) -> Iterator[None]:
+    """No absl warnings from TFDS; with `prints`, no progress bars and notes either, about a second's work."""
     import absl.logging
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.utils import tqdm_utils
 
-    if not quiet:
-        yield
-        return
     verbosity, bars = absl.logging.get_verbosity(), tqdm_utils._active
     absl.logging.set_verbosity(absl.logging.ERROR)
-    tfds.display_progress_bar(enable=False)
+    tfds.display_progress_bar(enable=bars and not prints)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) if prints else contextlib.nullcontext():
             yield
     finally:
         absl.logging.set_verbosity(verbosity)

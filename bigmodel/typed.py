@@ -1,0 +1,115 @@
+"""Nested dicts and text -> frozen dataclasses, checked against their type hints; errors name key and fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line that names the key, file or record, and the fix; exit code 2."""
+
+
+def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    """Dataclass `cls` from a nested dict; text is parsed by the field's type.
+
+    A field typed as a union of dataclasses takes the one whose `name` the dict gives.
+
+    Args:
+        prefix: the dotted path before this level's keys, for messages.
+
+    Raises:
+        InputError: an unknown key (with the nearest known one), or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise InputError(f"config key {prefix + key!r} is unknown{nearest(key, hints, prefix)}")
+    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in tree.items()})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if isinstance(hint, types.UnionType) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        hint = _by_name(typing.get_args(hint), value, key)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{key} is a group of keys, not a value; set one of them, e.g. {key}.name")
+        return build(hint, value, key + ".")
+    if isinstance(value, str):
+        return parse(value, hint, key)
+    return _typed(value, hint, key)
+
+
+def _by_name(classes: tuple[Any, ...], value: Any, key: str) -> Any:
+    """The one of several dataclasses whose `name` the value gives; the first one's if it gives none."""
+    known = {cls.name: cls for cls in classes}
+    name = value.get("name", classes[0].name) if isinstance(value, Mapping) else value
+    if name not in known:
+        raise InputError(f"{key}.name={name!r} is unknown{nearest(str(name), known)}")
+    return known[name]
+
+
+def parse(text: str, hint: Any, key: str) -> Any:
+    """Text -> a value of type `hint`; the error says what was expected."""
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        if text.lower() in ("none", "null"):
+            return None
+        return parse(text, options[0], key)
+    if typing.get_origin(hint) is Literal:
+        if text not in options:
+            raise InputError(f"{key}={text!r} is unknown; choose one of {', '.join(map(str, options))}")
+        return text
+    if typing.get_origin(hint) is tuple:
+        return tuple(parse(part, options[0], key) for part in text.strip("()[] ").split(",") if part.strip())
+    parsers: dict[Any, tuple[Callable[[str], Any], str]] = {
+        int: (int, "a whole number such as 1000"),
+        float: (float, "a number such as 3e-4"),
+        bool: (_parse_bool, "true or false"),
+        str: (str, "text"),
+    }
+    read, expected = parsers.get(hint, (json.loads, 'JSON such as {"option": "value"}'))
+    try:
+        return _typed(read(text), hint, key)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{key}={text!r} is not {expected}") from error
+
+
+def _parse_bool(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """A Python value, checked against `hint`; a whole number may stand for a float, nothing else may."""
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _typed(value, typing.get_args(hint)[0], key)
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(item, typing.get_args(hint)[0], key) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={value} is not a finite number; give one such as 3e-4")
+    if typing.get_origin(hint) is Literal:
+        hint = str
+    kind = typing.get_origin(hint) or hint
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{key}={value!r} is {type(value).__name__}; it must be {kind.__name__.lower()}")
+    return value
+
+
+def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown key: the likeliest one meant, or all that are known."""
+    names = list(known)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}"

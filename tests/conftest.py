@@ -1,0 +1,233 @@
+"""What the tests share: eight CPU devices, strict dtype promotion, private caches, tiny configs and batches.
+
+Compiling is what takes the time. So XLA's backend runs without optimisation, and JAX's persistent cache (one
+directory a session, or $JAX_COMPILATION_CACHE_DIR) lets a program that several tests, or several processes,
+build be compiled once: measured on a tiny GPT, 2.5 s of CPU become 0.1 s, and the steps stay equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
+_SCRATCH = tempfile.TemporaryDirectory(prefix="bigmodel-tests-")
+
+
+def _prepare_environment() -> None:
+    """Before JAX is imported, and for the subprocesses too. What is set already (a GPU run) stays."""
+    given = os.environ.get("XLA_FLAGS", "")
+    flags = [given, *(f"--{name}={value}" for name, value in _FLAGS.items() if name not in given)]
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_SCRATCH.name}/jax")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ["BIGMODEL_CACHE"] = f"{_SCRATCH.name}/bigmodel"
+    os.environ["TFDS_DATA_DIR"] = f"{_SCRATCH.name}/tfds"
+
+
+_prepare_environment()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from bigmodel import config as config_lib  # noqa: E402
+from bigmodel import data, mesh, program  # noqa: E402
+from bigmodel.config import Config  # noqa: E402
+from bigmodel.program import Program, State  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+TINY: dict[str, dict[str, Any]] = {
+    "gpt": {
+        "model.depth": 2, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
+    },
+    "cnn": {"model.channels": (8, 16), "model.width": 16},
+}  # fmt: skip
+MESHES: list[dict[str, int]] = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"tensor": 4, "data": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 4, "fsdp": 2},
+]
+FEW = {"steps": 10, "batch_size": 8, "microbatches": 1, "optim.warmup_steps": 2}
+
+
+def pytest_unconfigure() -> None:
+    _SCRATCH.cleanup()
+
+
+# ------------------------------------------------------------------------------- configs and programs
+
+
+def mesh_keys(axes: Mapping[str, int]) -> dict[str, int]:
+    """Keywords for `tiny`: a mesh of these axes, and no more devices than they need."""
+    return {"mesh__data": 1} | {f"mesh__{axis}": size for axis, size in axes.items()}
+
+
+def tiny(family: str, **overrides: Any) -> Config:
+    """configs/<family>.py made tiny; `__` stands for the dot in a key: `optim__lr=0.1`."""
+    changes = {key.replace("__", "."): value for key, value in overrides.items()}
+    return config_lib.load(ROOT / "configs" / f"{family}.py", {**FEW, **TINY[family], **changes})
+
+
+def sized(size: str, **overrides: Any) -> Config:
+    """configs/gpt.py at a published size, for what needs no arrays."""
+    changes = {key.replace("__", "."): value for key, value in overrides.items()}
+    return config_lib.load(f"{ROOT}/configs/gpt.py:size={size}", changes)
+
+
+def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """As `data.batch_spec`, but images (8 x 8 here) need no dataset."""
+    if config.task.name == "lm":
+        return data.batch_spec(config)
+    n = config.batch_size
+    shapes = {"image": ((n, 8, 8, 1), np.float32), "label": ((n,), np.int32), "mask": ((n,), np.float32)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def build(config: Config) -> Program:
+    """The Program on as many of the eight devices as the mesh's sizes say (-1: one)."""
+    sizes = [max(size, 1) for size in config_lib.to_dict(config)["mesh"].values()]
+    devices = jax.devices()[: math.prod(sizes)]
+    return program.build(config, mesh.make_mesh(config, devices), batch_spec(config))
+
+
+@functools.cache
+def built(family: str, **overrides: Any) -> Program:
+    """`build(tiny(...))`, once a session: tests that ask for the same program share its compiled steps."""
+    return build(tiny(family, **overrides))
+
+
+def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tokens or images; text comes in documents of uneven length, the last of them padded."""
+    rng = np.random.default_rng(seed)
+    n, length = config.batch_size, config.seq_len
+    mask = np.ones(n, np.float32)
+    if config.task.name != "lm":
+        image = rng.normal(size=(n, 8, 8, 1)).astype(np.float32)
+        return {"image": image, "label": rng.integers(0, 10, n).astype(np.int32), "mask": mask}
+    ids = rng.integers(0, config.model.vocab_size, (n, length + 1)).astype(np.int32)
+    cut, end = rng.integers(1, length // 2, (n, 1)), rng.integers(length // 2 + 1, length + 1, (n, 1))
+    at = np.arange(length)
+    segments = np.where(at < cut, 1, np.where(at < end, 2, 0)).astype(np.int32)
+    positions = np.where(segments == 2, at - cut, np.where(segments == 1, at, 0)).astype(np.int32)
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "segments": segments, "positions": positions}
+    return {**batch, "target_bytes": np.ones((n, length), np.uint8), "mask": mask}
+
+
+def start(built: Program, seed: int = 0) -> State:
+    """The state at step 0. It is made on one device (compiled once) and then laid out on the mesh."""
+    config = built.config.replace(mesh=config_lib.Mesh())
+    state = jax.device_get(build(config).init(jax.random.key(seed)))
+    return jax.device_put(state, jax.tree.map(lambda s: s.sharding, built.state_spec))
+
+
+def steps(
+    built: Program, state: State, count: int, batches: list[dict[str, np.ndarray]] | None = None
+) -> tuple[State, dict[str, np.ndarray]]:
+    """Trains; -> (the state, {metric: its value at each step}). Without `batches`, a new one each step."""
+    rows = []
+    for index in range(count):
+        batch = batches[index % len(batches)] if batches else random_batch(built.config, index)
+        state, metrics = built.train_step(state, built.put(batch))
+        rows.append(jax.device_get(metrics))
+    return state, {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """{"blocks/mlp/up/kernel": leaf}."""
+    return {mesh.path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# --------------------------------------------------------------------------------------------- scripts
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def script_env(**env: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **env}
+
+
+def start_script(name: str, *args: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """scripts/<name> in a process group of its own, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(ROOT / "scripts" / name), *args],
+        cwd=ROOT, env=script_env(**(env or {})), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], limit_s: float = 120) -> tuple[int, str, str]:
+    """-> (exit code, stdout, stderr); past the limit the whole group is killed and the test fails."""
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{process.args} ran past {limit_s} s\n{out[-2000:]}\n{err[-2000:]}")
+    return process.returncode, out, err
+
+
+def run_script(name: str, *args: str, limit_s: float = 120, env: Mapping[str, str] | None = None) -> Ran:
+    began = time.perf_counter()
+    code, out, err = finish(start_script(name, *args, env=env), limit_s)
+    return Ran(code, out, err, time.perf_counter() - began)
+
+
+# -------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """`train.run` sends the package's log to the console; caplog needs it to propagate."""
+    logger = logging.getLogger("bigmodel")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`data.name` of a small corpus: 40 documents of words that repeat, so that a model can learn them."""
+    directory = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = np.array(["mesh", "shard", "token", "layer", "step", "scan", "tree", "loss", "key", "batch"])
+    for index in range(40):
+        text = "\n".join(" ".join(rng.choice(words, 8)) for _ in range(int(rng.integers(3, 12))))
+        (directory / f"{index:02}.txt").write_text(text + "\n")
+    return f"text:{directory}/*.txt"
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> str:
+    """A TFDS data directory that holds MNIST: $BIGMODEL_TEST_TFDS, or shared/tfds beside the repository."""
+    given = os.environ.get("BIGMODEL_TEST_TFDS")
+    places = [pathlib.Path(given)] if given else [parent / "shared" / "tfds" for parent in ROOT.parents]
+    found = next((place for place in places if (place / "mnist").is_dir()), None)
+    if found is None:
+        pytest.skip(f"no MNIST in {', '.join(map(str, places))}; set BIGMODEL_TEST_TFDS to a TFDS data_dir")
+    return str(found)

@@ -1,0 +1,180 @@
+"""Tokenizers are exact, and packing loses no token, repeats none and mixes no documents."""
+
+import numpy as np
+import pytest
+
+from bigmodel import config as configs
+from bigmodel.config import InputError
+from bigmodel.data import text
+
+DOCUMENTS = [
+    b"hello world\n",
+    "h\u00e9 \u4f60\u597d \U0001f600".encode(),
+    b"x",
+    b"a <|endoftext|> b",
+    b"0123456789" * 30,
+]
+STRINGS = [
+    "",
+    " ",
+    "a",
+    "\n\n\t  x",
+    "\x00\x01\x7f",
+    "\u200d\ufeff\u0301",
+    "\U0001f468\u200d\U0001f469 caf\u00e9 \u0928\u092e",
+    "<|endoftext|>",
+]
+
+
+class Memory:
+    """A source of documents that are in memory."""
+
+    def __init__(self, documents=DOCUMENTS, name="memory"):
+        self.documents = np.array(documents, object)
+        self.num_bytes = sum(map(len, documents))
+        self.fingerprint = f"{name} {hash(tuple(documents))}"
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.documents)
+
+    def read(self, indices):
+        self.reads += 1
+        return {"text": self.documents[indices]}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return text.BPE.train((d.decode() * 3 for d in DOCUMENTS), 300)
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request, bpe):
+    return text.Bytes() if request.param == "bytes" else bpe
+
+
+def test_round_trip_is_exact_for_any_unicode(tokenizer):
+    every_plane = "".join(chr(c) for c in range(0, 0x110000, 997) if not 0xD800 <= c < 0xE000)
+    for string in [*STRINGS, every_plane]:
+        ids = tokenizer.encode(string)
+        assert tokenizer.decode(ids) == string
+        assert tokenizer.token_bytes[ids].sum() == len(string.encode())
+        assert tokenizer.separator not in ids
+        np.testing.assert_array_equal(tokenizer.encode_all([string.encode()])[0], ids)
+
+
+def test_ids_that_are_no_text_decode_to_something(tokenizer):
+    assert tokenizer.decode([tokenizer.separator]) == "<|endoftext|>"
+    assert tokenizer.decode([tokenizer.vocab_size + 5]) == "\ufffd"
+    assert tokenizer.decode(text.Bytes().encode("\u4f60")[:2]) is not None
+    assert tokenizer.token_bytes[tokenizer.separator] == 0
+
+
+def test_a_lone_surrogate_is_an_input_error(tokenizer):
+    with pytest.raises(InputError, match="surrogate at character 1"):
+        tokenizer.encode("a\ud800")
+
+
+def test_bpe_saves_loads_and_trains_the_same(bpe, tmp_path):
+    bpe.save(tmp_path / "t.json")
+    again = text.BPE.load(tmp_path / "t.json")
+    assert again.fingerprint == bpe.fingerprint
+    np.testing.assert_array_equal(again.encode("hello"), bpe.encode("hello"))
+    assert text.BPE.train((d.decode() * 3 for d in DOCUMENTS), 300).fingerprint == bpe.fingerprint
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(InputError, match=r"bad\.json"):
+        text.BPE.load(tmp_path / "bad.json")
+
+
+def test_the_workdir_keeps_the_tokenizer(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat sat on the mat\n" * 200)
+    config = configs.from_dict({"data": {"name": f"text:{corpus}", "tokenizer": "bpe:270"}})
+    first = text.get_tokenizer(config, tmp_path)
+    corpus.write_text("quite another text, is it not\n" * 200)
+    assert text.get_tokenizer(config, tmp_path).fingerprint == first.fingerprint
+    smaller = configs.from_dict({"data": {"name": f"text:{corpus}", "tokenizer": "bpe:260"}})
+    with pytest.raises(InputError, match=r"data\.tokenizer.*tokenizer\.json"):
+        text.get_tokenizer(smaller, tmp_path)
+    with pytest.raises(InputError, match="too small"):
+        text.get_tokenizer(configs.from_dict({"data": {"tokenizer": "bpe:100"}}))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("seq_len", [2, 7, 64, 1000])
+def test_no_token_is_lost_and_none_is_a_target_twice(tokenizer, seq_len, cache):
+    stream = text.token_stream(Memory(), tokenizer, cache=cache)
+    packed = text.Packed(stream, tokenizer, seq_len)
+    batch = packed.read(np.arange(len(packed)))
+    real = batch["segments"] > 0
+    np.testing.assert_array_equal(batch["targets"][real], stream[1:])
+    np.testing.assert_array_equal(batch["tokens"][real], stream[:-1])
+    documents = _split(batch["targets"][real], tokenizer.separator)
+    assert [tokenizer.decode(d).encode() for d in documents] == DOCUMENTS
+    assert batch["target_bytes"].sum() == sum(map(len, DOCUMENTS))
+    assert not any(batch[key][~real].any() for key in batch)
+
+
+def _split(ids, separator):
+    ends = np.flatnonzero(ids == separator)
+    assert ends[-1] == len(ids) - 1
+    return [part[part != separator] for part in np.split(ids, ends + 1)[:-1]]
+
+
+def test_segments_and_positions_restart_with_each_document(tokenizer):
+    stream = text.token_stream(Memory(), tokenizer)
+    document = np.cumsum(stream == tokenizer.separator)
+    packed = text.Packed(stream, tokenizer, 16)
+    batch = packed.read(np.arange(len(packed)))
+    for row in range(len(packed)):
+        valid = batch["segments"][row] > 0
+        inside = document[row * 16 : row * 16 + 16][: valid.sum()]
+        segments, positions = batch["segments"][row][valid], batch["positions"][row][valid]
+        np.testing.assert_array_equal(segments, inside - inside[0] + 1)
+        for segment in np.unique(segments):
+            np.testing.assert_array_equal(
+                positions[segments == segment], np.arange((segments == segment).sum())
+            )
+
+
+def test_reading_is_by_row(bpe):
+    packed = text.Packed(text.token_stream(Memory(), bpe), bpe, 4)
+    every = packed.read(np.arange(len(packed)))
+    some = np.array([len(packed) - 1, 0, 2, 2])
+    for key, value in packed.read(some).items():
+        np.testing.assert_array_equal(value, every[key][some])
+        assert packed.read(np.array([], int))[key].shape == (0, 4)
+
+
+def test_the_stream_is_encoded_once_and_a_cut_file_again():
+    source, tokenizer = Memory(), text.Bytes()
+    first = np.array(text.token_stream(source, tokenizer))
+    reads = source.reads
+    text.token_stream(source, tokenizer)
+    assert source.reads == reads
+    (path,) = text.cache_dir().glob("tokens-*.bin")
+    path.write_bytes(path.read_bytes()[:-6])
+    np.testing.assert_array_equal(text.token_stream(source, tokenizer), first)
+    other = text.token_stream(Memory([b"other"], "other"), tokenizer)
+    assert len(other) == 7
+    assert not list(text.cache_dir().glob(".tokens-*"))  # nothing half-written stays
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(InputError, match="BIGMODEL_CACHE"):
+        text.token_stream(Memory(), text.Bytes())
+
+
+def test_long_corpora_are_encoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(text, "CHUNK_BYTES", 64)
+    documents = [bytes([65 + i % 26]) * (i % 50) for i in range(200)]
+    stream = text.token_stream(Memory(documents), text.Bytes())
+    expected = b"|".join([b"", *documents, b""])
+    assert bytes(np.where(stream == 256, ord("|"), stream).astype(np.uint8)) == expected
