@@ -329,21 +329,19 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     if not 0 <= c.task.label_smoothing < 1:
         yield "task.label_smoothing", f"is {c.task.label_smoothing}: choose 0 <= label_smoothing < 1"
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
-    yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim, c.steps))
+    yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
     if not re.fullmatch(r"bytes|bpe:\d+", c.data.tokenizer):
         yield "data.tokenizer", f"is {c.data.tokenizer!r}: choose bytes or bpe:VOCAB_SIZE, e.g. bpe:8192"
 
 
-def _optim_problems(optim: Optim, steps: int) -> Iterable[tuple[str, str]]:
+def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:
     for key in ("lr", "warmup_steps", "decay_steps", "end_lr", "weight_decay", "l1", "l2", "clip_norm"):
         if getattr(optim, key) < 0:
             yield key, f"is {getattr(optim, key)}: set it to 0 or more"
     for key in ("b1", "b2", "ema_decay"):
         if not 0 <= getattr(optim, key) < 1:
             yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
-    if optim.warmup_steps > steps:
-        yield "warmup_steps", f"is {optim.warmup_steps}, more than steps={steps}; lower it"
     for key in ("weight_decay_on", "penalty_on"):
         try:
             re.compile(getattr(optim, key))

@@ -1,0 +1,33 @@
+"""Every notebook runs from top to bottom, at tiny size."""
+
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# nbclient and zmq leave sockets and event loops to the garbage collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGMODEL_NOTEBOOK_STEPS", "12")
+    monkeypatch.setenv("BIGMODEL_NOTEBOOK_WORKDIR", str(tmp_path / "run"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    client.execute()
+    text = str([cell.get("outputs") for cell in notebook.cells])
+    assert "did you mean 'optim.lr'" in text
+    assert "parameters" in text
+    assert "image/png" in text
+    assert (tmp_path / "run" / "checkpoints" / "12").is_dir()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_without_outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
