@@ -29,8 +29,7 @@ import operator
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,13 +42,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import type_handlers
 
+from bigmodel import digests
 from bigmodel.config import InputError
 
 log = logging.getLogger("bigmodel")
 
 MARKER = "commit_success.txt"
 TMP = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written or deleted
-Box = tuple[tuple[int, int], ...]  # (start, stop) along each dimension: where a shard lies in its array
 Manifest = dict[str, Any]  # processes, meta, arrays: {path: {dtype, shape, shards: [[box, sha], ...]}}
 
 
@@ -136,7 +135,7 @@ class Checkpoints:
           leaves have one path, meta is not JSON, or this step or the one before could not be written.
         """
         step = operator.index(step)
-        arrays, _ = _flatten(state)
+        arrays, _ = digests.flatten(state)
         for path, x in arrays.items():
             if not isinstance(x, jax.Array):
                 raise InputError(f"{path}: cannot save a {type(x).__name__}; make it a jax.Array")
@@ -220,13 +219,13 @@ class Checkpoints:
                 self._orbax = None
 
     def _restore(self, root: epath.Path, spec: Any, part: str) -> tuple[Any, dict[str, Any]]:
-        wanted, treedef = _flatten(spec, part)
+        wanted, treedef = digests.flatten(spec, part)
         with _together(root):
             manifest = _read_manifest(root)
             _compare(wanted, manifest["arrays"], part, root)
             arrays = self._read(root, {path: x for path, x in wanted.items() if math.prod(x.shape)})
         with _together(root):
-            if bad := _mismatches(arrays, manifest["arrays"]):
+            if bad := digests.mismatches(arrays, manifest["arrays"]):
                 raise CorruptCheckpoint(f"checkpoint {root}: damaged: {_some(bad)} (SHA-256 differs)")
         for path, x in wanted.items():
             if path not in arrays:  # empty, so not stored
@@ -297,23 +296,12 @@ class Checkpoints:
             path.rename(self.directory / f"{step}{TMP}").rmtree()
 
 
-def digest(state: Any) -> str:
-    """SHA-256 (hex) of a whole state: its paths, shapes, dtypes and values; the same on any mesh.
-
-    In a multi-process job every process must call it; arrays are gathered to each host, one at a time.
-    """
-    whole = hashlib.sha256()
-    for path, x in sorted(_flatten(state)[0].items()):
-        whole.update(f"{path}\n{_sha256(_gathered(x))}\n".encode())
-    return whole.hexdigest()
-
-
 class _ManifestHandler(ocp.AsyncCheckpointHandler):
     """Writes this process's manifest. Arrays are hashed in the background, on several threads."""
 
     async def async_save(self, directory: epath.Path, args: _ManifestSave) -> list[ocp.future.Future]:
         shards = [
-            (path, _box(shard.index, x.shape), shard.data)
+            (path, digests.box_of(shard.index, x.shape), shard.data)
             for path, x in args.arrays.items()
             for shard in x.addressable_shards
             if shard.replica_id == 0
@@ -326,7 +314,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
             arrays: dict[str, Any] = {}
             for path, x in args.arrays.items():
                 arrays[path] = {"dtype": str(x.dtype), "shape": x.shape, "shards": []}
-            for (path, box, _), sha in zip(shards, _each(_sha256, host), strict=True):
+            for (path, box, _), sha in zip(shards, digests.each(digests.sha256, host), strict=True):
                 arrays[path]["shards"].append([box, sha])
             body = json.dumps({"processes": jax.process_count(), "meta": args.meta, "arrays": arrays})
             path = directory / f"process_{jax.process_index()}.json"
@@ -335,7 +323,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
     def save(self, directory: epath.Path, args: _ManifestSave) -> None:
-        raise NotImplementedError("an AsyncCheckpointer calls async_save")
+        raise TypeError("an AsyncCheckpointer calls async_save")
 
     def restore(self, directory: epath.Path, args: _ManifestSave | None = None) -> Manifest:
         return _read_manifest(directory.parent)
@@ -373,7 +361,7 @@ def _compare(wanted: dict[str, Any], saved: dict[str, Any], part: str, root: epa
     for path, x in wanted.items():
         if path not in inside:
             problems.append(f"{path} is not in the checkpoint")
-        elif (has := _kind(**saved[path])) != (wants := _kind(x.dtype, x.shape)):
+        elif (has := digests.kind(**saved[path])) != (wants := digests.kind(x.dtype, x.shape)):
             problems.append(f"{path} is {has} in the checkpoint, {wants} in this run")
         elif x.sharding is None:
             raise InputError(f"{path}: its spec has no sharding; give it the one it is to arrive in")
@@ -383,107 +371,6 @@ def _compare(wanted: dict[str, Any], saved: dict[str, Any], part: str, root: epa
             f"checkpoint {root} does not match this run: {_some(problems)}. Most likely the config changed:"
             " restore with the model and optimizer it was saved with, or start in a new --workdir"
         )
-
-
-def _kind(dtype: Any, shape: Sequence[int], shards: Any = None) -> str:
-    return f"{dtype}{list(shape)}"
-
-
-def _mismatches(arrays: dict[str, jax.Array], saved: dict[str, Any]) -> list[str]:
-    """The paths of the arrays that are not what was saved, as far as this process holds them."""
-    checks: list[tuple[str, dict[Box, Any], Box, str]] = []
-    bad = []
-    for path, x in arrays.items():
-        shards = [(tuple((a, b) for a, b in box), sha) for box, sha in saved[path]["shards"]]
-        if sum(_size(box) for box, _ in shards) != x.size or _kind(x.dtype, x.shape) != _kind(**saved[path]):
-            bad.append(path)
-        elif _some_box_is_cut(x, [box for box, _ in shards]):
-            whole = {tuple((0, n) for n in x.shape): _gathered(x)}
-            checks += [(path, whole, box, sha) for box, sha in shards]
-        else:
-            local = {_box(shard.index, x.shape): shard.data for shard in x.addressable_shards}
-            checks += [(path, local, box, sha) for box, sha in shards]
-
-    def differs(check: tuple[str, dict[Box, Any], Box, str]) -> bool:
-        region = _region(check[1], check[2])
-        return region is not None and _sha256(region) != check[3]
-
-    bad += [check[0] for check, wrong in zip(checks, _each(differs, checks), strict=True) if wrong]
-    return list(dict.fromkeys(bad))
-
-
-def _region(local: dict[Box, Any], box: Box) -> np.ndarray | None:
-    """The values in a box, put together from disjoint local shards; None if they are not all here."""
-    if box in local:
-        return np.asarray(local[box])
-    both = {other: _overlap(box, other) for other in local}
-    if sum(map(_size, both.values())) != _size(box):
-        return None
-    out = np.empty([stop - start for start, stop in box], next(iter(local.values())).dtype)
-    for other, shared in both.items():
-        if _size(shared):
-            source = np.asarray(local[other])[_slices(shared, other)]
-            out[_slices(shared, box)] = source
-    return out
-
-
-def _some_box_is_cut(x: jax.Array, boxes: list[Box]) -> bool:
-    """Whether a box is held whole by no process. Knows all processes' shards, so all agree."""
-    if x.is_fully_addressable:
-        return False
-    held: dict[int, set[Box]] = {}
-    device: Any
-    for device, index in x.sharding.devices_indices_map(x.shape).items():
-        held.setdefault(device.process_index, set()).add(_box(index, x.shape))
-
-    def holds(parts: set[Box], box: Box) -> bool:
-        return box in parts or sum(_size(_overlap(box, part)) for part in parts) == _size(box)
-
-    return not all(any(holds(parts, box) for parts in held.values()) for box in boxes)
-
-
-def _gathered(x: jax.Array) -> np.ndarray:
-    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
-
-
-def _sha256(x: np.ndarray) -> str:
-    sha = hashlib.sha256(f"{_kind(x.dtype, x.shape)}\n".encode())
-    sha.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    return sha.hexdigest()
-
-
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-
-
-def _overlap(a: Box, b: Box) -> Box:
-    return tuple((max(p, r), max(min(q, s), p, r)) for (p, q), (r, s) in zip(a, b, strict=True))
-
-
-def _slices(box: Box, within: Box) -> tuple[slice, ...]:
-    return tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(box, within, strict=True))
-
-
-def _size(box: Box) -> int:
-    return math.prod(stop - start for start, stop in box)
-
-
-def _each(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter lock
-        return list(pool.map(function, items))
-
-
-def _flatten(tree: Any, part: str = "") -> tuple[dict[str, Any], Any]:
-    """{path: leaf} and the treedef. A path is the keys joined by "/", whatever the containers are."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    flat: dict[str, Any] = {}
-    for keys, leaf in leaves:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        path = "/".join(filter(None, (part, path))) or "state"
-        if path in flat:
-            raise InputError(f"{path}: two arrays of the state have this path; rename one")
-        flat[path] = leaf
-    return flat, treedef
 
 
 def _on_first_process(action: Callable[..., Any], *args: Any) -> None:

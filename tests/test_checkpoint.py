@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint, digest
+from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint
+from bigmodel.digests import digest
 from bigmodel.config import InputError
 
 

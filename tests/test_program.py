@@ -18,12 +18,12 @@ from bigmodel.plan import estimate, flops
 
 # Momentum, decay and clipping, but no Adam: its first steps are near lr * sign(g), which turns a rounding
 # error in a gradient that is almost zero into a full step. Without that amplification, ten float32 steps
-# differ between meshes only by the order of sums: at most TODO was measured.
+# differ between meshes only by the order of sums: 5e-7 of a loss or norm, 1.2e-7 in a parameter were measured.
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
-LOSS_RTOL, PARAM_ATOL = 1e-5, 1e-5
+RTOL, ATOL = 5e-6, 2e-6
 
 
-def assert_same_run(a: tuple[Any, dict], b: tuple[Any, dict], rtol=LOSS_RTOL, atol=PARAM_ATOL) -> None:
+def assert_same_run(a: tuple[Any, dict], b: tuple[Any, dict], rtol=RTOL, atol=ATOL) -> None:
     for name in ("loss", "grad_norm", "accuracy"):
         np.testing.assert_allclose(a[1][name], b[1][name], rtol=rtol, err_msg=name)
     ours, theirs = by_path(a[0]["params"]), by_path(b[0]["params"])

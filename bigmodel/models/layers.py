@@ -107,9 +107,13 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((o,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # Kernels whole, examples split. Left to itself on data x fsdp x tensor, XLA (jax 0.10.2) cuts the
+        # backward convolutions so that the gradient is wrong by 0.3 %, without a word; a test holds this.
+        kernel = mesh.shard(self.kernel[...].astype(x.dtype), None, None, None, None)
         y = jax.lax.conv_general_dilated(
-            x, self.kernel[...].astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
+        y = mesh.shard(y, mesh.BATCH, None, None, None)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint, digest
+from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint
+from bigmodel.digests import digest
 from bigmodel.config import InputError
 
 # When Orbax fails to read a damaged step it abandons the coroutines of its other reads; Python warns of each
@@ -39,7 +40,8 @@ RUN = """
 import os, resource, signal, sys, time
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from bigmodel.checkpoint import Checkpoints, digest
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.digests import digest
 
 def make_state(step, rows=64, columns=64, devices=None):
     mesh = jax.make_mesh((len(devices or jax.devices()),), ("fsdp",), (AxisType.Auto,), devices=devices)
