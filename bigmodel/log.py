@@ -73,8 +73,9 @@ class Writer:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+            for name, value in values.items():
+                if value is not None:  # tensorboardX would complain on stderr
+                    self._tensorboard.add_scalar(name, value, step)
 
     def __enter__(self) -> Writer:
         return self

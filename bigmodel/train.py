@@ -236,6 +236,7 @@ class _Loop:
         skipped = values.get("skipped", 0.0) > 0  # float16: an overflow that the loss scale absorbs
         if not math.isfinite(values["loss"]) or not (skipped or math.isfinite(values["grad_norm"])):
             self.writer.write(step, {"train/loss": values["loss"], "train/grad_norm": values["grad_norm"]})
+            self.checkpoints.wait()  # the save under way is of a step before this one
             kept = self.checkpoints.latest()
             raise NotFinite(
                 f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; the newest "

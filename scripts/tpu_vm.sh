@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs one command on every host of a Cloud TPU VM slice, in a clone of this repository there.
+#   bash scripts/tpu_vm.sh NAME ZONE 'python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=gs://...'
+# DRY_RUN=1 prints what it would run. The hosts find each other: JAX asks the TPU's metadata.
+set -euo pipefail
+
+if [ $# -ne 3 ]; then
+    sed -n '2,4p' "$0" >&2
+    exit 2
+fi
+name=$1 zone=$2 command=$3
+repo=${REPO:-$(git -C "$(dirname "${BASH_SOURCE[0]}")" remote get-url origin)}
+revision=$(git -C "$(dirname "${BASH_SOURCE[0]}")" rev-parse HEAD)
+
+remote="set -e
+[ -d bigmodel ] || git clone --quiet '$repo' bigmodel
+cd bigmodel && git fetch --quiet && git checkout --quiet $revision
+[ -d .venv ] || python3 -m venv .venv
+. .venv/bin/activate
+pip install --quiet --editable '.[tpu]'
+$command"
+
+run=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$remote")
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${run[@]}"
+    echo
+else
+    exec "${run[@]}"
+fi

@@ -1,0 +1,181 @@
+"""Overrides, and one line for every kind of bad input that names the key and the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+from conftest import ROOT
+
+from bigmodel import config as config_lib
+from bigmodel.config import CNN, Config, InputError, Transformer, load
+
+GPT, CONV = ROOT / "configs" / "gpt.py", ROOT / "configs" / "cnn.py"
+
+
+def test_overrides_take_the_type_of_their_key():
+    config = load(
+        GPT,
+        [
+            "optim.lr=3e-4", "steps=7", "data.shuffle=no", "data.data_dir=/data", "mesh.fsdp=8", "remat=full",
+            'compiler_options={"xla_flag": true}', "optim.weight_decay=0", "data.name=text:a=b.txt",
+        ],
+    )  # fmt: skip
+    assert (config.optim.lr, config.steps, config.data.shuffle) == (3e-4, 7, False)
+    assert (config.data.data_dir, config.mesh.fsdp, config.remat) == ("/data", 8, "full")
+    assert config.compiler_options == {"xla_flag": True}
+    assert isinstance(config.optim.weight_decay, float)
+    assert config.data.name == "text:a=b.txt"
+    assert load(GPT, ["data.data_dir=none"]).data.data_dir is None
+    assert load(CONV, ["model.channels=8,16,32"]).model.channels == (8, 16, 32)
+
+
+def test_overrides_may_be_values():
+    assert load(GPT, {"optim.lr": 1, "mesh.data": 2}).optim.lr == 1.0
+    assert load(CONV, {"model.channels": [4, 8]}).model.channels == (4, 8)
+
+
+def test_the_config_takes_arguments():
+    config = load(f"{GPT}:size=124m,seq_len=1024")
+    assert isinstance(config.model, Transformer)
+    assert (config.model.depth, config.model.vocab_size, config.seq_len) == (12, 50257, 1024)
+
+
+def test_zeros_are_derived():
+    gelu = load(GPT, {"model.width": 96, "model.heads": 3}).model
+    assert (gelu.kv_heads, gelu.head_dim, gelu.mlp_width) == (3, 32, 384)
+    swiglu = load(GPT, {"model.width": 4096, "model.heads": 32, "model.mlp": "swiglu"}).model
+    assert swiglu.mlp_width == 11008  # Llama 7B
+    free = load(GPT, {"model.width": 100, "model.heads": 3, "model.head_dim": 16}).model
+    assert free.head_dim == 16
+
+
+@pytest.mark.parametrize("spec", [GPT, CONV, f"{GPT}:size=llama3-8b"], ids=["gpt", "cnn", "llama"])
+def test_a_dict_brings_the_same_config_back(spec):
+    config = load(spec, ["optim.lr=0.5"])
+    tree = config_lib.to_dict(config)
+    assert config_lib.from_dict(json.loads(json.dumps(tree))) == config
+
+
+def test_difference_names_the_keys():
+    a = load(GPT)
+    b = a.replace(steps=9, optim=dataclasses.replace(a.optim, lr=0.5))
+    assert config_lib.difference(a, b) == {"steps": (a.steps, 9), "optim.lr": (a.optim.lr, 0.5)}
+    assert config_lib.difference(a, a) == {}
+    other = config_lib.difference(a, load(CONV))
+    assert other["model.name"] == ("gpt", "cnn")
+    assert other["model.depth"] == (4, None)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(GPT).steps = 3  # type: ignore[misc]
+
+
+BAD = [  # override -> what the message must name: the key, and the fix
+    ("stpes=3", ["'stpes' is unknown", "did you mean 'steps'?"]),
+    ("optim.leraning_rate=3", ["optim.leraning_rate", "unknown"]),
+    ("optm.lr=3", ["optm", "did you mean 'optim'?"]),
+    ("model.wdith=3", ["model.wdith", "did you mean 'model.width'?"]),
+    ("zzzz=3", ["'zzzz' is unknown", "known: batch_size"]),
+    ("model.name=gtp", ["model.name='gtp'", "did you mean 'gpt'?"]),
+    ("steps=abc", ["steps='abc'", "whole number such as 1000"]),
+    ("steps=1e5", ["steps='1e5'", "whole number"]),
+    ("steps=2.5", ["steps='2.5'", "whole number"]),
+    ("optim.lr=fast", ["optim.lr='fast'", "a number such as 3e-4"]),
+    ("data.shuffle=maybe", ["data.shuffle='maybe'", "true or false"]),
+    ("compiler_options={", ["compiler_options", "JSON"]),
+    ("remat=half", ["remat='half'", "none, full, minimal"]),
+    ("optim.name=adma", ["optim.name='adma'", "adamw, adam, sgd"]),
+    ("optim.lr=nan", ["optim.lr=nan", "not a finite number"]),
+    ("optim.lr=inf", ["optim.lr=inf", "not a finite number"]),
+    ("budget=nan", ["budget=nan", "finite"]),
+    ("optim=3", ["optim", "group of keys"]),
+    ("steps.x=3", ["steps", "single value", "'x'"]),
+    ("steps", ["override 'steps' has no value", "write steps=VALUE"]),
+    ("steps=0", ["steps is 0", "1 or more"]),
+    ("steps=-5", ["steps is -5", "1 or more"]),
+    ("batch_size=0", ["batch_size is 0", "1 or more"]),
+    ("seed=-1", ["seed is -1", "0 or more"]),
+    ("microbatches=3", ["microbatches is 3", "batch_size=16"]),
+    ("seq_len=1", ["seq_len is 1", "2 or more"]),
+    ("log.every_steps=0", ["log.every_steps is 0", "1 or more"]),
+    ("checkpoint.keep=0", ["checkpoint.keep is 0", "1 or more"]),
+    ("eval.batches=0", ["eval.batches is 0", "-1 for the whole split"]),
+    ("optim.lr=-1", ["optim.lr is -1", "0 or more"]),
+    ("optim.b2=1", ["optim.b2 is 1", "below 1"]),
+    ("optim.weight_decay_on=(", ["optim.weight_decay_on", "no regular expression"]),
+    ("task.label_smoothing=1", ["task.label_smoothing is 1", "below 1|< 1"]),
+    ("model.heads=3", ["model.heads is 3", "model.width=128"]),
+    ("model.kv_heads=3", ["model.kv_heads is 3", "model.heads=4"]),
+    ("model.depth=0", ["model.depth is 0", "1 or more"]),
+    ("model.dropout=1", ["model.dropout is 1", "dropout < 1"]),
+    ("data.tokenizer=words", ["data.tokenizer is 'words'", "bytes or bpe"]),
+    ("mesh.fsdp=0", ["mesh.fsdp is 0", "1 or more"]),
+    ("mesh.fsdp=-1", ["mesh.fsdp is -1", "mesh.data", "only one axis"]),
+    ("mesh.pipe=2", ["mesh.pipe is 2", "set it to 1"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), BAD, ids=[override for override, _ in BAD])
+def test_bad_input_is_one_line_with_the_key_and_the_fix(override, words):
+    with pytest.raises(InputError) as caught:
+        load(GPT, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert any(part in message for part in word.split("|")), (word, message)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (f"{GPT}:size=7m", ["size='7m'", "toy"]),
+        (f"{GPT}:sise=toy", ["'sise' is unknown", "did you mean 'size'?"]),
+        (f"{GPT}:size", ["'size' has no value", "size=VALUE"]),
+        (f"{GPT}:seq_len=long", ["'seq_len'", "whole number"]),
+        ("configs/none.py", ["configs/none.py", "does not exist", "configs/gpt.py"]),
+        (str(ROOT / "configs"), ["configs", "does not exist"]),
+        (str(ROOT / "setup.cfg"), ["setup.cfg", "not a Python file"]),
+    ],
+)
+def test_a_bad_spec_is_one_line(spec, words):
+    with pytest.raises(InputError) as caught:
+        load(spec)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_config_file_that_does_not_run_is_named(tmp_path):
+    for text in ("def get_config(", "import no_such_module", "x = 1"):
+        path = tmp_path / "broken.py"
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"broken\.py.* cannot be read"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"steps": "x"}, "steps='x'"),
+        ({"steps": 2.0}, "steps=2.0 is float; it must be int"),
+        ({"steps": True}, "steps=True is bool; it must be int"),
+        ({"optim": {"lr": math.nan}}, "optim.lr=nan is not a finite number"),
+        ({"optim": {"name": 3}}, "optim.name=3 is int"),
+        ({"model": {"name": "gpt", "channels": 3}}, "model.channels"),
+        ({"data": {"split": None}}, "data.split=None is NoneType; it must be str"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(tree, message):
+    with pytest.raises(InputError) as caught:
+        config_lib.from_dict(tree)
+    assert message in str(caught.value)
+
+
+def test_a_dict_of_nothing_is_the_default():
+    assert config_lib.from_dict({}).model == Transformer().resolve()
+    assert config_lib.from_dict({"model": {"name": "cnn"}}).model == CNN()
+    assert isinstance(config_lib.from_dict({}), Config)

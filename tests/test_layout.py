@@ -1,0 +1,148 @@
+"""Reads the code: a file imports only from lines above its own, and keeps to the house's sizes and names."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import pytest
+from conftest import ROOT
+
+# A file may import from files above it, wherever in the file the import stands. `|` joins equals that do
+# not import each other. A package's __init__ collects its own files and stands below them.
+ORDER = """
+    __init__
+    typed
+    config
+    workdir | hardware
+    mesh
+    data/builders/__init__ | data/builders/python_source | data/builders/digits
+    data/builders/prepare
+    data/sources | data/transforms
+    data/text
+    data/pipeline
+    data/__init__
+    models/module
+    models/layers | models/attention
+    models/transformer | models/vision
+    models/__init__
+    metrics
+    tasks
+    optim
+    program
+    digests
+    checkpoint
+    plan/__init__
+    plan/flops
+    plan/estimate
+    ledger
+    log
+    infer
+    evaluate
+    train
+"""
+# Imported by name when asked for (`importlib`), which is why they stand above: data/builders/__init__.
+LEVEL = {name.strip(): level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split("|")}
+PACKAGE = ROOT / "bigmodel"
+FILES = {str(p.relative_to(PACKAGE).with_suffix("")): p for p in sorted(PACKAGE.rglob("*.py"))}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 70
+VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "factory", "misc"}
+
+
+def tree(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def as_file(dotted: str) -> str | None:
+    """`bigmodel.data.text` -> data/text; a name inside a file -> that file; other packages -> None."""
+    parts = dotted.split(".")
+    if parts[0] != "bigmodel":
+        return None
+    while parts:
+        inner = "/".join(parts[1:])
+        for name in (inner, f"{inner}/__init__" if inner else "__init__"):
+            if name in FILES:
+                return name
+        parts = parts[:-1]
+    return None
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Every dotted name that a file imports, lazily too; relative imports are not used here."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_file_has_its_place():
+    assert FILES.keys() == LEVEL.keys(), "put the file into ORDER, where its imports allow"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_from_above(name):
+    targets = {as_file(dotted) for dotted in imports(FILES[name])} - {None, name}
+    below = {target for target in targets if LEVEL.get(target, 999) >= LEVEL[name]}
+    assert not below, f"bigmodel/{name}.py may not import {sorted(below)}"
+
+
+def test_the_reader_of_imports_sees_lazy_ones():
+    assert as_file("bigmodel.data.text.Bytes") == "data/text"
+    assert as_file("bigmodel.data.make_pipeline") == "data/__init__"
+    assert as_file("jax.numpy") is None
+    assert "tokenizers.Tokenizer" in imports(FILES["data/text"])  # inside a function
+
+
+def test_flax_stays_under_models():
+    users = {name for name in FILES if any(i.split(".")[0] == "flax" for i in imports(FILES[name]))}
+    assert users
+    assert all(name.startswith("models/") for name in users), users
+
+
+def test_flags_are_parsed_by_scripts_only():
+    for name, path in FILES.items():
+        modules = imports(path)
+        assert not any(m.startswith(("absl.flags", "absl.app", "argparse", "click")) for m in modules), name
+        assert "sys.argv" not in path.read_text(), name
+
+
+def test_scripts_and_configs_do_not_import_each_other():
+    scripts = {p.stem for p in (ROOT / "scripts").glob("*.py")} - {"cli"}
+    for path in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "configs").glob("*.py")]:
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & (scripts | {"scripts", "configs"}), path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_are_short(name):
+    text = FILES[name].read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(tree(FILES[name])):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_say_what_they_are_for(name):
+    assert not VAGUE & set(name.split("/"))
+    assert FILES[name].stat().st_size == 0 or ast.get_docstring(tree(FILES[name]))
+
+
+def test_public_things_have_docstrings():
+    silent = []
+    for name, path in FILES.items():
+        for node in tree(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                # A name and a signature of two lines can say it all: only longer ones must be told.
+                assert node.end_lineno is not None
+                if ast.get_docstring(node) is None and node.end_lineno - node.lineno > 12:
+                    silent.append(f"{name}.{node.name}")
+    assert not [item for item in silent if not item.endswith(tuple(DATACLASSES))], silent
+
+
+DATACLASSES = ["Optim", "Task"]  # lists of commented fields

@@ -1,0 +1,146 @@
+"""Optimizers, schedules, which parameters decay, clipping, and the loss scale of float16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import batch_spec, built, by_path, mesh_keys, random_batch, start, steps, tiny
+
+from bigmodel import mesh, models, optim
+from bigmodel.config import Config
+
+# Plain gradient descent: an update is -lr times what is left of the gradient.
+PLAIN = {
+    "optim__name": "sgd", "optim__b1": 0.0, "optim__clip_norm": 0.0, "optim__weight_decay": 0.0,
+    "optim__lr": 0.1, "optim__warmup_steps": 0, "optim__schedule": "constant",
+}  # fmt: skip
+
+
+def plain(family: str = "cnn", **keys: Any) -> Config:
+    return tiny(family, **PLAIN | {f"optim__{key}": value for key, value in keys.items()})
+
+
+def updates(config: Config, grads: Any, params: Any) -> Any:
+    tx = optim.make(config)
+    return jax.device_get(tx.update(grads, tx.init(params), params)[0])
+
+
+# Adafactor and Muon look at the shapes of matrices, and GPT's are stacked.
+CASES = [("cnn", name) for name in ("adamw", "adam", "sgd", "rmsprop", "adafactor", "lion", "muon")]
+
+
+@pytest.mark.parametrize(("family", "name"), [*CASES, ("gpt", "adafactor"), ("gpt", "muon")])
+def test_every_optimizer_learns_and_lies_where_the_rules_say(family, name):
+    lr = {"sgd": 0.05, "lion": 3e-3, "adafactor": 0.03}.get(name, 0.01)
+    keys = {"optim__name": name, "optim__lr": lr, "optim__schedule": "constant", "optim__ema_decay": 0.9}
+    part = built(family, **keys, **mesh_keys({"fsdp": 4, "tensor": 2}))
+    state, rows = steps(part, start(part), 10, [random_batch(part.config)])
+    assert rows["loss"][-1] < 0.97 * rows["loss"][0], rows["loss"]
+    params = by_path(state["params"])
+    for path, array in by_path(state).items():
+        rule = mesh.param_sharding(part.mesh, path, array.shape)
+        assert array.sharding.is_equivalent_to(rule, array.ndim), path
+        owner = next((p for p in params if path.endswith("/" + p)), None)
+        if owner and array.shape == params[owner].shape:  # a moment, or the EMA
+            assert array.sharding.is_equivalent_to(params[owner].sharding, array.ndim), path
+    cut = {path for path, array in params.items() if not array.is_fully_replicated}
+    assert {path for path in params if path.endswith(("kernel", "table"))} <= cut | {"convs/0/kernel"}
+    assert not any("norm" in path for path in cut)
+
+
+@pytest.mark.parametrize("keys", [{"weight_decay": 0.1}, {"l1": 0.1}, {"l2": 0.1}], ids=str)
+@pytest.mark.parametrize("family", ["gpt", "cnn"])
+def test_decay_and_penalties_touch_weights_only(family, keys):
+    config = plain(family, **keys)
+    spec = models.define(config, batch_spec(config)).params_spec
+    params = jax.tree.map(lambda s: np.full(s.shape, -2.0, np.float32), spec)
+    moved = updates(config, jax.tree.map(np.zeros_like, params), params)
+    weights = {path for path in by_path(params) if path.endswith(("kernel", "table"))}
+    assert {path for path, value in by_path(moved).items() if value.any()} == weights
+    others = by_path(params).keys() - weights
+    assert all(path.endswith(("bias", "scale")) for path in others)
+    assert family == "cnn" or "blocks/attention_norm/scale" in others  # [depth, width]: no weight all the same
+
+
+def test_a_pattern_chooses_what_decays():
+    params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    got = updates(plain(weight_decay=0.5, weight_decay_on="^/b/"), zeros, params)
+    np.testing.assert_array_equal(got["a"]["kernel"], 0)
+    np.testing.assert_allclose(got["b"]["kernel"], -0.05, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, [[-0.05, -0.05]]),
+        ({"l1": 0.2}, [[-0.03, -0.07]]),  # -lr (g + l1 sign(p))
+        ({"l2": 0.1}, [[-0.03, -0.08]]),  # -lr (g + l2 p)
+        ({"weight_decay": 0.1}, [[-0.03, -0.08]]),  # -lr (g + decay p)
+        ({"weight_decay": 0.1, "l1": 0.2}, [[-0.01, -0.10]]),
+    ],
+)
+def test_penalties_and_decay_by_hand(keys, expected):
+    params = {"a": {"kernel": jnp.array([[-2.0, 3.0]]), "bias": jnp.array([1.0, 1.0])}}
+    got = updates(plain(**keys), jax.tree.map(lambda p: jnp.full_like(p, 0.5), params), params)
+    np.testing.assert_allclose(got["a"]["kernel"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got["a"]["bias"], -0.05, rtol=1e-6)
+
+
+def test_decoupled_decay_is_not_adapted_and_l2_is():
+    """AdamW (Loshchilov and Hutter 2019): decay comes after the division by the gradient's size."""
+    params, grads = {"a": {"kernel": jnp.full((1, 1), 4.0)}}, {"a": {"kernel": jnp.full((1, 1), 100.0)}}
+    adam = {"name": "adam", "b1": 0.9, "b2": 0.95}
+    decoupled = updates(plain(**adam, weight_decay=0.1), grads, params)["a"]["kernel"]
+    coupled = updates(plain(**adam, l2=0.1), grads, params)["a"]["kernel"]
+    np.testing.assert_allclose(decoupled, -0.1 * (1 + 0.4), rtol=1e-5)
+    np.testing.assert_allclose(coupled, -0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "factor"), [(0.5, 0.5 / 5), (10.0, 1.0), (0.0, 1.0)])
+def test_clipping_is_by_the_norm_of_all_gradients(limit, factor):
+    grads = {"a": {"kernel": jnp.array([[3.0]]), "bias": jnp.array([4.0])}}
+    got = updates(plain(clip_norm=limit, lr=1.0), grads, jax.tree.map(jnp.zeros_like, grads))
+    np.testing.assert_allclose(optax.tree.norm(got), 5 * factor, rtol=1e-6)
+    np.testing.assert_allclose(got["a"]["bias"] / got["a"]["kernel"][0], 4 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "expected"),
+    [
+        ("constant", {}, {0: 0.1, 4: 0.5, 5: 0.5, 50: 0.5, 104: 0.5}),
+        ("linear", {"end_lr": 0.2}, {0: 0.1, 4: 0.5, 5: 0.5, 55: 0.3, 105: 0.1, 200: 0.1}),
+        ("cosine", {"end_lr": 0.1}, {0: 0.1, 4: 0.5, 5: 0.5, 55: 0.275, 105: 0.05, 200: 0.05}),
+        ("wsd", {"decay_steps": 20}, {0: 0.1, 5: 0.5, 84: 0.5, 85: 0.5, 95: 0.25, 105: 0.0}),
+        ("wsd", {}, {5: 0.5, 95: 0.5, 100: 0.25, 105: 0.0}),
+        ("rsqrt", {}, {0: 0.1, 4: 0.5, 5: 0.5, 20: 0.25, 80: 0.125}),
+    ],
+)
+def test_schedules_at_their_key_steps(name, keys, expected):
+    config = plain(lr=0.5, schedule=name, warmup_steps=5, **keys).replace(steps=105)
+    schedule = optim.schedule(config)
+    got = {step: float(schedule(jnp.int32(step))) for step in expected}
+    assert got == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd", "rsqrt"])
+def test_without_warm_up_the_first_step_is_at_the_full_rate(name):
+    assert float(optim.schedule(plain(lr=0.5, schedule=name))(jnp.int32(0))) == pytest.approx(0.5)
+
+
+def test_the_loss_scale_halves_grows_and_keeps_its_bounds():
+    def after(scale: float, good_steps: int, finite: bool) -> tuple[float, int]:
+        state = {"scale": jnp.float32(scale), "good_steps": jnp.int32(good_steps)}
+        new = optim.loss_scale_update(state, jnp.bool_(finite))
+        return float(new["scale"]), int(new["good_steps"])
+
+    assert after(2.0**15, 7, False) == (2.0**14, 0)
+    assert after(2.0**15, 7, True) == (2.0**15, 8)
+    assert after(2.0**15, optim.GROWTH_STEPS - 1, True) == (2.0**16, 0)
+    assert after(2.0**24, optim.GROWTH_STEPS - 1, True) == (2.0**24, 0)
+    assert after(1.0, 0, False) == (1.0, 0)
