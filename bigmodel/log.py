@@ -90,7 +90,7 @@ class Writer:
 
 
 class Progress:
-    """One line that says where the run is. On a terminal it stays in place; elsewhere each update is a line."""
+    """One line that says where the run is: in place on a terminal, elsewhere a line each time."""
 
     def __init__(self) -> None:
         self._live: Live | None = None

@@ -6,12 +6,14 @@ Axis type is `Auto`, stated once here: models are written as if for one device, 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 BATCH = ("data", "fsdp")  # both split the batch; fsdp splits parameters and optimizer state too
 
 Axes = str | tuple[str, ...] | None
+
+_plain = contextvars.ContextVar("plain", default=False)
 
 # Parameter path -> mesh axes of its last dimensions; the first match wins, and the last rule covers all.
 # Leading dimensions (a scanned stack's depth, a convolution's window) are never split.
@@ -50,7 +54,7 @@ def join_cluster() -> None:
             count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
         except (KeyError, ValueError) as error:
             raise InputError(
-                "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole numbers too"
+                "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID too, to numbers"
             ) from error
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
     elif max(int(env.get(key, 1)) for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) > 1 or _on_tpu_vm():
@@ -106,22 +110,28 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: what the code being traced will run on (not what this host has)."""
+    """`cpu`, `gpu` or `tpu`: what the code being traced will run on (not what this host has); or `plain`."""
+    if _plain.get():
+        return "plain"
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device is not None else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def plain_cpu() -> Any:
-    """A context in which code is traced as for one CPU: no sharding, no kernels."""
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1])
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Code traced in this context takes no kernels and no fast paths: `platform` is `plain`, `shard` idle."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def shard(x: jax.Array, *axes: Axes) -> jax.Array:
     """Pins `x`'s layout: one entry a dimension, as in PartitionSpec. Without a mesh it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or _plain.get():
         return x
     if len(axes) != x.ndim:
         raise ValueError(f"shard: {len(axes)} axes for an array of shape {x.shape}")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bigmodel.config import Config
 from bigmodel.metrics import Metrics
+from bigmodel.models import ops
 
 Batch = Mapping[str, jax.Array]
 
@@ -41,11 +42,10 @@ def make(config: Config) -> Task:
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """-log softmax(logits [..., V])[labels], in nats and float32; smoothing as in Szegedy et al. 2016."""
-    logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    nll = ops.cross_entropy(logits, labels)
     if smoothing:
-        nll = (1 - smoothing) * nll + smoothing * (log_z - logits.mean(-1))
+        uniform = -jax.nn.log_softmax(logits.astype(jnp.float32)).mean(-1)
+        nll = (1 - smoothing) * nll + smoothing * uniform
     return nll
 
 

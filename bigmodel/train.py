@@ -239,8 +239,8 @@ class _Loop:
             self.checkpoints.wait()  # the save under way is of a step before this one
             kept = self.checkpoints.latest()
             raise NotFinite(
-                f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; the newest "
-                f"checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.lr, raise "
+                f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; the "
+                f"newest checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.lr, raise "
                 "optim.warmup_steps, or set optim.clip_norm"
             )
         if step % self.config.log.every_steps == 0 or step >= self.config.steps:

@@ -26,6 +26,10 @@ def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         InputError: another run holds it, or it cannot be made or written.
     """
     workdir = pathlib.Path(path)
+    if "://" in str(path):
+        raise InputError(
+            f"--workdir={path} is a URL; mount it (a bucket: with gcsfuse) and give the path it has here"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "a+")  # noqa: SIM115 -- held as long as the run

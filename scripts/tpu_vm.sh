@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs one command on every host of a Cloud TPU VM slice, in a clone of this repository there.
-#   bash scripts/tpu_vm.sh NAME ZONE 'python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=gs://...'
-# DRY_RUN=1 prints what it would run. The hosts find each other: JAX asks the TPU's metadata.
+#   bash scripts/tpu_vm.sh NAME ZONE 'python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=/mnt/shared/run'
+# The hosts find each other (JAX asks the TPU's metadata); the workdir must be one that all of them see, such as a
+# bucket mounted with gcsfuse. DRY_RUN=1 prints what it would run.
 set -euo pipefail
 
 if [ $# -ne 3 ]; then
-    sed -n '2,4p' "$0" >&2
+    sed -n '2,5p' "$0" >&2
     exit 2
 fi
 name=$1 zone=$2 command=$3

@@ -42,7 +42,9 @@ ORDER = """
     train
 """
 # Imported by name when asked for (`importlib`), which is why they stand above: data/builders/__init__.
-LEVEL = {name.strip(): level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split("|")}
+LEVEL = {
+    name.strip(): level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split("|")
+}
 PACKAGE = ROOT / "bigmodel"
 FILES = {str(p.relative_to(PACKAGE).with_suffix("")): p for p in sorted(PACKAGE.rglob("*.py"))}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 70

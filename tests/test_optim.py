@@ -64,7 +64,9 @@ def test_decay_and_penalties_touch_weights_only(family, keys):
     assert {path for path, value in by_path(moved).items() if value.any()} == weights
     others = by_path(params).keys() - weights
     assert all(path.endswith(("bias", "scale")) for path in others)
-    assert family == "cnn" or "blocks/attention_norm/scale" in others  # [depth, width]: no weight all the same
+    assert (
+        family == "cnn" or "blocks/attention_norm/scale" in others
+    )  # [depth, width]: no weight all the same
 
 
 def test_a_pattern_chooses_what_decays():

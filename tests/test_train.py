@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import finish, run_script, start_script, tiny
+from conftest import config_flag, finish, run_script, start_script, tiny
 
 from bigmodel import config as config_lib
 from bigmodel import log, train, workdir
@@ -161,7 +161,11 @@ def contents(path: pathlib.Path) -> dict[str, bytes]:
         ({"seed": 1}, "auto", r"was trained on other data: seed was 0, now 1; use the same data, seed and"),
         ({"batch_size": 16}, "auto", r"trained on other data: batch_size was 8, now 16"),
         ({"data__split": "test", "batch_size": 8, "seq_len": 8}, "auto", r"trained on other data: "),
-        ({"model__width": 64}, "auto", r"does not match this run: .*attention/k/bias is float32\[2, 32\] in the .*\[2, 64\]"),
+        (
+            {"model__width": 64},
+            "auto",
+            r"does not match this run: .*attention/k/bias is float32\[2, 32\] in the .*\[2, 64\]",
+        ),
         ({"optim__name": "sgd"}, "auto", r"opt/"),
     ],
     ids=["never", "seed", "batch", "data", "width", "optimizer"],
@@ -253,15 +257,9 @@ def test_a_starved_device_shows_in_the_log(tmp_path, monkeypatch):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(corpus, straight, tmp_path):
-    config = config_lib.to_dict(gpt(corpus, **FULL))
-    file = tmp_path / "config.py"
-    file.write_text(
-        "import json, ml_collections\n"
-        f"def get_config(arg):\n    return ml_collections.ConfigDict(json.loads({json.dumps(config)!r}))\n"
-    )
     path = tmp_path / "run"
-    command = ("train.py", f"--config={file}", f"--workdir={path}", "--config.log.every_steps=1")
-    process = start_script(*command)
+    config = dataclasses.replace(gpt(corpus, **FULL), log=config_lib.Log(1, False))
+    process = start_script("train.py", config_flag(config, tmp_path), f"--workdir={path}")
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
@@ -275,5 +273,5 @@ def test_sigterm_saves_and_the_same_command_goes_on(corpus, straight, tmp_path):
         stopped = checkpoints.latest()
     assert stopped is not None
     assert 1 <= stopped < 8
-    result = train.run(dataclasses.replace(gpt(corpus, **FULL), log=config_lib.Log(1, False)), path)
+    result = train.run(config, path)
     assert digest(result.state) == straight[1]

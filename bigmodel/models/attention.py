@@ -1,9 +1,10 @@
 """Attention through one function, `attend`, which picks the best kernel for the backend.
 
-TPU: the Pallas splash-attention kernel. GPU: cuDNN's flash attention, through `jax.nn`. Elsewhere, and
-where a kernel does not take the shape or dtype: plain XLA. All three give equal values within rounding.
+TPU: the Pallas splash-attention kernel. GPU: cuDNN's flash attention, through `jax.nn`. CPU: blocks of
+queries. Elsewhere, and where a kernel does not take the shape or dtype: plain XLA. All give equal values within
+rounding.
 
-Legend: B batch, L queries, S keys, H heads, G key/value heads, K head dim.
+Legend: B batch, L queries, S keys, H heads, G key/value heads, R = H / G, K head dim.
 """
 
 from __future__ import annotations
@@ -43,16 +44,19 @@ def attend(
         return jax.nn.dot_product_attention(
             q_BLHK, k_BSGK, v_BSGK, mask=mask, is_causal=causal, implementation="cudnn"
         )
+    if kernel == "blocks":
+        mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
+        return attend_blocks(q_BLHK, k_BSGK, v_BSGK, None if mask is None else mask[:, 0], causal)
     return attend_xla(q_BLHK, k_BSGK, v_BSGK, visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal))
 
 
 def pick(length: int, head_dim: int, dtype: jnp.dtype, platform: str) -> str:
-    """`splash`, `cudnn` or `xla`: the fastest kernel that takes these shapes on this platform."""
+    """`splash`, `cudnn`, `blocks` or `xla`: the fastest kernel that takes these shapes on this platform."""
     if platform == "tpu" and length % 128 == 0 and head_dim % 64 == 0:
         return "splash"
     if platform == "gpu" and dtype != jnp.float32 and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "xla"
+    return "blocks" if platform == "cpu" else "xla"
 
 
 def visible(segments_BL: jax.Array | None, queries: int, keys: int, causal: bool) -> jax.Array | None:
@@ -115,3 +119,120 @@ def attend_splash(
         jax.shard_map, in_specs=(heads, heads, heads, P(mesh.BATCH, None)), out_specs=heads, check_vma=False
     )
     return over_mesh(local)(q_BLHK, k_BSGK, v_BSGK, segments_BL)
+
+
+# ------------------------------------------------------------------------------------------ blocks, on a cpu
+
+
+def attend_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    causal: bool = True,
+    block: int = 0,
+) -> jax.Array:
+    """The form for CPUs: blocks of queries, each multiplied only with the keys it can reach.
+
+    The backward pass computes the weights again, so nothing of size L x S outlives a block.
+
+    Args:
+        mask: bool [B or 1, L, S]: which keys a query may see, beside `causal`; None: all.
+        block: queries in a block; 0: 64, or a sixteenth of a long L (the blocks are unrolled).
+    """
+    return _attend(causal, block or max(64, q.shape[1] // 16), q, k, v, mask)
+
+
+def _matmul(
+    a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """Contract one of the last two axes of a and b [B, G, _, _], batched over the first two."""
+    axes = (((2 + contract[0],), (2 + contract[1],)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)
+
+
+def _by_group(x: jax.Array, groups: int) -> jax.Array:
+    """[B, L, H, K] -> [B, G, L, H / G, K]: the heads that share a key head become rows of its matrix."""
+    b, n, h, d = x.shape
+    return x.reshape(b, n, groups, h // groups, d).transpose(0, 2, 1, 3, 4)
+
+
+def _by_token(x: jax.Array) -> jax.Array:
+    """[B, G, L, H / G, K] -> [B, L, H, K]."""
+    b, g, n, r, d = x.shape
+    return x.transpose(0, 2, 1, 3, 4).reshape(b, n, g * r, d)
+
+
+def _rows(x: jax.Array, span: slice) -> jax.Array:
+    """Rows `span` of x [B, G, L, H / G, *] -> [B, G, span * H / G, *]."""
+    x = x[:, :, span]
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _spans(causal: bool, block: int, q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
+    """The query rows of each block, and the keys it may reach; q [B, G, L, R, K], k [B, G, S, K]."""
+    n, s = q.shape[2], k.shape[2]
+    ends = [(i, min(i + block, n)) for i in range(0, n, block)]
+    return [(slice(i, j), slice(0, max(1, j + s - n) if causal else s)) for i, j in ends]
+
+
+def _scores(
+    causal: bool, mask: jax.Array | None, q: jax.Array, k: jax.Array, rows: slice, keys: slice
+) -> jax.Array:
+    """Masked float32 scores [B, G, rows * R, keys] of one block."""
+    s = _matmul(_rows(q, rows), k[:, :, keys], (1, 1), jnp.float32) * q.shape[-1] ** -0.5
+    seen = None if mask is None else mask[:, rows, keys]
+    if causal:
+        position = jnp.arange(rows.start, rows.stop) + (k.shape[2] - q.shape[2])
+        past = position[:, None] >= jnp.arange(keys.stop)
+        seen = past[None] if seen is None else seen & past
+    if seen is None:
+        return s
+    return jnp.where(jnp.repeat(seen, q.shape[3], 1)[:, None], s, jnp.finfo(jnp.float32).min)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    return _attend_fwd(causal, block, q, k, v, mask)[0]
+
+
+def _attend_fwd(
+    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    qg, kg, vg = _by_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    out, norms = [], []
+    for rows, keys in _spans(causal, block, qg, kg):
+        s = _scores(causal, mask, qg, kg, rows, keys)
+        top = s.max(-1, keepdims=True)
+        e = jnp.exp(s - top)
+        total = e.sum(-1, keepdims=True)
+        out.append(_matmul((e / total).astype(v.dtype), vg[:, :, keys], (1, 0)))
+        norms.append(top + jnp.log(total))
+    o = _by_token(jnp.concatenate(out, 2).reshape(qg.shape))
+    return o, (q, k, v, mask, o, jnp.concatenate(norms, 2).reshape(*qg.shape[:4], 1))
+
+
+def _attend_bwd(
+    causal: bool, block: int, residuals: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, mask, o, norm = residuals
+    f32, scale = jnp.float32, q.shape[-1] ** -0.5
+    inner = _by_group((g.astype(f32) * o.astype(f32)).sum(-1, keepdims=True), k.shape[2])
+    qg, gg = _by_group(q, k.shape[2]), _by_group(g, k.shape[2])
+    kg, vg = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    dq, dk, dv = [], jnp.zeros_like(kg), jnp.zeros_like(vg)
+    for rows, keys in _spans(causal, block, qg, kg):
+        p = jnp.exp(_scores(causal, mask, qg, kg, rows, keys) - _rows(norm, rows))
+        dp = _matmul(_rows(gg, rows), vg[:, :, keys], (1, 1), f32)
+        ds = (p * (dp - _rows(inner, rows)) * scale).astype(q.dtype)
+        dq.append(_matmul(ds, kg[:, :, keys], (1, 0)))
+        rest = ((0, 0), (0, 0), (0, k.shape[1] - keys.stop), (0, 0))
+        dk += jnp.pad(_matmul(ds, _rows(qg, rows), (0, 0)), rest)
+        dv += jnp.pad(_matmul(p.astype(v.dtype), _rows(gg, rows), (0, 0)), rest)
+    whole_dq = _by_token(jnp.concatenate(dq, 2).reshape(qg.shape))
+    return whole_dq, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel import mesh
+from bigmodel.models import ops
 
 
 class Dense(nnx.Module):
@@ -20,7 +21,7 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((o,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = ops.dense(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -33,10 +34,10 @@ class Embed(nnx.Module):
     def __call__(self, ids_BL: jax.Array, dtype: str) -> jax.Array:
         # Rows whole before the lookup: XLA cannot cut a gather's result by width and by batch at once.
         table_VD = mesh.shard(self.table[...].astype(dtype), "tensor", None)
-        return shard_width(table_VD[ids_BL])
+        return shard_width(ops.embed(table_VD, ids_BL))
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
-        return x_BLD @ self.table[...].astype(x_BLD.dtype).T
+        return ops.dense(x_BLD, self.table[...].astype(x_BLD.dtype).T)
 
 
 class LayerNorm(nnx.Module):
@@ -48,13 +49,8 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean = x32.mean(-1, keepdims=True)
-        var = jnp.square(x32 - mean).mean(-1, keepdims=True)
-        y = (x32 - mean) * jax.lax.rsqrt(var + self.eps) * self.scale[...].astype(jnp.float32)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+        y = ops.normalize(x, self.scale[...], True, self.eps)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -65,9 +61,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((d,), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return ops.normalize(x, self.scale[...], False, self.eps)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -115,10 +109,3 @@ class Conv(nnx.Module):
         )
         y = mesh.shard(y, mesh.BATCH, None, None, None)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-def max_pool(x: jax.Array, size: int) -> jax.Array:
-    """Maximum over `size` x `size` windows that do not overlap; [B, H, W, C] -> [B, H/size, W/size, C]."""
-    b, h, w, c = x.shape
-    x = x[:, : h // size * size, : w // size * size]
-    return x.reshape(b, h // size, size, w // size, size, c).max(axis=(2, 4))

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigmodel import mesh
 from bigmodel.config import Config, Transformer
-from bigmodel.models import layers, module
+from bigmodel.models import layers, module, ops
 from bigmodel.models.attention import attend
 
 PROJECTIONS = ("q", "k", "v", "attention_out", "up", "gate", "mlp_out")  # names that remat policies save
@@ -124,9 +124,9 @@ class MLP(nnx.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         h_BLF = layers.shard_hidden(checkpoint_name(self.up(x_BLD), "up"))
         if self.gate is None:
-            h_BLF = jax.nn.gelu(h_BLF)
+            h_BLF = ops.gelu_tanh(h_BLF)
         else:
-            h_BLF = h_BLF * jax.nn.silu(layers.shard_hidden(checkpoint_name(self.gate(x_BLD), "gate")))
+            h_BLF = h_BLF * ops.silu(layers.shard_hidden(checkpoint_name(self.gate(x_BLD), "gate")))
         return checkpoint_name(self.down(h_BLF), "mlp_out")
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from bigmodel.config import CNN as CNNConfig
 from bigmodel.config import Config
-from bigmodel.models import layers
+from bigmodel.models import layers, ops
 
 
 class CNN(nnx.Module):
@@ -35,6 +35,6 @@ class CNN(nnx.Module):
         for index, conv in enumerate(self.convs):
             x_BHWC = jax.nn.relu(conv(x_BHWC))
             if index == 0:
-                x_BHWC = layers.max_pool(x_BHWC, 2)
+                x_BHWC = ops.max_pool(x_BHWC, (2, 2), (2, 2))
         x_BD = x_BHWC.reshape(x_BHWC.shape[0], -1)
         return self.head(jax.nn.relu(self.hidden(x_BD)))

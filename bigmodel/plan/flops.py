@@ -28,7 +28,7 @@ def forward_flops(program: Program) -> float:
     batch = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in program.batch_spec.items()}
 
     def forward(params: Any, rest: Any, batch: Any) -> Any:
-        with mesh.plain_cpu():  # kernels hide their FLOPs; the plain form shows them
+        with mesh.plain():  # kernels hide their FLOPs; the plain form shows them
             return model.apply(params, rest, batch, key=None, train=False)[0]
 
     return count(forward, *shapes, batch)

@@ -1,0 +1,259 @@
+"""Array functions whose gradients are written for speed, chiefly on a CPU; plain jnp and lax everywhere.
+
+XLA's CPU backend multiplies 2-D operands at the machine's peak, but contracts several axes at once,
+convolves and scatters a pooling's gradient far slower. Each function here therefore states its own backward
+pass, in 2-D matrix products and elementwise arithmetic that fuses, and keeps few residuals: a CPU is bound by
+memory.
+
+Legend: B batch, H height, W width, I inputs, O outputs, C channels, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# --------------------------------------------------------------------------------------------- matrix product
+
+
+@jax.custom_vjp
+def dense(x: Array, w: Array) -> Array:
+    """x [..., I] @ w [I, O] -> [..., O]; both operands share one dtype, which the gradients keep."""
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _dense_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    dx = lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return dx, lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+
+
+dense.defvjp(lambda x, w: (dense(x, w), (x, w)), _dense_bwd)
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+def _activation(
+    value: Callable[[Array], Array], slope: Callable[[Array], Array], doc: str
+) -> Callable[[Array], Array]:
+    """An elementwise function that saves its input alone; computed in float32."""
+
+    def wide(f: Callable[[Array], Array], x: Array) -> Array:
+        return f(x.astype(jnp.float32))
+
+    @jax.custom_vjp
+    def activation(x: Array) -> Array:
+        return wide(value, x).astype(x.dtype)
+
+    def bwd(x: Array, g: Array) -> tuple[Array]:
+        d = wide(slope, x)
+        return ((g.astype(d.dtype) * d).astype(x.dtype),)
+
+    activation.defvjp(lambda x: (activation(x), x), bwd)
+    activation.__doc__ = doc
+    return activation
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
+
+
+def _tanh_gate(x: Array) -> Array:
+    return lax.logistic(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def _tanh_slope(x: Array) -> Array:
+    s = _tanh_gate(x)
+    return s + x * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x * x)
+
+
+def _silu_slope(x: Array) -> Array:
+    s = lax.logistic(x)
+    return s + x * s * (1 - s)
+
+
+gelu = _activation(
+    lambda x: x * _normal_cdf(x),
+    lambda x: _normal_cdf(x) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi),
+    "x Phi(x), elementwise over any shape.",
+)
+gelu_tanh = _activation(
+    lambda x: x * _tanh_gate(x), _tanh_slope, "The tanh approximation of `gelu`, elementwise."
+)
+silu = _activation(lambda x: x * lax.logistic(x), _silu_slope, "x sigmoid(x), elementwise.")
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+def conv(x: Array, w: Array, strides: tuple[int, int], padding: str, platform: str) -> Array:
+    """x [B, H, W, I] * w [h, w, I, O] -> [B, H', W', O]; `padding` is SAME or VALID."""
+    if platform != "cpu":
+        return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    pads = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
+    return _im2col(tuple(strides), x if not any(map(sum, pads)) else jnp.pad(x, ((0, 0), *pads, (0, 0))), w)
+
+
+def _taps(size: Sequence[int]) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(size[0]) for j in range(size[1])]
+
+
+def _patches(strides: tuple[int, int], x: Array, size: Sequence[int]) -> Array:
+    """x [B, H, W, I] -> [B, H', W', h * w * I]."""
+    out = [(n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], size, strides, strict=True)]
+    parts = [x[:, i : i + out[0] : strides[0], j : j + out[1] : strides[1]] for i, j in _taps(size)]
+    return jnp.concatenate(parts, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _im2col(strides: tuple[int, int], x: Array, w: Array) -> Array:
+    return dense(_patches(strides, x, w.shape[:2]), w.reshape(-1, w.shape[-1]))
+
+
+def _im2col_bwd(strides: tuple[int, int], residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    flat = _patches(strides, x, w.shape[:2]).reshape(-1, math.prod(w.shape[:3]))
+    dw = lax.dot_general(flat, g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())))
+    dx = jnp.zeros_like(x)
+    for i, j in _taps(w.shape[:2]):
+        tap = lax.dot_general(g, w[i, j], (((3,), (1,)), ((), ())))
+        spans = [(n - 1) * s + 1 for n, s in zip(g.shape[1:3], strides, strict=True)]
+        edges = [
+            (k, n - k - m, s - 1) for k, n, m, s in zip((i, j), x.shape[1:3], spans, strides, strict=True)
+        ]
+        dx += lax.pad(tap, jnp.zeros((), tap.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+    return dx, dw.reshape(w.shape)
+
+
+_im2col.defvjp(lambda strides, x, w: (_im2col(strides, x, w), (x, w)), _im2col_bwd)
+
+
+def max_pool(x: Array, window: tuple[int, int], strides: tuple[int, int]) -> Array:
+    """x [B, H, W, C] -> [B, H', W', C] without padding; a tie's gradient goes to its first element."""
+    if tuple(window) == tuple(strides):
+        return _tile_max(tuple(window), x)
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), "VALID")
+
+
+def _tile(x: Array, window: tuple[int, int], i: int, j: int) -> Array:
+    """Element (i, j) of every whole window of x [B, H, W, C] -> [B, H', W', C]."""
+    h, w = (n // k * k for n, k in zip(x.shape[1:3], window, strict=True))
+    return x[:, i : h : window[0], j : w : window[1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tile_max(window: tuple[int, int], x: Array) -> Array:
+    return functools.reduce(jnp.maximum, [_tile(x, window, i, j) for i, j in _taps(window)])
+
+
+def _tile_max_bwd(window: tuple[int, int], residuals: tuple[Array, Array], g: Array) -> tuple[Array]:
+    x, y = residuals
+    taken, rows = jnp.zeros(y.shape, bool), []
+    for i in range(window[0]):
+        columns = []
+        for j in range(window[1]):
+            first = (_tile(x, window, i, j) == y) & ~taken
+            taken |= first
+            columns.append(jnp.where(first, g, jnp.zeros_like(g)))
+        rows.append(jnp.stack(columns, 3))
+    b, h, w, c = y.shape
+    dx = jnp.stack(rows, 2).reshape(b, h * window[0], w * window[1], c)
+    return (jnp.pad(dx, [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]),)
+
+
+_tile_max.defvjp(lambda window, x: (lambda y: (y, (x, y)))(_tile_max(window, x)), _tile_max_bwd)
+
+
+# ----------------------------------------------------------------------------------------- embedding and loss
+
+
+@jax.custom_vjp
+def embed(table: Array, tokens: Array) -> Array:
+    """table [V, K], int tokens [...] -> [..., K]."""
+    return jnp.take(table, tokens, 0, mode="clip")
+
+
+def _embed_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    table, tokens = residuals
+    tokens, g = tokens.reshape(-1), g.reshape(-1, g.shape[-1])
+    if len(table) > 1024:
+        return jnp.zeros_like(table).at[tokens].add(g, mode="drop"), None
+    onehot = (tokens[:, None] == jnp.arange(len(table), dtype=tokens.dtype)).astype(g.dtype)
+    return lax.dot_general(onehot, g, (((0,), (0,)), ((), ()))).astype(table.dtype), None
+
+
+embed.defvjp(lambda table, tokens: (embed(table, tokens), (table, tokens)), _embed_bwd)
+
+
+@jax.custom_vjp
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """logits [..., V], int targets [...] -> float32 losses [...]."""
+    return _cross_entropy_fwd(logits, targets)[0]
+
+
+def _hit(logits: Array, targets: Array) -> Array:
+    return targets[..., None] == lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+
+
+def _cross_entropy_fwd(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    wide = logits.astype(jnp.float32)
+    top = wide.max(-1)
+    norm = top + jnp.log(jnp.exp(wide - top[..., None]).sum(-1))
+    chosen = jnp.where(_hit(logits, targets), wide, jnp.float32(0)).sum(-1)
+    return norm - chosen, (logits, targets, norm)
+
+
+def _cross_entropy_bwd(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, None]:
+    logits, targets, norm = residuals
+    p = jnp.exp(logits.astype(jnp.float32) - norm[..., None])
+    return ((p - _hit(logits, targets).astype(jnp.float32)) * g[..., None]).astype(logits.dtype), None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+# ---------------------------------------------------------------------------------------------- normalisation
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def normalize(x: Array, scale: Array, center: bool, epsilon: float) -> Array:
+    """LayerNorm (`center`) or RMSNorm of x [..., K], in float32, times scale [K] -> [..., K]."""
+    return _normalize_fwd(x, scale, center, epsilon)[0]
+
+
+def _mean(x: Array) -> Array:
+    return x.mean(-1, keepdims=True)
+
+
+def _normalize_fwd(
+    x: Array, scale: Array, center: bool, epsilon: float
+) -> tuple[Array, tuple[Array, Array, Array | None, Array]]:
+    wide = x.astype(jnp.float32)
+    mean = _mean(wide) if center else None
+    centered = wide if mean is None else wide - mean
+    inverse = lax.rsqrt(_mean(jnp.square(centered)) + epsilon)
+    y = (centered * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+    return y, (x, scale, mean, inverse)
+
+
+def _normalize_bwd(
+    center: bool, epsilon: float, residuals: tuple[Array, Array, Array | None, Array], g: Array
+) -> tuple[Array, Array]:
+    x, scale, mean, inverse = residuals
+    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    unit = (wide if mean is None else wide - mean) * inverse
+    slope = g * scale.astype(jnp.float32)
+    dx = slope - unit * _mean(slope * unit)
+    dx = inverse * (dx - _mean(slope) if center else dx)
+    dscale = (g * unit).reshape(-1, x.shape[-1]).sum(0)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)
