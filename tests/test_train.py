@@ -21,8 +21,8 @@ from conftest import config_flag, finish, run_script, start_script, tiny
 from bigmodel import config as config_lib
 from bigmodel import log, train, workdir
 from bigmodel.checkpoint import Checkpoints
-from bigmodel.digests import digest
 from bigmodel.config import Config, InputError
+from bigmodel.digests import digest
 
 TEXT = {"model__vocab_size": 264, "seq_len": 32, "log__every_steps": 2, "eval__batches": 2}
 # Everything that a state can hold, and everything random: a resume must bring back all of it.

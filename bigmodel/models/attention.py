@@ -1,8 +1,8 @@
 """Attention through one function, `attend`, which picks the best kernel for the backend.
 
 TPU: the Pallas splash-attention kernel. GPU: cuDNN's flash attention, through `jax.nn`. CPU: blocks of
-queries. Elsewhere, and where a kernel does not take the shape or dtype: plain XLA. All give equal values within
-rounding.
+queries. Elsewhere, and where a kernel does not take the shape or dtype: plain XLA. All give equal values
+within rounding.
 
 Legend: B batch, L queries, S keys, H heads, G key/value heads, R = H / G, K head dim.
 """
