@@ -2,7 +2,7 @@
 
 Compiling is what takes the time. So XLA's backend runs without optimisation, and JAX's persistent cache (one
 directory a session, or $JAX_COMPILATION_CACHE_DIR) lets a program that several tests, or several processes,
-build be compiled once: measured on a tiny GPT, 2.5 s of CPU become 0.1 s, and the steps stay equal bit for bit.
+build be compiled once: for a tiny GPT 2.5 s of CPU become 0.1 s, and the steps stay equal bit for bit.
 """
 
 from __future__ import annotations

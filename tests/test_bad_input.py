@@ -1,4 +1,4 @@
-"""scripts/train.py on bad input: one line that names the key and the fix, exit code 2, at once, no trace left."""
+"""scripts/train.py on bad input: one line with the key and the fix, exit code 2, at once, nothing left."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ORDER = """
     data/text
     data/pipeline
     data/__init__
-    models/module
+    models/module | models/ops
     models/layers | models/attention
     models/transformer | models/vision
     models/__init__

@@ -124,7 +124,7 @@ def test_remat_policies_recompute_more_and_more():
     )
     assert none == dots < minimal == everything < qkv < full
     model = flops.model_flops(build(tiny("gpt")))
-    assert none == model
+    assert model <= none < 1.1 * model  # on a CPU, attention computes its weights again
     assert full < 4 / 3 * model  # a whole forward pass more, less the head
 
 
@@ -197,6 +197,18 @@ def test_plain_attention_is_that_of_jax(groups, causal):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_attention_in_blocks_is_plain_attention(groups, causal):
+    q, k, v, segments = heads(groups, length=24, dim=8)
+    mask = attention.visible(jnp.asarray(segments), 24, 24, causal)
+    same = segments[:, :, None] == segments[:, None, :]
+    plain = out_and_grads(lambda *qkv: attention.attend_xla(*qkv, mask), q, k, v)
+    blocks = out_and_grads(lambda *qkv: attention.attend_blocks(*qkv, same, causal, block=10), q, k, v)
+    for a, b in zip(blocks, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_grouped_queries_are_repeated_heads():
     q, k, v, segments = heads(2, length=32, dim=16)
     mask = attention.visible(jnp.asarray(segments), 32, 32, True)
@@ -224,7 +236,7 @@ def test_each_platform_gets_its_kernel():
     assert attention.pick(1000, 64, jnp.bfloat16, "tpu") == "xla"
     assert attention.pick(1024, 64, jnp.bfloat16, "gpu") == "cudnn"
     assert attention.pick(1024, 64, jnp.float32, "gpu") == "xla"
-    assert attention.pick(1024, 64, jnp.bfloat16, "cpu") == "xla"
+    assert attention.pick(1024, 64, jnp.bfloat16, "cpu") == "blocks"
 
 
 def test_rope_depends_on_distances_only():

@@ -19,7 +19,7 @@ from bigmodel.plan import estimate, flops
 
 # Momentum, decay and clipping, but no Adam: its first steps are near lr * sign(g), which turns a rounding
 # error in a gradient that is almost zero into a full step. Without that amplification, ten float32 steps
-# differ between meshes only by the order of sums: 5e-7 of a loss or norm, 1.2e-7 in a parameter were measured.
+# differ between meshes only by the order of sums: measured, 5e-7 of a loss or norm and 1.2e-7 in a parameter.
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
 RTOL, ATOL = 5e-6, 2e-6
 
