@@ -1,7 +1,6 @@
 """Models: published parameter counts, and what must not change whatever the implementation.
 
-Legend: B batch, L length, H heads, G key/value heads, K head dim.
-"""
+Legend: L length, G key/value heads, K head dim."""
 
 from __future__ import annotations
 
@@ -197,8 +196,7 @@ def test_plain_attention_is_that_of_jax(groups, causal):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize(("groups", "causal"), [(4, False), (2, True)])
 def test_attention_in_blocks_is_plain_attention(groups, causal):
     q, k, v, segments = heads(groups, length=24, dim=8)
     mask = attention.visible(jnp.asarray(segments), 24, 24, causal)
