@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bigmodel.config import Config
 from bigmodel.metrics import Metrics
-from bigmodel.models import ops
 
 Batch = Mapping[str, jax.Array]
 
@@ -42,9 +42,10 @@ def make(config: Config) -> Task:
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """-log softmax(logits [..., V])[labels], in nats and float32; smoothing as in Szegedy et al. 2016."""
-    nll = ops.cross_entropy(logits, labels)
+    logits = logits.astype(jnp.float32)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if smoothing:
-        uniform = -jax.nn.log_softmax(logits.astype(jnp.float32)).mean(-1)
+        uniform = -jax.nn.log_softmax(logits).mean(-1)
         nll = (1 - smoothing) * nll + smoothing * uniform
     return nll
 

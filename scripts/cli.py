@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import sys
 from collections.abc import Callable
 
@@ -42,8 +44,22 @@ def parse(
     return args, overrides
 
 
+def keep_memory() -> None:
+    """On a CPU with glibc, makes malloc keep what is freed. To be called before JAX is imported.
+
+    Otherwise XLA's temporaries go back to the kernel after each step and are faulted in again at the next,
+    which makes small models 1.2 to 1.5 times slower. The price: the process holds on to its peak.
+    """
+    accelerators = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version") and not any(map(os.path.exists, accelerators)):
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26), (-8, 1)):
+            libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+
+
 def run(main: Callable[[], int]) -> None:
     """Exits with what `main` returns; bad input is one line and exit code 2."""
+    keep_memory()
     try:
         code = main()
     except InputError as error:

@@ -34,7 +34,7 @@ class Embed(nnx.Module):
     def __call__(self, ids_BL: jax.Array, dtype: str) -> jax.Array:
         # Rows whole before the lookup: XLA cannot cut a gather's result by width and by batch at once.
         table_VD = mesh.shard(self.table[...].astype(dtype), "tensor", None)
-        return shard_width(ops.embed(table_VD, ids_BL))
+        return shard_width(table_VD[ids_BL])
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         return ops.dense(x_BLD, self.table[...].astype(x_BLD.dtype).T)
@@ -104,8 +104,6 @@ class Conv(nnx.Module):
         # Kernels whole, examples split. Left to itself on data x fsdp x tensor, XLA (jax 0.10.2) cuts the
         # backward convolutions so that the gradient is wrong by 0.3 %, without a word; a test holds this.
         kernel = mesh.shard(self.kernel[...].astype(x.dtype), None, None, None, None)
-        y = jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = ops.conv(x, kernel, (1, 1), "SAME", mesh.platform())
         y = mesh.shard(y, mesh.BATCH, None, None, None)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

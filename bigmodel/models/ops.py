@@ -5,7 +5,7 @@ convolves and scatters a pooling's gradient far slower. Each function here there
 pass, in 2-D matrix products and elementwise arithmetic that fuses, and keeps few residuals: a CPU is bound by
 memory.
 
-Legend: B batch, H height, W width, I inputs, O outputs, C channels, D width, V vocabulary.
+Legend: B batch, H height, W width, I inputs, O outputs, C channels, D width.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ def dense(x: Array, w: Array) -> Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
+def _outer(x: Array, g: Array) -> Array:
+    """x [..., I], g [..., O] -> [I, O], summed over every leading axis."""
+    lead = tuple(range(x.ndim - 1))
+    return lax.dot_general(x, g, ((lead, lead), ((), ())))
+
+
+def _outer_flat(x: Array, g: Array) -> Array:
+    """`_outer` with one contracted axis: twice as fast a training step on a CPU."""
+    return _outer(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
+
+
 def _dense_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
     dx = lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))
-    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return dx, lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+    return dx, lax.platform_dependent(x, g, cpu=_outer_flat, default=_outer)
 
 
 def _dense_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -125,7 +135,7 @@ def _im2col(strides: tuple[int, int], x: Array, w: Array) -> Array:
 def _im2col_bwd(strides: tuple[int, int], residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
     flat = _patches(strides, x, w.shape[:2]).reshape(-1, math.prod(w.shape[:3]))
-    dw = lax.dot_general(flat, g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())))
+    dw = _outer_flat(flat, g)
     dx = jnp.zeros_like(x)
     for i, j in _taps(w.shape[:2]):
         tap = lax.dot_general(g, w[i, j], (((3,), (1,)), ((), ())))
@@ -173,55 +183,12 @@ def _tile_max_bwd(window: tuple[int, int], residuals: tuple[Array, Array], g: Ar
     return (jnp.pad(dx, [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]),)
 
 
-_tile_max.defvjp(lambda window, x: (lambda y: (y, (x, y)))(_tile_max(window, x)), _tile_max_bwd)
+def _tile_max_fwd(window: tuple[int, int], x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = _tile_max(window, x)
+    return y, (x, y)
 
 
-# ----------------------------------------------------------------------------------------- embedding and loss
-
-
-@jax.custom_vjp
-def embed(table: Array, tokens: Array) -> Array:
-    """table [V, K], int tokens [...] -> [..., K]."""
-    return jnp.take(table, tokens, 0, mode="clip")
-
-
-def _embed_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
-    table, tokens = residuals
-    tokens, g = tokens.reshape(-1), g.reshape(-1, g.shape[-1])
-    if len(table) > 1024:
-        return jnp.zeros_like(table).at[tokens].add(g, mode="drop"), None
-    onehot = (tokens[:, None] == jnp.arange(len(table), dtype=tokens.dtype)).astype(g.dtype)
-    return lax.dot_general(onehot, g, (((0,), (0,)), ((), ()))).astype(table.dtype), None
-
-
-embed.defvjp(lambda table, tokens: (embed(table, tokens), (table, tokens)), _embed_bwd)
-
-
-@jax.custom_vjp
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """logits [..., V], int targets [...] -> float32 losses [...]."""
-    return _cross_entropy_fwd(logits, targets)[0]
-
-
-def _hit(logits: Array, targets: Array) -> Array:
-    return targets[..., None] == lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-
-
-def _cross_entropy_fwd(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    wide = logits.astype(jnp.float32)
-    top = wide.max(-1)
-    norm = top + jnp.log(jnp.exp(wide - top[..., None]).sum(-1))
-    chosen = jnp.where(_hit(logits, targets), wide, jnp.float32(0)).sum(-1)
-    return norm - chosen, (logits, targets, norm)
-
-
-def _cross_entropy_bwd(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, None]:
-    logits, targets, norm = residuals
-    p = jnp.exp(logits.astype(jnp.float32) - norm[..., None])
-    return ((p - _hit(logits, targets).astype(jnp.float32)) * g[..., None]).astype(logits.dtype), None
-
-
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+_tile_max.defvjp(_tile_max_fwd, _tile_max_bwd)
 
 
 # ---------------------------------------------------------------------------------------------- normalisation

@@ -18,6 +18,7 @@ from bigmodel.config import Config, Transformer
 from bigmodel.models import layers, module, ops
 from bigmodel.models.attention import attend
 
+UNROLLED_ON_CPU = 12  # layers; on a CPU a scan copies what it saves, 10-25 % of the step, and compiles faster
 PROJECTIONS = ("q", "k", "v", "attention_out", "up", "gate", "mlp_out")  # names that remat policies save
 
 
@@ -55,7 +56,7 @@ class GPT(nnx.Module):
             layers.shard_width(x_BLD),
             keys,
             wrap=_remat(self.config.remat),
-            unroll=not c.scan,
+            unroll=not c.scan or (mesh.platform() == "cpu" and c.depth <= UNROLLED_ON_CPU),
         )
         x_BLD = self.norm(x_BLD)
         logits_BLV = self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)
