@@ -196,6 +196,21 @@ class Checkpoints:
                     _on_first_process((self.directory / str(candidate)).rename, aside)
         raise CorruptCheckpoint(f"{self.directory}: no good checkpoint is left; the last one: {problem}")
 
+    def check(self, state_spec: Any) -> dict[str, Any]:
+        """The meta of the newest step whose manifest is sound; {} if there is none. Reads no array.
+
+        Raises: InputError if that step's paths, shapes or dtypes are not the spec's.
+        """
+        for step in reversed(self.steps()):
+            root = self.directory / str(step)
+            try:
+                manifest = _read_manifest(root)
+            except CorruptCheckpoint:
+                continue  # `restore` warns of it, and falls back alike
+            _compare(digests.flatten(state_spec)[0], manifest["arrays"], "", root)
+            return dict(manifest["meta"])
+        return {}
+
     def meta(self, step: int) -> dict[str, Any]:
         """The meta saved with a step. Raises InputError if there is no such step, CorruptCheckpoint."""
         return dict(_read_manifest(self.directory / str(self._require_step(step)))["meta"])

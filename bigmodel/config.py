@@ -62,9 +62,12 @@ class Transformer:
             if getattr(self, key) < 1:
                 yield key, f"is {getattr(self, key)}: set it to 1 or more"
         if self.width % max(self.heads, 1) and self.head_dim == self.width // max(self.heads, 1):
-            yield "heads", f"is {self.heads}, which does not divide model.width={self.width}"
+            yield "heads", f"is {self.heads}, which does not divide model.width={self.width}; take a divisor"
         if self.heads % max(self.kv_heads, 1):
-            yield "kv_heads", f"is {self.kv_heads}, which does not divide model.heads={self.heads}"
+            yield (
+                "kv_heads",
+                f"is {self.kv_heads}, which does not divide model.heads={self.heads}; take a divisor",
+            )
         if self.position == "rope" and self.head_dim % 2:
             yield "head_dim", f"is {self.head_dim}: rope needs an even one"
         if not 0 <= self.dropout < 1:
@@ -73,7 +76,7 @@ class Transformer:
     def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
         for key in ("heads", "kv_heads"):
             if getattr(self, key) % tensor:
-                yield key, f"is {getattr(self, key)}, which mesh.tensor={tensor} does not divide"
+                yield key, f"is {getattr(self, key)}, which mesh.tensor={tensor} does not divide; lower that"
 
 
 @dataclass(frozen=True)
@@ -323,7 +326,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     if c.task.name == "lm" and c.seq_len < 2:
         yield "seq_len", f"is {c.seq_len}: a language model needs 2 or more"
     if c.microbatches and c.batch_size % c.microbatches:
-        yield "microbatches", f"is {c.microbatches}, which does not divide batch_size={c.batch_size}"
+        yield "microbatches", f"is {c.microbatches}, no divisor of batch_size={c.batch_size}; take one"
     if c.eval.batches == 0 or c.eval.batches < -1:
         yield "eval.batches", f"is {c.eval.batches}: set it to 1 or more, or to -1 for the whole split"
     if not 0 <= c.task.label_smoothing < 1:

@@ -121,8 +121,7 @@ class _Run:
                 async_save=config.checkpoint.async_save,
             )
         )
-        start = checkpoints.latest() or 0
-        self._compare_with_last(checkpoints, start)
+        self._compare_with_last(checkpoints)
         with self.ledger.timing("compile"):
             compiled = self.program.compile()
         with self.ledger.timing("restore"):
@@ -151,21 +150,22 @@ class _Run:
                     self.path / "ledger.json", self.ledger.report(receipt["model_flops_per_step"])
                 )
 
-    def _compare_with_last(self, checkpoints: Checkpoints, start: int) -> None:
-        """Refuses other data than the checkpoint's; tells which other settings changed."""
-        if not start:
+    def _compare_with_last(self, checkpoints: Checkpoints) -> None:
+        """Refuses another model or other data than the checkpoint's; tells which other settings changed."""
+        meta = checkpoints.check(self.program.state_spec)
+        if not meta:
             return
-        if (self.path / "config.json").exists():
-            old = workdir.read_config(self.path)
-            for key, (was, now) in config_lib.difference(old, self.program.config).items():
-                log.say(f"config    {key}: was {was}, now {now}")
-        was, now = checkpoints.meta(start)["pipeline"], self.train_data.fingerprint()
+        was, now = meta["pipeline"], self.train_data.fingerprint()
         for key in sorted(was.keys() | now.keys()):
             if was.get(key) != now.get(key):
                 raise InputError(
                     f"--workdir={self.path} was trained on other data: {key} was {was.get(key)}, "
                     f"now {now.get(key)}; use the same data, seed and batch_size, or a new --workdir"
                 )
+        if (self.path / "config.json").exists():
+            old = workdir.read_config(self.path)
+            for key, (before, after) in config_lib.difference(old, self.program.config).items():
+                log.say(f"config    {key}: was {before}, now {after}")
 
     def _initial_state(self, checkpoints: Checkpoints) -> State:
         if checkpoints.latest() is None:

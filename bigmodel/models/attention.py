@@ -45,8 +45,7 @@ def attend(
             q_BLHK, k_BSGK, v_BSGK, mask=mask, is_causal=causal, implementation="cudnn"
         )
     if kernel == "blocks":
-        mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
-        return attend_blocks(q_BLHK, k_BSGK, v_BSGK, None if mask is None else mask[:, 0], causal)
+        return attend_blocks(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal)
     return attend_xla(q_BLHK, k_BSGK, v_BSGK, visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal))
 
 
@@ -128,7 +127,7 @@ def attend_blocks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None = None,
+    segments_BL: jax.Array | None = None,
     causal: bool = True,
     block: int = 0,
 ) -> jax.Array:
@@ -137,10 +136,10 @@ def attend_blocks(
     The backward pass computes the weights again, so nothing of size L x S outlives a block.
 
     Args:
-        mask: bool [B or 1, L, S]: which keys a query may see, beside `causal`; None: all.
+        segments_BL: as in `attend`.
         block: queries in a block; 0: 64, or a sixteenth of a long L (the blocks are unrolled).
     """
-    return _attend(causal, block or max(64, q.shape[1] // 16), q, k, v, mask)
+    return _attend(causal, block or max(64, q.shape[1] // 16), q, k, v, segments_BL)
 
 
 def _matmul(
@@ -177,11 +176,12 @@ def _spans(causal: bool, block: int, q: jax.Array, k: jax.Array) -> list[tuple[s
 
 
 def _scores(
-    causal: bool, mask: jax.Array | None, q: jax.Array, k: jax.Array, rows: slice, keys: slice
+    causal: bool, segments: jax.Array | None, q: jax.Array, k: jax.Array, rows: slice, keys: slice
 ) -> jax.Array:
     """Masked float32 scores [B, G, rows * R, keys] of one block."""
     s = _matmul(_rows(q, rows), k[:, :, keys], (1, 1), jnp.float32) * q.shape[-1] ** -0.5
-    seen = None if mask is None else mask[:, rows, keys]
+    # Compared block by block: a mask of all L x S would be read from memory once for every head.
+    seen = None if segments is None else segments[:, rows, None] == segments[:, None, keys]
     if causal:
         position = jnp.arange(rows.start, rows.stop) + (k.shape[2] - q.shape[2])
         past = position[:, None] >= jnp.arange(keys.stop)
@@ -193,38 +193,38 @@ def _scores(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> jax.Array:
-    return _attend_fwd(causal, block, q, k, v, mask)[0]
+    return _attend_fwd(causal, block, q, k, v, segments)[0]
 
 
 def _attend_fwd(
-    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     qg, kg, vg = _by_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out, norms = [], []
     for rows, keys in _spans(causal, block, qg, kg):
-        s = _scores(causal, mask, qg, kg, rows, keys)
+        s = _scores(causal, segments, qg, kg, rows, keys)
         top = s.max(-1, keepdims=True)
         e = jnp.exp(s - top)
         total = e.sum(-1, keepdims=True)
         out.append(_matmul((e / total).astype(v.dtype), vg[:, :, keys], (1, 0)))
         norms.append(top + jnp.log(total))
     o = _by_token(jnp.concatenate(out, 2).reshape(qg.shape))
-    return o, (q, k, v, mask, o, jnp.concatenate(norms, 2).reshape(*qg.shape[:4], 1))
+    return o, (q, k, v, segments, o, jnp.concatenate(norms, 2).reshape(*qg.shape[:4], 1))
 
 
 def _attend_bwd(
     causal: bool, block: int, residuals: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, mask, o, norm = residuals
+    q, k, v, segments, o, norm = residuals
     f32, scale = jnp.float32, q.shape[-1] ** -0.5
     inner = _by_group((g.astype(f32) * o.astype(f32)).sum(-1, keepdims=True), k.shape[2])
     qg, gg = _by_group(q, k.shape[2]), _by_group(g, k.shape[2])
     kg, vg = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     dq, dk, dv = [], jnp.zeros_like(kg), jnp.zeros_like(vg)
     for rows, keys in _spans(causal, block, qg, kg):
-        p = jnp.exp(_scores(causal, mask, qg, kg, rows, keys) - _rows(norm, rows))
+        p = jnp.exp(_scores(causal, segments, qg, kg, rows, keys) - _rows(norm, rows))
         dp = _matmul(_rows(gg, rows), vg[:, :, keys], (1, 1), f32)
         ds = (p * (dp - _rows(inner, rows)) * scale).astype(q.dtype)
         dq.append(_matmul(ds, kg[:, :, keys], (1, 0)))
