@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint
-from bigmodel.digests import digest
 from bigmodel.config import InputError
+from bigmodel.digests import digest
 
 
 class Moments(NamedTuple):
