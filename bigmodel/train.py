@@ -122,20 +122,19 @@ class _Run:
             )
         )
         self._compare_with_last(checkpoints)
-        with self.ledger.timing("compile"):
-            compiled = self.program.compile()
         with self.ledger.timing("restore"):
             state = self._initial_state(checkpoints)
         start = int(state["step"])
-        left = max(config.steps - start, 0)
-        receipt = estimate.receipt(self.program, compiled, left)
+        if start >= config.steps:
+            log.say(f"done: {self.path} is at step {start:,} of {config.steps:,}; raise steps to go on")
+            return Result(DONE, start, {}, self.path, self.program, state)
+        with self.ledger.timing("compile"):
+            compiled = self.program.compile()
+        receipt = estimate.receipt(self.program, compiled, config.steps - start)
         log.say("\n".join(estimate.table(receipt)))
         if first:
             workdir.write_config(self.path, config)
             workdir.write_json(self.path / "plan.json", receipt)
-        if not left:
-            log.say(f"done: {self.path} is at step {start:,} of {config.steps:,}; raise steps to go on")
-            return Result(DONE, start, {}, self.path, self.program, state)
         if start:
             log.say(f"resuming from step {start:,}")
         writer = stack.enter_context(
