@@ -66,21 +66,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data = {"name": "python_source"}
     config.seq_len = args.seq_len
     config.batch_size = 256 if large else 16
-    config.steps = 20_000 if large else 500
+    config.steps = 20_000 if large else 600
     config.compute_dtype = "bfloat16" if large else "float32"
     config.remat = "minimal" if large else "none"
-    config.optim = {
-        "name": "adamw",
-        "lr": 6e-4 if large else 2e-3,
-        "end_lr": 0.1,
-        "warmup_steps": 700 if large else 50,
-        "weight_decay": 0.1,
-    }
-    config.eval = {"every_steps": 1000 if large else 250, "batches": 50}
-    config.checkpoint = {"every_steps": 1000 if large else 250}
+    if large:
+        config.optim = {"name": "adamw", "lr": 6e-4, "end_lr": 0.1, "warmup_steps": 700, "weight_decay": 0.1}
+    else:
+        config.optim = {"name": "muon", "lr": 2e-2, "end_lr": 0.05, "warmup_steps": 50, "weight_decay": 0.01}
+    config.eval = {"every_steps": 1000 if large else 200, "batches": 50}
+    config.checkpoint = {"every_steps": 1000 if large else 200}
     return config
 
 
 def sweep() -> list[dict[str, object]]:
     """Learning rates around the default, for scripts that run one config many times."""
-    return [{"optim.lr": lr} for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
+    return [{"optim.lr": lr} for lr in (5e-3, 1e-2, 2e-2, 4e-2)]

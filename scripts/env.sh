@@ -23,11 +23,11 @@ setup_venv() {
         echo "making .venv with $("$python" --version)"
         "$python" -m venv .venv
     fi
-    # Installed already for this setup.cfg and this extra? Then start at once.
-    stamp=".venv/installed${1:+-$1}"
-    if ! cmp -s setup.cfg "$stamp"; then
-        echo "installing $target"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$target"
-        cp setup.cfg "$stamp"
-    fi
+    # Installed already from this setup.cfg, with this extra or (for none) with any? Then start at once.
+    for stamp in .venv/installed"${1:+-$1}"*; do
+        cmp -s setup.cfg "$stamp" && return
+    done
+    echo "installing $target"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$target"
+    cp setup.cfg ".venv/installed${1:+-$1}"
 }

@@ -9,7 +9,7 @@ from conftest import run_script
 
 from bigmodel import workdir
 
-LIMIT_S = 20.0  # on a busy machine; idle, each takes well under three seconds
+LIMIT_S = 8.0  # on a busy machine; idle, each takes well under three seconds
 
 GPT = "--config=configs/gpt.py"
 TEXT = "--config.data.name=text:scripts/*.py"  # data that is there
