@@ -450,3 +450,21 @@ def test_prefetch_over_a_real_pipeline(corpus):
     with pipeline.Prefetch(made, 0, jax.device_put, depth=2) as batches:
         total = sum(int(ready.batch["target_bytes"].astype(int).sum()) for ready in batches)
     assert total == open_source(corpus, "test").num_bytes
+
+
+def test_part_of_a_split_is_spread_evenly_over_it():
+    class Numbers:
+        def __len__(self):
+            return 100
+
+        def read(self, indices):
+            return {"x": indices}
+
+    part = pipeline.Pipeline(
+        Numbers(), dict, lambda batch: None, facts={}, batch_size=8, seed=None, max_batches=3,
+        process_index=0, process_count=1,
+    )  # fmt: skip
+    read = np.concatenate([part[step]["x"] for step in range(len(part))])
+    assert len(set(read.tolist())) == 24
+    assert set(np.diff(read).tolist()) == {4, 5}
+    assert (read[0], read[-1]) == (0, 95)

@@ -50,7 +50,7 @@ class Pipeline:
         process_index: int,
         process_count: int,
     ) -> None:
-        """Use `make_pipeline`. `seed` None reads in order; `max_batches` None never ends."""
+        """Use `make_pipeline`. `seed` None: in order; `max_batches` None: no end, else so many at most."""
         self._examples, self._finish, self._facts = examples, finish, dict(facts)
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
@@ -79,7 +79,9 @@ class Pipeline:
         start = step * self._batch_size + self._process_index * self._rows
         if self._order is not None:
             return np.array([self._order[i] for i in range(start, start + self._rows)], np.int64)
-        return np.arange(min(start, self.num_examples), min(start + self._rows, self.num_examples))
+        # A part of the split is spread evenly over it: its beginning may be one document, or one class.
+        read = min(self.num_examples, self._len * self._batch_size)
+        return np.arange(min(start, read), min(start + self._rows, read)) * self.num_examples // read
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[step] for step in range(self._len))
