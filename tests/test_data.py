@@ -461,7 +461,7 @@ def test_part_of_a_split_is_spread_evenly_over_it():
             return {"x": indices}
 
     part = pipeline.Pipeline(
-        Numbers(), dict, lambda batch: None, facts={}, batch_size=8, seed=None, max_batches=3,
+        Numbers(), dict, facts={}, batch_size=8, seed=None, max_batches=3,
         process_index=0, process_count=1,
     )  # fmt: skip
     read = np.concatenate([part[step]["x"] for step in range(len(part))])

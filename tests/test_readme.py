@@ -19,8 +19,8 @@ COMMANDS = [
 ]
 TINY = [
     "--config.model.depth=1", "--config.model.width=32", "--config.model.heads=2",
-    "--config.model.vocab_size=264", "--config.batch_size=8", "--config.seq_len=32", "--config.steps=3", "--config.eval.batches=2",
-    "--config.compute_dtype=float32",
+    "--config.model.vocab_size=264", "--config.batch_size=8", "--config.seq_len=32",
+    "--config.steps=3", "--config.eval.batches=2", "--config.compute_dtype=float32",
 ]  # fmt: skip
 
 
