@@ -55,7 +55,8 @@ Step = Callable[[], Any]  # starts a step; what it returns can be waited for
 
 def load_case(case: str) -> Config:
     path, overrides = CASES[case]
-    return config_lib.load(ROOT / path, {**overrides, "steps": 10**6, "log.tensorboard": False})
+    fixed = {"optim.name": "adamw", "optim.lr": 3e-4, "steps": 10**6, "log.tensorboard": False}
+    return config_lib.load(ROOT / path, overrides | fixed)
 
 
 def random_batch(config: Config, seed: int) -> dict[str, Any]:
@@ -115,9 +116,11 @@ def loop(config: Config) -> Step:
     from bigmodel.ledger import Ledger
     from bigmodel.plan import estimate
 
+    drawn = [random_batch(config, seed) for seed in range(4)]
+
     class Drawn:
         def __getitem__(self, step: int) -> dict[str, Any]:
-            return random_batch(config, step % 4)
+            return {name: rows.copy() for name, rows in drawn[step % 4].items()}
 
         def __len__(self) -> int:
             return sys.maxsize
