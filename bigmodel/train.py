@@ -67,18 +67,17 @@ def run(config: Config, directory: str | os.PathLike[str], resume: Resume = "aut
     ledger = Ledger()
     log.show_logging()
     mesh.join_cluster()
+    the_mesh = mesh.make_mesh(config)
     with contextlib.ExitStack() as stack:
         first = jax.process_index() == 0
         path = stack.enter_context(workdir.claim(directory)) if first else pathlib.Path(directory)
         with ledger.timing("start"):
-            the_mesh = mesh.make_mesh(config)
             _check_resume(path, resume)
             rows = mesh.host_rows(the_mesh, config.batch_size)
             train_data = data.make_pipeline(config, "train", path, **rows)
             eval_data = data.make_pipeline(config, "eval", path, **rows)
             the_program = _build(config, the_mesh)
-        run = _Run(the_program, path, train_data, eval_data, ledger)
-        return run.train(stack)
+        return _Run(the_program, path, train_data, eval_data, ledger).train(stack)
 
 
 def _build(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
