@@ -85,7 +85,7 @@ def build(config: Config) -> Any:
 
     batch = random_batch(config, 0)
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    return program.build(config, mesh.make_mesh(config), spec)
+    return program.build(config, mesh.make_mesh(config, jax.devices()[:1]), spec)
 
 
 def ours(config: Config) -> Step:
@@ -407,10 +407,12 @@ def _wait(result: Any) -> None:
 def compare(case: str, rivals: list[str], rounds: int, steps: int) -> dict[str, Any]:
     """Runs the rivals of a case in turn -> {rival: medians}."""
     workers: dict[str, subprocess.Popen[str]] = {}
+    complaints = []
     starts: dict[str, float] = {}
     for rival in rivals:
         command = [sys.executable, __file__, f"--worker={case}:{rival}"]
-        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the process
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed below, when the worker has ended
+        complaints.append(said)
         pipe = subprocess.PIPE
         workers[rival] = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, text=True)
         answer = workers[rival].stdout.readline()  # type: ignore[union-attr]
@@ -428,6 +430,8 @@ def compare(case: str, rivals: list[str], rounds: int, steps: int) -> dict[str, 
             rows[rival].append(json.loads(worker.stdout.readline()))
     for worker in workers.values():
         worker.communicate()
+    for said in complaints:
+        said.close()
     out = {}
     for rival in rivals:
         ratios = [a["step_s"] / b["step_s"] for a, b in zip(rows[rival], rows[rivals[0]], strict=True)]

@@ -67,7 +67,10 @@ MESHES: list[dict[str, int]] = [
     {"fsdp": 4, "tensor": 2},
     {"data": 4, "fsdp": 2},
 ]
-FEW = {"steps": 10, "batch_size": 8, "microbatches": 1, "optim.warmup_steps": 2}
+FEW = {
+    "steps": 10, "batch_size": 8, "microbatches": 1, "optim.name": "adamw", "optim.lr": 2e-3,
+    "optim.warmup_steps": 2,
+}  # fmt: skip
 
 
 def pytest_unconfigure() -> None:
