@@ -381,6 +381,7 @@ def work(case: str, rival: str) -> None:
     began = time.perf_counter()
     if rival in ("ours", "loop", "bare"):  # the others keep the allocator that Python comes with
         cli.keep_memory()
+    os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # optax as one uses it by hand mixes dtypes
     step = MAKERS[rival](load_case(case))
     for _ in range(3):
         _wait(step())
