@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 from bigmodel import config as config_lib
-from bigmodel.config import CNN, Config, InputError, Transformer, load
+from bigmodel.config import Config, InputError, load
+from bigmodel.families import CNN, Transformer
 
 GPT, CONV = ROOT / "configs" / "gpt.py", ROOT / "configs" / "cnn.py"
 

@@ -13,6 +13,7 @@ from conftest import ROOT
 ORDER = """
     __init__
     typed
+    families
     config
     workdir | hardware
     mesh

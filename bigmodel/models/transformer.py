@@ -1,4 +1,4 @@
-"""One Transformer stack. GPT-2 and Llama are settings of it (see `config.Transformer`).
+"""One Transformer stack. GPT-2 and Llama are settings of it (see `families.Transformer`).
 
 Legend: B batch, L length, D width, H heads, G key/value heads, K head dim, F hidden units, V vocabulary.
 """
@@ -14,7 +14,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from bigmodel import mesh
-from bigmodel.config import Config, Transformer
+from bigmodel.config import Config
+from bigmodel.families import Transformer
 from bigmodel.models import layers, module, ops
 from bigmodel.models.attention import attend
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
-from bigmodel.config import CNN as CNNConfig
 from bigmodel.config import Config
+from bigmodel.families import CNN as CNNConfig
 from bigmodel.models import layers, ops
 
 
