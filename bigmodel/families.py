@@ -32,6 +32,7 @@ class Transformer:
     bias: bool = True
     tie_embeddings: bool = True
     dropout: float = 0.0
+    attention_block: int = 0  # rows of a TPU attention kernel's block; 0: 512
     scan: bool = True  # one compiled block scanned over depth; False unrolls (same values)
 
     def resolve(self) -> Transformer:

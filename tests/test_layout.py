@@ -34,6 +34,8 @@ ORDER = """
     digests
     checkpoint
     plan/__init__
+    plan/hlo
+    plan/schedule
     plan/flops
     plan/estimate
     ledger

@@ -30,16 +30,18 @@ def attend(
     *,
     segments_BL: jax.Array | None = None,
     causal: bool = True,
+    block: int = 0,
 ) -> jax.Array:
     """softmax(q k / sqrt(K)) v -> [B, L, H, K]; grouped queries when G < H (Ainslie et al. 2023).
 
     Args:
         segments_BL: int; a query sees only keys of its own segment (self-attention, L == S). None: all.
         causal: a query sees only keys at its own position or before.
+        block: rows of the TPU kernel's blocks; 0: SPLASH_BLOCK. Large ones want more VMEM.
     """
     kernel = pick(q_BLHK.shape[1], q_BLHK.shape[-1], q_BLHK.dtype, mesh.platform())
     if kernel == "splash":
-        return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal)
+        return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block)
     if kernel == "cudnn":
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
         return jax.nn.dot_product_attention(
@@ -92,6 +94,7 @@ def attend_splash(
     v_BSGK: jax.Array,
     segments_BL: jax.Array | None,
     causal: bool,
+    block: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """The Pallas TPU kernel, on each device's own examples and heads; `interpret` runs it on any backend."""
@@ -102,10 +105,10 @@ def attend_splash(
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         head_mask = splash_mask.CausalMask((length, keys)) if causal else splash_mask.FullMask((length, keys))
-        block = next(b for b in (SPLASH_BLOCK, 256, 128) if length % b == 0 and keys % b == 0)
+        rows = next(b for b in (block or SPLASH_BLOCK, 512, 256, 128) if length % b == 0 and keys % b == 0)
         sizes = splash_kernel.BlockSizes(
-            block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-            block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+            block_q=rows, block_kv=rows, block_kv_compute=rows, block_q_dkv=rows, block_kv_dkv=rows,
+            block_kv_dkv_compute=rows, block_q_dq=rows, block_kv_dq=rows,
         )  # fmt: skip
         kernel = splash_kernel.make_splash_mha(
             splash_mask.MultiHeadMask([head_mask] * q.shape[2]),

@@ -21,6 +21,10 @@ from bigmodel.models.attention import attend
 
 UNROLLED_ON_CPU = 12  # layers; on a CPU a scan copies what it saves, 10-25 % of the step, and compiles faster
 PROJECTIONS = ("q", "k", "v", "attention_out", "up", "gate", "mlp_out")  # names that remat policies save
+OFFLOADED = {
+    "offload-all": ("layer_input", "q", "k", "v", "attention_out"),
+    "offload-qkv": ("layer_input", "q", "k", "v"),
+}
 
 
 class GPT(nnx.Module):
@@ -78,6 +82,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, key: jax.Array | None
     ) -> jax.Array:
+        x_BLD = checkpoint_name(x_BLD, "layer_input")
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         y_BLD = self.attention(self.attention_norm(x_BLD), segments_BL, positions_BL)
         x_BLD = layers.shard_width(x_BLD + layers.dropout(y_BLD, self.dropout, keys[0]))
@@ -104,7 +109,7 @@ class Attention(nnx.Module):
         if c.position == "rope":
             q_BLHK = layers.rope(q_BLHK, positions_BL, c.rope_theta)
             k_BLGK = layers.rope(k_BLGK, positions_BL, c.rope_theta)
-        y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segments_BL=segments_BL, causal=True)
+        y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segments_BL=segments_BL, causal=True, block=c.attention_block)
         y_BLD = self.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
         return checkpoint_name(y_BLD, "attention_out")
 
@@ -152,7 +157,8 @@ def _remat(policy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What the backward pass finds saved, and what it computes again.
 
     none: XLA's choice, all saved. full: only each layer's input. minimal: the projections, not the attention
-    context. dots: every matrix product. offload-all, offload-qkv: projections, or q, k and v, in host memory.
+    context. dots: every matrix product. offload-all, offload-qkv: in host memory, the layer's input, q, k, v and
+    (all) the attention's output projection; the rest again.
     """
     policies = jax.checkpoint_policies
 
@@ -166,8 +172,8 @@ def _remat(policy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         "full": lambda: policies.nothing_saveable,
         "minimal": lambda: policies.save_only_these_names(*PROJECTIONS),
         "dots": lambda: policies.dots_saveable,
-        "offload-all": lambda: offload(PROJECTIONS),
-        "offload-qkv": lambda: offload(("q", "k", "v")),
+        "offload-all": lambda: offload(OFFLOADED["offload-all"]),
+        "offload-qkv": lambda: offload(OFFLOADED["offload-qkv"]),
     }
     if policy == "none":
         return lambda body: body

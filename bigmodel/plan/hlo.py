@@ -1,0 +1,238 @@
+"""Reads the text of a compiled, scheduled HLO module: computations, instructions, loops and their lengths.
+
+Only what a schedule needs: shapes, operands, called computations, collectives' groups, and the TPU compiler's
+own `estimated_cycles`. Instructions may span lines (a Pallas call's metadata does). FLOPs follow XLA's
+HloCostAnalysis: a multiply and an add are two; a convolution counts only the taps that fall on the input.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass, field
+
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # the rest carry their bits in their name: bf16, s4, f8e4m3fn
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all",
+    "collective-broadcast",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0  # memory space: 0 the device's main memory, 1 a TPU's VMEM, 5 the host's
+
+    @property
+    def bytes(self) -> float:
+        bits = BITS.get(self.dtype)
+        if bits is None:
+            bits = int(re.sub(r"^[a-z]+", "", self.dtype).split("e")[0] or 8)
+        return math.prod(self.dims) * bits / 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # one, or a tuple's leaves
+    operands: tuple[str, ...]
+    text: str = field(repr=False)  # everything after the operands
+    literal: str = ""  # a constant's value, a parameter's number
+
+    @property
+    def bytes(self) -> float:
+        return sum(shape.bytes for shape in self.shapes)
+
+    def attribute(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.text)
+        return found.group(1) if found else None
+
+    @property
+    def cycles(self) -> float | None:
+        """The TPU compiler's estimate, where it gives one."""
+        text = self.attribute(r'"estimated_cycles":"(\d+)"')
+        return float(text) if text else None
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from."""
+        return self.attribute(r'op_name="((?:[^"\\]|\\.)*)"') or ""
+
+    @property
+    def target(self) -> str:
+        return self.attribute(r'custom_call_target="([^"]*)"') or ""
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations it calls, in the text's order."""
+        text = self.text.split("backend_config=")[0]
+        names = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", text)
+        for group in re.findall(r"(?:called_computations|branch_computations)=\{([^}]*)\}", text):
+            names += re.findall(r"%?([\w.\-]+)", group)
+        return tuple(names)
+
+
+@dataclass(frozen=True)
+class Module:
+    entry: str
+    computations: dict[str, tuple[Instruction, ...]]
+
+    @functools.cached_property
+    def tables(self) -> dict[str, dict[str, Instruction]]:
+        return {name: {i.name: i for i in body} for name, body in self.computations.items()}
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often a while loop runs: what XLA says, or `bound / step` read from its condition and body.
+
+        Raises:
+            ValueError: the loop's length is not a constant of the module.
+        """
+        known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
+        if known:
+            return int(known)
+        condition = loop.attribute(r"condition=%?([\w.\-]+)") or ""
+        bounds = [int(i.literal) for i in self._reachable(condition) if _is_whole_constant(i)]
+        body = loop.attribute(r"body=%?([\w.\-]+)") or ""
+        steps = self._steps(body)
+        if not bounds:
+            raise ValueError(f"the length of the loop {loop.name} cannot be read from {condition}")
+        return max(1, -(-max(bounds) // max(steps, 1)))
+
+    def _reachable(self, name: str) -> list[Instruction]:
+        found = list(self.computations.get(name, ()))
+        return found + [i for j in list(found) for called in j.called for i in self._reachable(called)]
+
+    def _steps(self, body: str) -> int:
+        """By how much a loop's counter grows: the constant added to a scalar integer that the body returns."""
+        table = self.tables.get(body, {})
+        root = next((i for i in reversed(self.computations.get(body, ())) if i.opcode == "tuple"), None)
+        for name in root.operands[:1] if root else ():
+            add = table.get(name)
+            if add is not None and add.opcode == "add":
+                values = [table[o] for o in add.operands if o in table]
+                constants = [int(i.literal) for i in values if _is_whole_constant(i)]
+                if constants:
+                    return max(constants[0], 1)
+        return 1
+
+    def flops(self, name: str) -> float:
+        """FLOPs of the dots and convolutions in a computation and what it calls, loops not multiplied."""
+        return sum(self.instruction_flops(name, i) for i in self.computations.get(name, ()))
+
+    def instruction_flops(self, computation: str, i: Instruction) -> float:
+        table = self.tables[computation]
+        if i.opcode == "dot":
+            lhs = table[i.operands[0]].shapes[0].dims
+            contracted = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+            return (
+                2 * math.prod(i.shapes[0].dims) * math.prod(lhs[int(d)] for d in contracted.split(",") if d)
+            )
+        if i.opcode == "convolution":
+            return _convolution_flops(i, table[i.operands[0]].shapes[0], table[i.operands[1]].shapes[0])
+        if i.opcode in ("fusion", "call", "async-start"):
+            return sum(self.flops(called) for called in i.called)
+        return 0.0
+
+
+def _is_whole_constant(i: Instruction) -> bool:
+    return i.opcode == "constant" and i.shapes[0].dims == () and i.literal.lstrip("-").isdigit()
+
+
+def _convolution_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
+    labels = i.attribute(r"dim_labels=(\S+?)(?:,|$)") or ""
+    lhs_labels, rest = labels.split("_", 1)
+    rhs_labels, out_labels = rest.split("->")
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", i.attribute(r"window=\{([^}]*)\}") or ""))
+    spatial = sorted(c for c in out_labels if c.isdigit())
+    sizes = [int(s) for s in window["size"].split("x")] if "size" in window else [1] * len(spatial)
+
+    def per_dim(key: str, default: int) -> list[int]:
+        return [int(s) for s in window[key].split("x")] if key in window else [default] * len(sizes)
+
+    stride, base, dilation = per_dim("stride", 1), per_dim("lhs_dilate", 1), per_dim("rhs_dilate", 1)
+    pads = [int(p.split("_")[0]) for p in window.get("pad", "").split("x") if p] or [0] * len(sizes)
+    taps = 1.0
+    for d, label in enumerate(spatial):
+        inputs = lhs.dims[lhs_labels.index(label)]
+        outputs = i.shapes[0].dims[out_labels.index(label)]
+        taps *= _taps(inputs, outputs, sizes[d], stride[d], base[d], dilation[d], pads[d])
+    inputs_per_group = rhs.dims[rhs_labels.index("i")]
+    out = i.shapes[0].dims
+    return 2 * taps * out[out_labels.index("b")] * out[out_labels.index("f")] * inputs_per_group
+
+
+@functools.cache
+def _taps(inputs: int, outputs: int, size: int, stride: int, base: int, dilation: int, pad: int) -> int:
+    """Pairs (output, kernel position) that fall on an input element, along one spatial dimension."""
+    if size == 1 and pad == 0 and base == 1:
+        return outputs
+    count = 0
+    for k in range(size):
+        for o in range(outputs):
+            at = o * stride + k * dilation - pad
+            count += at >= 0 and at % base == 0 and at // base < inputs
+    return count
+
+
+def parse(text: str) -> Module:
+    """The text of a compiled module (`compiled.as_text()`).
+
+    Raises:
+        ValueError: the text holds no entry computation.
+    """
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    entry = name = None
+    lines: list[list[str]] = []
+    for line in text.split("\n"):
+        if name is None:
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if head:
+                name, lines = head.group(2), []
+                entry = name if head.group(1) else entry
+        elif re.match(r"  (ROOT )?%?[\w.\-]+ = ", line):
+            lines.append([line])
+        elif line == "}" and (not lines or _balanced(lines[-1])):
+            computations[name] = tuple(_instruction(" ".join(parts)) for parts in lines)
+            name = None
+        elif lines:
+            lines[-1].append(line)
+    if entry is None:
+        raise ValueError("the text is not a compiled HLO module: it has no ENTRY")
+    return Module(entry, computations)
+
+
+def _balanced(parts: list[str]) -> bool:
+    return sum(p.count("{") - p.count("}") for p in parts) <= 0
+
+
+_SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
+
+
+def _instruction(text: str) -> Instruction:
+    name, _, rest = text.strip().removeprefix("ROOT ").partition(" = ")
+    cut = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape_text, rest = rest[:cut], rest[cut:].strip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest, 0) - 1
+    inside, text = rest[:end], rest[end + 1 :]
+    shapes = []
+    for dtype, dims, layout in _SHAPE.findall(shape_text):
+        space = re.search(r"S\((\d+)\)", layout)
+        numbers = tuple(int(d.strip("<= ")) for d in dims.split(",") if d.strip())
+        shapes.append(Shape(dtype, numbers, int(space.group(1)) if space else 0))
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    literal = inside if opcode in ("constant", "parameter") else ""
+    return Instruction(name.lstrip("%"), opcode, tuple(shapes), operands, text, literal)
+
+
+def _closing(text: str, start: int) -> int:
+    """The index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index
+    raise ValueError(f"unclosed parenthesis in {text[:80]!r}")
