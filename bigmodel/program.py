@@ -157,8 +157,9 @@ def update(
     """One training step. -> (the next state, scalar metrics: loss, grad_norm, lr and the task's own)."""
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
     grads, rest, terms = gradients(model, task, pieces, scale, state, batch)
-    updates, opt = tx.update(grads, state["opt"], state["params"])
-    new = dict(state, rest=rest, opt=opt, params=optax.apply_updates(state["params"], updates))
+    with jax.named_scope("optimizer"):  # so that a plan can tell its time apart
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        new = dict(state, rest=rest, opt=opt, params=optax.apply_updates(state["params"], updates))
     if config.optim.ema_decay:
         d = config.optim.ema_decay
         new["ema"] = jax.tree.map(

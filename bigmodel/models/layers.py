@@ -89,7 +89,7 @@ def shard_hidden(x_BLF: jax.Array) -> jax.Array:
 
 def shard_width(x_BLD: jax.Array) -> jax.Array:
     """The residual stream: examples over the batch axes, width over the tensor axis, so that what is saved
-    between layers is cut by the whole mesh (as MaxText does; a layer gathers it again, one layer at a time)."""
+    between layers is cut by the whole mesh (as MaxText does); a layer gathers it again."""
     return mesh.shard(x_BLD, mesh.BATCH, None, "tensor")
 
 

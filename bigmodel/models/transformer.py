@@ -157,8 +157,8 @@ def _remat(policy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What the backward pass finds saved, and what it computes again.
 
     none: XLA's choice, all saved. full: only each layer's input. minimal: the projections, not the attention
-    context. dots: every matrix product. offload-all, offload-qkv: in host memory, the layer's input, q, k, v and
-    (all) the attention's output projection; the rest again.
+    context. dots: every matrix product. offload-all, offload-qkv: in host memory the layer's input, q, k, v
+    and (all) the attention's output projection; the rest is computed again.
     """
     policies = jax.checkpoint_policies
 

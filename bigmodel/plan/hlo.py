@@ -106,7 +106,7 @@ class Module:
         return found + [i for j in list(found) for called in j.called for i in self._reachable(called)]
 
     def _steps(self, body: str) -> int:
-        """By how much a loop's counter grows: the constant added to a scalar integer that the body returns."""
+        """By how much a loop's counter grows: the constant added to the integer that the body returns."""
         table = self.tables.get(body, {})
         root = next((i for i in reversed(self.computations.get(body, ())) if i.opcode == "tuple"), None)
         for name in root.operands[:1] if root else ():
@@ -135,6 +135,35 @@ class Module:
         if i.opcode in ("fusion", "call", "async-start"):
             return sum(self.flops(called) for called in i.called)
         return 0.0
+
+    def touched_bytes(self, computation: str, i: Instruction) -> float:
+        """Bytes of main memory that an instruction reads and writes; of what it slices, only the slice."""
+        if i.opcode != "fusion":
+            table = self.tables[computation]
+            shapes = [*i.shapes, *(s for o in i.operands if o in table for s in table[o].shapes)]
+            return sum(s.bytes for s in shapes if s.space == 0)
+        body, table = self.computations[i.called[0]], self.tables[i.called[0]]
+        users: dict[str, list[Instruction]] = {}
+        for inner in body:
+            for operand in inner.operands:
+                users.setdefault(operand, []).append(inner)
+        total = 0.0
+        for inner in body:
+            if inner.opcode != "parameter" or any(s.space for s in inner.shapes):
+                continue
+            by = users.get(inner.name, [])
+            if by and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in by):
+                total += sum(u.bytes for u in by)
+            elif not all(u.opcode == "dynamic-update-slice" and u.operands[0] == inner.name for u in by):
+                total += inner.bytes
+        root = body[-1]
+        for result in [table[o] for o in root.operands] if root.opcode == "tuple" else [root]:
+            while result.opcode == "bitcast" and result.operands[0] in table:
+                result = table[result.operands[0]]
+            if result.opcode == "dynamic-update-slice":
+                result = table[result.operands[1]]
+            total += sum(s.bytes for s in result.shapes if s.space == 0)
+        return total
 
 
 def _is_whole_constant(i: Instruction) -> bool:

@@ -19,8 +19,9 @@ from bigmodel.plan.hlo import Instruction, Module
 
 COMPUTE = ("matmul", "attention", "memory", "optimizer")
 SILENT = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "optimization-barrier", "opt-barrier", "add-dependency", "domain", "rng-get-and-update-state",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "optimization-barrier", "opt-barrier", "add-dependency", "domain",
+    "rng-get-and-update-state",
 )  # fmt: skip
 
 
@@ -282,8 +283,13 @@ def _priced(kind: str, i: Instruction, table: dict[str, Instruction]) -> Transfe
 
 
 def _pair(i: Instruction) -> tuple[int, ...]:
-    found = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", i.text)
-    return (int(found.group(1)), int(found.group(2))) if found else ()
+    """(source, target) of a permute's first pair; sent against the ring's order, the target comes first."""
+    pairs = re.findall(r"\{(\d+),(\d+)\}", i.attribute(r"source_target_pairs=\{(.*?\})\}") or "")
+    if not pairs:
+        return ()
+    source, target = int(pairs[0][0]), int(pairs[0][1])
+    onwards = len(pairs) == 1 or target == int(pairs[1][0])
+    return (min(source, target), max(source, target))[:: 1 if onwards else -1]
 
 
 def first_group(i: Instruction) -> tuple[int, ...]:

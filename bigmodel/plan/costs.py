@@ -1,0 +1,143 @@
+"""What instructions and transfers take on a chip that is not here: `schedule.Costs` for TPUs and GPUs.
+
+The constants are efficiencies, one for each kind of work, stated here once. They were set on the four runs of
+published TPU step times that `scripts/validate_plan.py` takes; the GPUs' are from the papers named, and were
+not calibrated on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from bigmodel.hardware import Chip
+from bigmodel.plan.hlo import Instruction, Module
+from bigmodel.plan.schedule import Transfer
+from bigmodel.plan.target import Target
+
+# Share of the peak that large matrix products reach. TPU: the systolic arrays run at the peak but for filling
+# and draining; the compiler's own cycles for a product with fused reductions count waiting that windows hide.
+# GPU: cuBLAS on H100 in bfloat16, 600-750 of 989 TFLOP/s (power-limited).
+MATMUL = {"tpu": 0.985, "gpu": 0.7}
+# Attention kernels, of the FLOPs in blocks that the mask does not empty. GPU: FlashAttention-3 (Shah et al.
+# 2024), figure 5: 0.55-0.65 forward, 0.45-0.55 backward at a length of 2-8k.
+ATTENTION = {"tpu": 0.5, "gpu": 0.5}
+# Of the memory's bandwidth, where the compiler gives no cycles.
+MEMORY = {"tpu": 0.8, "gpu": 0.85}
+# A v4 or v5p device is two cores; the compiler counts an elementwise operation's cycles for one.
+CORES = defaultdict(lambda: 1, {"v4": 2, "v5p": 2})
+NVLINK = 0.8  # of the datasheet's bandwidth, NCCL on large messages
+HOST_BYTES_PER_S = 24e9  # a device's share of its host's PCIe, one way: 3/4 of PCIe 4 x16
+LAUNCH_S = {"tpu": 1e-6, "gpu": 3e-6}  # what starting any kernel takes
+HOP_S = 1e-6  # a step of a ring
+ROUNDS = {"all-reduce": 2.0, "all-to-all": 0.25}  # of a ring's traffic, relative to an all-gather's
+
+
+class ChipCosts:
+    """Costs on `target`'s chips, at matrix products in `dtype`."""
+
+    def __init__(self, target: Target, dtype: str) -> None:
+        assert target.chip is not None
+        self.target, self.chip = target, target.chip
+        self.platform = target.chip.platform
+        self.peak = target.chip.flops[dtype]
+
+    def compute_s(self, module: Module, computation: str, i: Instruction, kind: str, flops: float) -> float:
+        if kind == "attention":
+            flops = attention_flops(module, computation, i)
+            return flops / (self.peak * ATTENTION[self.platform]) + LAUNCH_S[self.platform]
+        if kind == "matmul":
+            flops = flops or gemm_flops(module, computation, i)
+            moved = module.touched_bytes(computation, i) / self.chip.memory_bytes_per_s
+            if i.cycles is not None and self.chip.clock_hz:  # nested slices read less than they name
+                moved = min(moved, i.cycles / self.chip.clock_hz)
+            return max(flops / (self.peak * MATMUL[self.platform]), moved) + LAUNCH_S[self.platform]
+        if i.cycles is not None and self.chip.clock_hz:
+            return i.cycles / self.chip.clock_hz / CORES[self.chip.name]
+        if i.opcode == "custom-call" or not i.bytes:
+            return 0.0  # a buffer's allocation, a bitcast
+        moved = module.touched_bytes(computation, i)
+        return moved / (self.chip.memory_bytes_per_s * MEMORY[self.platform]) + LAUNCH_S[self.platform]
+
+    def stream(self, transfer: Transfer) -> str:
+        """Permutes to the next and to the last of a ring take a link each; other collectives take all links."""
+        if transfer.kind == "collective-permute" and len(transfer.group) == 2:
+            return "next" if transfer.group[1] > transfer.group[0] else "last"
+        return transfer.kind if transfer.kind in ("copy", "offload") else "network"
+
+    def transfer_s(self, transfer: Transfer) -> float:
+        if transfer.kind == "copy":
+            return transfer.bytes / self.chip.memory_bytes_per_s
+        if transfer.kind == "offload":
+            return transfer.bytes / HOST_BYTES_PER_S
+        group = transfer.group or tuple(range(len(self.target.devices)))
+        places = [self.target.coordinates(index) for index in group]
+        inside, outside, ways = self._bandwidths(places)
+        rounds, n = ROUNDS.get(transfer.kind, 1.0), len(group)
+        if transfer.kind == "collective-permute":
+            return transfer.bytes / (outside if ways == n else inside) + HOP_S
+        within = n // ways
+        seconds = (
+            rounds * transfer.bytes * (within - 1) / within / inside + within * HOP_S if within > 1 else 0
+        )
+        if ways > 1:  # every device takes its own part across
+            seconds += rounds * transfer.bytes / within * (ways - 1) / ways / outside + ways * 10 * HOP_S
+        return seconds
+
+    def _bandwidths(self, places: list[tuple[int, ...]]) -> tuple[float, float, int]:
+        """-> (bytes/s of one device inside its slice or host, across them, how many of them)."""
+        chip = self.chip
+        if self.platform == "gpu":
+            hosts = len({place[0] for place in places})
+            return chip.link_bytes_per_s * NVLINK, chip.network_bytes_per_s * NVLINK, hosts
+        slices = len({place[-1] for place in places})
+        links = 0
+        for dimension, size in enumerate(self.target.shape):
+            extent = len({place[dimension] for place in places})
+            if extent > 1:  # both ways round, where the ring closes
+                links += 2 if extent == size and _wraps(chip, size) else 1
+        return max(links, 1) * chip.link_bytes_per_s / chip.per_chip, chip.network_bytes_per_s, slices
+
+
+def _wraps(chip: Chip, size: int) -> bool:
+    """Whether a torus's dimension of this size is closed to a ring."""
+    return size == 16 if chip.dimensions == 2 else size % 4 == 0
+
+
+def attention_flops(module: Module, computation: str, i: Instruction) -> float:
+    """FLOPs of an attention kernel's call, from its operands' shapes; blocks that a causal mask empties do not
+    count. Splash: 2 products forward, 3 for dq, 4 for dk and dv. cuDNN: 2 forward, 5 backward."""
+    table = module.tables[computation]
+    arrays = [table[o].shapes[0] for o in i.operands if o in table]
+    four = [s.dims for s in arrays if len(s.dims) == 4 and s.dtype in ("bf16", "f16", "f32")]
+    if len(four) < 2:
+        raise ValueError(f"the attention kernel {i.name} has no queries and keys of four dimensions")
+    if "fmha" in i.target:  # [B, L, H, K]
+        (b, length, heads, dim), keys = four[0], four[1][1]
+        products = 5 if "Backward" in i.target else 2
+        share = 0.5 if re.search(r'"mask_type":"[A-Z_]*CAUSAL', i.text) else 1.0
+    else:  # [B, H, L, K]
+        (b, heads, length, dim), keys = four[0], four[1][2]
+        products = next((n for name, n in (("dkv", 4), ("dq", 3)) if f"_{name}" in i.name), 2)
+        masks = [
+            s.dims for s in arrays if len(s.dims) == 3 and s.dtype in ("s8", "s32") and s.dims[0] <= heads
+        ]
+        blocks = masks[0][-1] if masks else 0
+        share = (blocks + 1) / (2 * blocks) if blocks and masks[0][-1] == masks[0][-2] else 1.0
+    return 2.0 * products * b * heads * length * keys * dim * share
+
+
+def gemm_flops(module: Module, computation: str, i: Instruction) -> float:
+    """FLOPs of a library's matrix product, whose contraction the text names as a dot does."""
+    table = module.tables[computation]
+    contracted = i.attribute(r'"lhs_contracting_dimensions":\["?([\d",]*?)"?\]')
+    if contracted is None or i.operands[0] not in table:
+        return 0.0
+    lhs = table[i.operands[0]].shapes[0].dims
+    inner = 1
+    for d in re.findall(r"\d+", contracted):
+        inner *= lhs[int(d)]
+    out = 1
+    for d in i.shapes[0].dims:
+        out *= d
+    return 2.0 * out * inner

@@ -1,0 +1,204 @@
+"""Devices that need not be here: a TPU slice, hosts of GPUs, or this machine's CPU.
+
+`make("v5e:16x16")` gives devices that `mesh.make_mesh` takes and the target's own compiler compiles for, with
+no chip in sight: libtpu and the CUDA plugin hold the compilers (`pip install bigmodel[plan]`). Where that
+package is missing, the same number of CPU devices stands in, and the plan says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from bigmodel import hardware
+from bigmodel.config import InputError
+from bigmodel.hardware import Chip
+
+GRAMMAR = (
+    "a TPU slice such as v5e:16x16, v5p:4x4x8 or 2*v6e:16x16 (two slices), NVIDIA hosts x GPUs such as "
+    "h100:8x8, or cpu, cpu:8"
+)
+HOST_CHIPS = 4  # of a TPU host in a slice of several
+# What the CUDA compiler must know of a GPU, from NVIDIA's datasheets and CUDA programming guide (table 27).
+_GPUS = {
+    "a100-40": ("8", "0", 108, 1.41, 167936, 163840, 40e9, 41943040, "NVIDIA A100-SXM4-40GB", 64),
+    "a100-80": ("8", "0", 108, 1.41, 167936, 163840, 80e9, 41943040, "NVIDIA A100-SXM4-80GB", 64),
+    "h100": ("9", "0", 132, 1.98, 233472, 232448, 84942979072, 52428800, "NVIDIA H100 80GB HBM3", 128),
+    "h200": ("9", "0", 132, 1.98, 233472, 232448, 141e9, 52428800, "NVIDIA H200", 128),
+    "b200": ("10", "0", 148, 1.965, 233472, 232448, 180e9, 132644864, "NVIDIA B200", 128),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A cluster to plan for."""
+
+    spec: str
+    chip: Chip | None  # None: this machine's CPU
+    devices: tuple[Any, ...]
+    shape: tuple[int, ...]  # of a slice's torus, or (hosts, GPUs a host)
+    slices: int
+    compiler: str  # "libtpu", "cuda", "cpu": the target's own; "analytic": CPU devices stand in
+
+    @property
+    def chips(self) -> int:
+        return len(self.devices) // (self.chip.per_chip if self.chip else 1)
+
+    def coordinates(self, index: int) -> tuple[int, ...]:
+        """Of device `index` in its slice's torus; then its slice."""
+        inside = index % (len(self.devices) // self.slices)
+        device = self.devices[index]
+        where = getattr(device, "coords", None) if self.compiler == "libtpu" else None
+        if where is None:
+            shape = self.shape if len(self.shape) > 1 else (1, *self.shape)
+            where = _unravel(inside // (self.chip.per_chip if self.chip else 1), shape)
+        return (*where, index * self.slices // len(self.devices))
+
+
+def make(spec: str) -> Target:
+    """Text such as `v5e:16x16` -> the target. To be called before JAX has counted its devices.
+
+    Raises:
+        InputError: no such chip or topology; the message gives the nearest that exists, or what to install.
+    """
+    found = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9\-]+)(?::(\d+(?:x\d+)*))?", spec.strip())
+    if not found:
+        raise InputError(f"--target={spec!r} is not a target; give {GRAMMAR}")
+    slices, name = int(found.group(1) or 1), found.group(2)
+    shape = tuple(int(n) for n in (found.group(3) or "1").split("x"))
+    if slices < 1 or min(shape) < 1:
+        raise InputError(f"--target={spec!r} has no devices; give {GRAMMAR}")
+    if name == "cpu":
+        return _cpu(spec, slices, shape)
+    chip = hardware.BY_NAME.get(name)
+    if chip is None:
+        known = ", ".join(["cpu", *hardware.BY_NAME])
+        raise InputError(f"--target={spec!r}: chip {name!r} is unknown; choose one of {known}")
+    return _tpu(spec, chip, slices, shape) if chip.platform == "tpu" else _gpu(spec, chip, slices, shape)
+
+
+def _cpu(spec: str, slices: int, shape: tuple[int, ...]) -> Target:
+    if slices > 1 or len(shape) > 1:
+        raise InputError(f"--target={spec!r}: a CPU target is cpu or cpu:COUNT, e.g. cpu:8")
+    return Target(spec, None, tuple(_cpu_devices(math.prod(shape))), shape, 1, "cpu")
+
+
+def _cpu_devices(count: int) -> list[Any]:
+    with contextlib.suppress(RuntimeError):  # JAX has counted its devices already; they may be enough
+        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise InputError(
+            f"this process has {len(devices)} CPU devices and the target wants {count}; start afresh with "
+            f"JAX_NUM_CPU_DEVICES={count}"
+        )
+    return devices[:count]
+
+
+def _tpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
+    if len(shape) != chip.dimensions:
+        example = "x".join("4" * chip.dimensions)
+        raise InputError(
+            f"--target={spec!r}: a {chip.name} slice has {chip.dimensions} dimensions, e.g. {chip.name}:{example}"
+        )
+    side, most = (16, 256) if chip.dimensions == 2 else (48, 9216)
+    if max(shape) > side or math.prod(shape) > most:
+        raise InputError(
+            f"--target={spec!r}: a {chip.name} slice has at most {most} chips, {side} on a side; "
+            f"take several slices, e.g. 2*{chip.name}:{'x'.join(['16'] * chip.dimensions)}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        devices = _cpu_devices(slices * math.prod(shape) * chip.per_chip)
+        return Target(spec, chip, tuple(devices), shape, slices, "analytic")
+    text = "x".join(map(str, shape))
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(shape) < HOST_CHIPS:  # one host with fewer chips than a whole one
+        options["chips_per_host_bounds"] = [*shape, *[1] * (3 - len(shape))]
+    if chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+    with _no_tpu_here():
+        try:
+            topology = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{chip.name}:{text}", **options
+            )
+        except Exception as error:  # whatever the plugin raises: the topology does not exist
+            reason = str(error).split("\n")[0]
+            raise InputError(
+                f"--target={spec!r}: libtpu knows no such topology ({reason[:200]}); "
+                "slices are 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16, or in three dimensions multiples of 2x2x1"
+            ) from error
+    return Target(spec, chip, tuple(topology.devices), shape, slices, "libtpu")
+
+
+@contextlib.contextmanager
+def _no_tpu_here() -> Iterator[None]:
+    """libtpu is to compile, not to look for chips: no metadata server, no lock, no complaints about either."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    yield
+
+
+def _gpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
+    hosts, gpus = shape if len(shape) == 2 else (1, shape[-1])
+    if len(shape) > 2 or slices > 1 or gpus > 8:
+        raise InputError(
+            f"--target={spec!r}: GPUs are hosts x GPUs a host, at most 8 of those, e.g. {chip.name}:2x8"
+        )
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return Target(spec, chip, tuple(_cpu_devices(hosts * gpus)), (hosts, gpus), 1, "analytic")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no GPU, no driver: only the compiler
+    try:
+        from jax._src import xla_bridge  # the plugin may be there already; asking has no public way
+        from jax_plugins import xla_cuda13
+
+        jax.devices("cpu")  # JAX looks for plugins now, and finds this one unless JAX_PLATFORMS hides it
+        if "cuda" not in xla_bridge._topology_factories:
+            xla_cuda13.initialize()
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            topology=f"1x{hosts}x{gpus}",
+            target_config=_gpu_config(chip),
+        )
+    except Exception as error:
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(
+            f"--target={spec!r}: the CUDA compiler does not start ({reason}); "
+            "reinstall with pip install 'bigmodel[plan]'"
+        ) from error
+    return Target(spec, chip, tuple(topology.devices), (hosts, gpus), 1, "cuda")
+
+
+def _gpu_config(chip: Chip) -> str:
+    major, minor, cores, ghz, shared, optin, memory, l2, kind, fpus = _GPUS[chip.name]
+    return f"""gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+      shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {chip.memory_bytes_per_s:.0f} l2_cache_size: {l2} clock_rate_ghz: {ghz}
+      device_memory_size: {memory:.0f} shared_memory_per_block_optin: {optin}
+      cuda_compute_capability {{ major: {major} minor: {minor} }}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+    device_description_str: "{kind}" """
+
+
+def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    out = []
+    for size in reversed(shape):
+        index, position = divmod(index, size)
+        out.append(position)
+    return tuple(reversed(out))
