@@ -19,7 +19,7 @@ from typing import Any, Literal
 import ml_collections
 
 from bigmodel import typed
-from bigmodel.families import Model, Transformer
+from bigmodel.families import GPT, Model
 from bigmodel.typed import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -112,7 +112,7 @@ class Config:
     param_dtype: Dtype = "float32"
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
     remat: Remat = "none"
-    model: Model = field(default_factory=Transformer)
+    model: Model = field(default_factory=GPT)
     task: Task = Task()
     data: Data = Data()
     optim: Optim = Optim()
@@ -281,9 +281,9 @@ def _mesh_problems(mesh: Mesh) -> Iterable[tuple[str, str]]:
     free = [key for key, size in sizes.items() if size == -1]
     if len(free) > 1:
         yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"
-    for key in ("context", "expert", "pipe"):
+    for key in ("context", "pipe"):
         if sizes[key] != 1:
             yield (
                 key,
-                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use data, fsdp or tensor",
+                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use data, fsdp, tensor or expert",
             )
