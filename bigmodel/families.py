@@ -32,7 +32,9 @@ class Transformer:
     mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu"  # gelu: the tanh approximation
     experts: int = 0  # mixture of experts in place of each MLP; 0: none
     experts_per_token: int = 2  # 1 as in Switch, 2 as in GShard and Mixtral
-    capacity_factor: float = 1.25  # an expert's places in an example, times an even share; what is over is lost
+    capacity_factor: float = (
+        1.25  # an expert's places in an example, times an even share; what is over is lost
+    )
     balance_loss: float = 0.01  # weight of the load-balancing loss (Fedus et al. 2021, eq. 4)
     router_z_loss: float = 0.001  # weight of the router's z-loss (Zoph et al. 2022, eq. 5)
     bias: bool = True
@@ -75,7 +77,10 @@ class Transformer:
             if getattr(self, key) < 0:
                 yield key, f"is {getattr(self, key)}: set it to 0 or more"
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            yield "experts_per_token", f"is {self.experts_per_token}: choose 1 to model.experts={self.experts}"
+            yield (
+                "experts_per_token",
+                f"is {self.experts_per_token}: choose 1 to model.experts={self.experts}",
+            )
         if self.capacity_factor <= 0:
             yield "capacity_factor", f"is {self.capacity_factor}: set it above 0, such as 1.25"
 
@@ -89,6 +94,7 @@ class Transformer:
 class GPT(Transformer):
     """Decoder-only language model; GPT-2, Llama and Mixtral are settings of it."""
 
+    TASKS = ("lm",)
     name: str = "gpt"
     vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
     position: Literal["learned", "rope"] = "learned"
@@ -103,6 +109,7 @@ class GPT(Transformer):
 class BERT(Transformer):
     """Encoder with a masked-word head (Devlin et al. 2018)."""
 
+    TASKS = ("mlm",)
     name: str = "bert"
     vocab_size: int = 264  # [MASK] and [CLS] are its last two ids
     norm_eps: float = 1e-12
@@ -124,6 +131,7 @@ class BERT(Transformer):
 class T5(Transformer):
     """Encoder and decoder with relative positions (Raffel et al. 2020); `depth` is of each."""
 
+    TASKS = ("seq2seq",)
     name: str = "t5"
     vocab_size: int = 384  # the sentinels are its last ids, counted down
     decoder_depth: int = 0  # 0: as deep as the encoder
@@ -154,6 +162,7 @@ class T5(Transformer):
 class ViT(Transformer):
     """Image classifier on patches (Dosovitskiy et al. 2020)."""
 
+    TASKS = ("classify",)
     name: str = "vit"
     patch: int = 4  # pixels a side
     pool: Literal["cls", "mean"] = "cls"  # what the classifier reads: an extra token, or the patches' mean

@@ -108,7 +108,9 @@ def _check_division(config: Config, mesh: Mesh) -> None:
         )
     experts, split = getattr(config.model, "experts", 0), mesh.shape["expert"]
     if split > 1 and (not experts or experts % split):
-        raise InputError(f"mesh.expert={split} does not divide model.experts={experts}; lower it to a divisor")
+        raise InputError(
+            f"mesh.expert={split} does not divide model.experts={experts}; lower it to a divisor"
+        )
     for key, problem in config.model.mesh_problems(mesh.shape["tensor"]):
         raise InputError(f"model.{key} {problem}")
 

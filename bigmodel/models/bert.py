@@ -6,6 +6,7 @@ Legend: B batch, L length, M masked positions an example, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ class BERT(nnx.Module):
 
     batch: `tokens`, `segments`, `positions` int32 [B, L]; `types` int32 [B, L] if the model has token types
     (left out: 0); for `head=mlm` `masked_positions` int32 [B, M].
-    -> `hidden` [B, L, D]; `pooled` [B, D] with a pooler; `logits` [B, M, V] with the mlm head; `next_sentence`
-    [B, 2] where the batch has one; `losses` as GPT's with experts.
+    -> `hidden` [B, L, D]; `pooled` [B, D] with a pooler; `logits` [B, M, V] with the mlm head;
+    `next_sentence` [B, 2] where the batch has one; `losses` as GPT's with experts.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -48,7 +49,7 @@ class BERT(nnx.Module):
 
     def __call__(
         self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Any]:
         c, compute_dtype = transformer.transformer(self.config), self.config.compute_dtype
         x_BLD = self.embed(batch["tokens"], compute_dtype)
         if self.positions is not None:
@@ -60,7 +61,7 @@ class BERT(nnx.Module):
         key = key if train and c.dropout else None
         x_BLD = self.embed_norm(x_BLD)
         x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key)
-        outputs = {"hidden": x_BLD}
+        outputs: dict[str, Any] = {"hidden": x_BLD}
         if self.pooler is not None:
             outputs["pooled"] = jnp.tanh(self.pooler(x_BLD[:, 0]))
         if self.transform is not None:
@@ -71,7 +72,9 @@ class BERT(nnx.Module):
 
     def _masked_words(self, x_BLD: jax.Array, at_BM: jax.Array) -> jax.Array:
         """Logits [B, M, V] at the masked positions alone: they are 15 % of all."""
-        assert self.transform is not None and self.transform_norm is not None and self.head_bias is not None
+        assert self.transform is not None
+        assert self.transform_norm is not None
+        assert self.head_bias is not None
         x_BMD = layers.shard_width(jnp.take_along_axis(x_BLD, at_BM[..., None], axis=1))
         c = transformer.transformer(self.config)
         x_BMD = self.transform_norm(transformer.ACTIVATIONS[c.mlp](self.transform(x_BMD)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Experts(nnx.Module):
         out_std: float, dtype: str, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.activation = activation
-        more = {"dtype": dtype, "rngs": rngs, "bias": c.bias}
+        more: Any = {"dtype": dtype, "rngs": rngs, "bias": c.bias}
         self.up = ExpertDense(c.experts, c.width, c.mlp_width, std=std, **more)
         self.gate = ExpertDense(c.experts, c.width, c.mlp_width, std=std, **more) if gated else None
         self.down = ExpertDense(c.experts, c.mlp_width, c.width, std=out_std, **more)

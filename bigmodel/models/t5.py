@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel import families
@@ -21,7 +22,7 @@ class T5(nnx.Module):
     """Text to text (Raffel et al. 2020; with mlp=geglu and tie_embeddings=false, Shazeer's v1.1).
 
     batch: `tokens`, `segments` int32 [B, L]; `decoder_tokens`, `decoder_segments` int32 [B, M] -> logits
-    [B, M, V] in the compute dtype; with experts as GPT's, of the decoder.
+    [B, M, V] in the compute dtype; with experts as GPT's, a target token bearing its input's mean too.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -54,7 +55,7 @@ class T5(nnx.Module):
             keys = jax.random.split(key, 3)
         x_BLD = self.embed(tokens_BL, config.compute_dtype)
         sight = Sight(segments_BL, bias_HLL=self.encoder_bias(tokens_BL.shape[1]))
-        memory_BLD, _ = self.encoder(config, x_BLD, sight, keys[0])
+        memory_BLD, encoder_losses = self.encoder(config, x_BLD, sight, keys[0])
         memory_BLD = layers.dropout(memory_BLD, c.dropout, keys[1])
         sight = Sight(
             decoder_segments_BM, causal=True, bias_HLL=self.decoder_bias(decoder_BM.shape[1]),
@@ -62,9 +63,15 @@ class T5(nnx.Module):
         )  # fmt: skip
         y_BMD = self.embed(decoder_BM, config.compute_dtype)
         y_BMD, losses = self.decoder(config, y_BMD, sight, keys[2])
-        if self.head is None:  # tied: the table was drawn for the input (Mesh TensorFlow's scale)
-            logits_BMV = self.embed.attend(y_BMD * c.width**-0.5)
-        else:
-            logits_BMV = self.head(y_BMD)
+        # A tied table is scaled for the input: the output undoes that.
+        head = self.head
+        logits_BMV = self.embed.attend(y_BMD * c.width**-0.5) if head is None else head(y_BMD)
         logits_BMV = layers.shard_hidden(logits_BMV)
-        return {"logits": logits_BMV, "losses": losses} if losses else logits_BMV
+        if not losses:
+            return logits_BMV
+        real_BL = (segments_BL > 0).astype(jnp.float32)
+        means = {
+            k: (x * real_BL).sum(1, keepdims=True) / real_BL.sum(1, keepdims=True).clip(1)
+            for k, x in encoder_losses.items()
+        }
+        return {"logits": logits_BMV, "losses": {k: x + means[k] for k, x in losses.items()}}

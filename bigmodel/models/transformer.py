@@ -108,11 +108,9 @@ class Block(nnx.Module):
         self.cross_norm = norm(c, dtype) if cross else None
         self.cross = Attention(config, rngs) if cross else None
         self.mlp_norm = norm(c, dtype)
-        self.mlp = _experts(config, rngs) if c.experts else MLP(config, rngs)
+        self.mlp: Any = _experts(config, rngs) if c.experts else MLP(config, rngs)
 
-    def __call__(
-        self, x_BLD: jax.Array, sight: Sight, key: jax.Array | None
-    ) -> tuple[jax.Array, moe.Losses]:
+    def __call__(self, x_BLD: jax.Array, sight: Sight, key: jax.Array | None) -> tuple[jax.Array, moe.Losses]:
         count = 2 if self.cross is None else 3
         keys = [None] * count if key is None else list(jax.random.split(key, count))
         losses: moe.Losses = {}

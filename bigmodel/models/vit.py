@@ -30,7 +30,7 @@ class ViT(nnx.Module):
         _, height, width, channels = spec["image"].shape
         if height % c.patch or width % c.patch:
             raise InputError(
-                f"model.patch is {c.patch}, which does not divide images of {height} x {width}; take a divisor"
+                f"model.patch is {c.patch}, which does not divide images of {height} x {width}; choose one"
             )
         dtype, inputs = config.param_dtype, c.patch * c.patch * channels
         length = (height // c.patch) * (width // c.patch) + (c.pool == "cls")
