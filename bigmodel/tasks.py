@@ -121,7 +121,8 @@ def _mlm(outputs: Any, batch: Batch, train: bool, smoothing: float) -> Metrics:
         nats_B = cross_entropy(outputs["next_sentence"], batch["next_sentence"])
         correct_B = _is_likeliest(outputs["next_sentence"], batch["next_sentence"])
         total, count = metrics["loss"]
-        metrics["loss"] = (total + (nats_B * weight_BM.sum(1)).sum() * train, count)
+        total = total + (nats_B * weight_BM.sum(1)).sum() if train else total
+        metrics["loss"] = (total, count)
         metrics["next_sentence_loss"] = ((nats_B * mask_B).sum(), mask_B.sum())
         metrics["next_sentence_accuracy"] = (jnp.where(correct_B, mask_B, 0.0).sum(), mask_B.sum())
     real_BL = (batch["segments"] > 0).astype(jnp.float32)

@@ -5,6 +5,7 @@ Legend: B batch, L length, M masked positions an example, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,14 +39,13 @@ class BERT(nnx.Module):
         self.embed_norm = transformer.norm(c, dtype)
         self.blocks = module.stack(lambda rngs: transformer.Block(config, rngs), c.depth, rngs)
         self.norm = transformer.norm(c, dtype) if c.norm_order == "pre" else None
-        self.pooler = layers.Dense(width, width, std=std, dtype=dtype, rngs=rngs) if c.pooler else None
-        self.transform = self.transform_norm = self.head_bias = self.next_sentence = None
-        if c.head == "mlm":
-            self.transform = layers.Dense(width, width, std=std, dtype=dtype, rngs=rngs)
-            self.transform_norm = transformer.norm(c, dtype)
-            self.head_bias = nnx.Param(jnp.zeros((c.vocab_size,), dtype))
-        if "next_sentence" in spec:
-            self.next_sentence = layers.Dense(width, 2, std=std, dtype=dtype, rngs=rngs)
+        dense = functools.partial(layers.Dense, width, std=std, dtype=dtype, rngs=rngs)
+        self.pooler = dense(width) if c.pooler else None
+        self.next_sentence = dense(2) if "next_sentence" in spec else None
+        mlm = c.head == "mlm"
+        self.transform = dense(width) if mlm else None
+        self.transform_norm = transformer.norm(c, dtype) if mlm else None
+        self.head_bias = nnx.Param(jnp.zeros((c.vocab_size,), dtype)) if mlm else None
 
     def __call__(
         self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool

@@ -116,7 +116,8 @@ def route(
     weight_BLK, expert_BLK = jax.lax.top_k(jax.nn.softmax(logits_BLE, -1), per_token)
     if per_token > 1:
         weight_BLK = weight_BLK / weight_BLK.sum(-1, keepdims=True)
-    chosen_BLKE = jax.nn.one_hot(expert_BLK, experts, dtype=jnp.int32) * real_BL[..., None, None]
+    real_BL11 = real_BL[..., None, None].astype(jnp.int32)
+    chosen_BLKE = jax.nn.one_hot(expert_BLK, experts, dtype=jnp.int32) * real_BL11
     chosen_BTE = chosen_BLKE.swapaxes(1, 2).reshape(b, -1, experts)  # T: choice by choice
     place_BT = (jnp.cumsum(chosen_BTE, 1) * chosen_BTE).sum(-1) - 1
     place_BLK = place_BT.reshape(b, per_token, length).swapaxes(1, 2)

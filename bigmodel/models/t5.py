@@ -5,6 +5,7 @@ Legend: B batch, L input length, M target length, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,9 +43,8 @@ class T5(nnx.Module):
         self.encoder_bias, self.decoder_bias = relative(True), relative(False)
         self.encoder = Stack(config, rngs, c.depth)
         self.decoder = Stack(config, rngs, c.decoder_depth, cross=True)
-        self.head = None
-        if not c.tie_embeddings:
-            self.head = layers.Dense(c.width, c.vocab_size, std=std, dtype=dtype, rngs=rngs, bias=False)
+        head = functools.partial(layers.Dense, c.width, c.vocab_size, std=std, dtype=dtype, bias=False)
+        self.head = None if c.tie_embeddings else head(rngs=rngs)
 
     def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
         c, config = transformer.transformer(self.config), self.config
