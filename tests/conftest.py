@@ -60,18 +60,18 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "cnn": {"model.channels": (8, 16), "model.width": 16},
     "moe": {
-        "model.depth": 2, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
+        "model.depth": 1, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
         "model.experts": 4,
     },
     "bert": {
-        "model.depth": 2, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
+        "model.depth": 1, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
         "model.norm_order": "post", "model.pooler": True, "task.next_sentence": True,
     },
     "t5": {
-        "model.depth": 2, "model.width": 32, "model.heads": 4, "model.mlp_width": 64, "model.vocab_size": 64,
+        "model.depth": 1, "model.width": 32, "model.heads": 4, "model.mlp_width": 64, "model.vocab_size": 64,
         "seq_len": 16,
     },
-    "vit": {"model.depth": 2, "model.width": 32, "model.heads": 4, "model.pool": "cls"},
+    "vit": {"model.depth": 1, "model.width": 32, "model.heads": 4, "model.pool": "cls"},
 }  # fmt: skip
 MESHES: list[dict[str, int]] = [
     {"data": 8},
@@ -113,11 +113,12 @@ def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """As `data.batch_spec`, but images (8 x 8 here) need no dataset."""
+    """As `data.batch_spec`, but images (8 x 8, or 224 x 224) need no dataset."""
     if config.task.name != "classify":
         return data.batch_spec(config)
     n = config.batch_size
-    shapes = {"image": ((n, 8, 8, 1), np.float32), "label": ((n,), np.int32), "mask": ((n,), np.float32)}
+    image = (224, 224, 3) if getattr(config.model, "patch", 1) > 8 else (8, 8, 1)
+    shapes = {"image": ((n, *image), np.float32), "label": ((n,), np.int32), "mask": ((n,), np.float32)}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -159,7 +160,10 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
         token_bytes = np.ones(config.model.vocab_size, np.uint8)
         keys = {"mask_id": words, "words": words, "fixed": (), "token_bytes": token_bytes}
         batch = objectives.mask_words(batch, np.arange(n), seed=seed, rate=config.task.mask_rate, **keys)
-        more = {"types": (at >= cut).astype(np.int32), "next_sentence": rng.integers(0, 2, n).astype(np.int32)}
+        more = {
+            "types": (at >= cut).astype(np.int32),
+            "next_sentence": rng.integers(0, 2, n).astype(np.int32),
+        }
         return {**batch, **(more if config.task.next_sentence else {}), "mask": mask}
     return {**batch, "target_bytes": np.ones((n, length), np.uint8), "mask": mask}
 

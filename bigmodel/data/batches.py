@@ -112,8 +112,8 @@ def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
     paired = _is_paired(config)
     inputs, targets, window = _lengths(config)
     spans = 0 if paired else objectives.span_counts(window, task.mask_rate, task.mean_span)[1]
-    tokenizer = _tokenizer(config, workdir, special=0 if paired else spans + 1)
-    vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + spans + 1)
+    tokenizer = _tokenizer(config, workdir, special=spans)
+    vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + spans)
     shape: dict[str, Any] = {"inputs": inputs, "targets": targets, "end": tokenizer.separator}
     token_bytes = _all_bytes(tokenizer, vocab_size)
     if paired:
