@@ -19,7 +19,7 @@ from typing import Any, Literal
 import ml_collections
 
 from bigmodel import typed
-from bigmodel.families import Model, Transformer
+from bigmodel.families import GPT, Model
 from bigmodel.typed import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -28,13 +28,17 @@ Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
 
 @dataclass(frozen=True)
 class Task:
-    name: Literal["lm", "classify"] = "lm"
+    name: Literal["lm", "mlm", "seq2seq", "classify"] = "lm"
     label_smoothing: float = 0.0
+    mask_rate: float = 0.15  # mlm, and seq2seq on plain text: the share of tokens to be predicted
+    mean_span: float = 3.0  # seq2seq on plain text: tokens in a corrupted span
+    next_sentence: bool = False  # mlm: predict too whether the second half of a text goes on the first
+    target_len: int = 0  # seq2seq on pairs: tokens of a target; 0: seq_len
 
 
 @dataclass(frozen=True)
 class Data:
-    """What to read. `name` is a TFDS name, a bundled corpus or `text:GLOB`; see bigmodel/data/sources.py."""
+    """What to read. `name` is a TFDS or bundled dataset, `text:GLOB` or `pairs:GLOB`: see data/sources.py."""
 
     name: str = "python_source"
     split: str = "train"
@@ -112,7 +116,7 @@ class Config:
     param_dtype: Dtype = "float32"
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
     remat: Remat = "none"
-    model: Model = field(default_factory=Transformer)
+    model: Model = field(default_factory=GPT)
     task: Task = Task()
     data: Data = Data()
     optim: Optim = Optim()
@@ -244,19 +248,35 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     for key in ("seed", "microbatches", "budget"):
         if getattr(c, key) < 0:
             yield key, f"is {getattr(c, key)}: set it to 0 or more"
-    if c.task.name == "lm" and c.seq_len < 2:
-        yield "seq_len", f"is {c.seq_len}: a language model needs 2 or more"
+    shortest = {"lm": 2, "mlm": 5 if c.task.next_sentence else 2, "seq2seq": 4}.get(c.task.name, 0)
+    if c.seq_len < shortest:
+        yield "seq_len", f"is {c.seq_len}: task.name={c.task.name} needs {shortest} or more"
     if c.microbatches and c.batch_size % c.microbatches:
         yield "microbatches", f"is {c.microbatches}, no divisor of batch_size={c.batch_size}; take one"
     if c.eval.batches == 0 or c.eval.batches < -1:
         yield "eval.batches", f"is {c.eval.batches}: set it to 1 or more, or to -1 for the whole split"
-    if not 0 <= c.task.label_smoothing < 1:
-        yield "task.label_smoothing", f"is {c.task.label_smoothing}: choose 0 <= label_smoothing < 1"
+    yield from ((f"task.{key}", problem) for key, problem in _task_problems(c))
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
     yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
     if not re.fullmatch(r"bytes|bpe:\d+", c.data.tokenizer):
         yield "data.tokenizer", f"is {c.data.tokenizer!r}: choose bytes or bpe:VOCAB_SIZE, e.g. bpe:8192"
+
+
+def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
+    task, known = c.task, getattr(c.model, "TASKS", (c.task.name,))
+    if task.name not in known:
+        yield "name", f"is {task.name}, which model.name={c.model.name} does not do; set it to {known[0]}"
+    if not 0 <= task.label_smoothing < 1:
+        yield "label_smoothing", f"is {task.label_smoothing}: choose 0 <= label_smoothing < 1"
+    if not 0 < task.mask_rate < 1:
+        yield "mask_rate", f"is {task.mask_rate}: choose 0 < mask_rate < 1"
+    if task.mean_span < 1:
+        yield "mean_span", f"is {task.mean_span}: set it to 1 or more"
+    if task.target_len < 0 or task.target_len == 1:
+        yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
+    if task.next_sentence and not getattr(c.model, "pooler", False):
+        yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
 
 
 def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:
@@ -281,9 +301,9 @@ def _mesh_problems(mesh: Mesh) -> Iterable[tuple[str, str]]:
     free = [key for key, size in sizes.items() if size == -1]
     if len(free) > 1:
         yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"
-    for key in ("context", "expert", "pipe"):
+    for key in ("context", "pipe"):
         if sizes[key] != 1:
             yield (
                 key,
-                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use data, fsdp or tensor",
+                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use another axis",
             )

@@ -11,7 +11,7 @@ from bigmodel.program import Program, State
 
 
 def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None) -> dict[str, float]:
-    """One pass over `pipeline` -> {name: value}; for language models also `perplexity`.
+    """One pass over `pipeline` -> {name: value}; where words are predicted also `perplexity`.
 
     The parameters' moving average is evaluated when the state has one. The last batch is padded and masked.
 
@@ -29,6 +29,6 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
     if pending is not None:
         sums.add(pending)
     values = sums.values()
-    if program.config.task.name == "lm":
+    if "bits_per_byte" in values:
         values["perplexity"] = math.exp(min(values["loss"], 700.0))
     return values

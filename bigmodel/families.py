@@ -9,35 +9,43 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """A stack of Transformer blocks. GPT-2 and Llama are settings of it; zeros mean "derived"."""
+    """A stack of Transformer blocks, as every family below shapes it; zeros mean "derived"."""
 
-    name: str = "gpt"
+    name: str = "transformer"
     depth: int = 4
     width: int = 128
     heads: int = 4
     kv_heads: int = 0  # grouped-query attention (Ainslie et al. 2023); 0: as many as heads
     head_dim: int = 0  # 0: width / heads
-    mlp_width: int = 0  # 0: 4 x width for gelu, 8/3 x width (up to a multiple of 128) for swiglu
-    vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
+    mlp_width: int = 0  # 0: 4 x width, but 8/3 x width (up to a multiple of 128) for swiglu and geglu
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
-    position: Literal["learned", "rope"] = "learned"
+    norm_order: Literal["pre", "post"] = "pre"  # x + f(norm(x)), or norm(x + f(x))
+    position: Literal["learned", "rope", "relative"] = "learned"
     rope_theta: float = 10_000.0
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    scale_attention: bool = True  # scores times 1 / sqrt(head_dim)
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu"  # gelu: the tanh approximation
+    experts: int = 0  # mixture of experts in place of each MLP; 0: none
+    experts_per_token: int = 2  # 1 as in Switch, 2 as in GShard and Mixtral
+    capacity_factor: float = (
+        1.25  # an expert's places in an example, times an even share; what is over is lost
+    )
+    balance_loss: float = 0.01  # weight of the load-balancing loss (Fedus et al. 2021, eq. 4)
+    router_z_loss: float = 0.001  # weight of the router's z-loss (Zoph et al. 2022, eq. 5)
     bias: bool = True
-    tie_embeddings: bool = True
     dropout: float = 0.0
     attention_block: int = 0  # rows of a TPU attention kernel's block; 0: 512
     scan: bool = True  # one compiled block scanned over depth; False unrolls (same values)
 
-    def resolve(self) -> Transformer:
+    def resolve(self) -> Self:
         """Fills in the derived sizes (the zeros)."""
-        mlp_width = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 3 // 128) * 128
+        gated = self.mlp in ("swiglu", "geglu")
+        mlp_width = -(-8 * self.width // 3 // 128) * 128 if gated else 4 * self.width
         return dataclasses.replace(
             self,
             kv_heads=self.kv_heads or self.heads,
@@ -45,10 +53,13 @@ class Transformer:
             mlp_width=self.mlp_width or mlp_width,
         )
 
+    @property
+    def expert_share(self) -> float:
+        """Of an expert layer's parameters, the share that one token passes through."""
+        return self.experts_per_token / self.experts if self.experts else 1.0
+
     def problems(self) -> Iterable[tuple[str, str]]:
-        for key in ("depth", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
-            if getattr(self, key) < 1:
-                yield key, f"is {getattr(self, key)}: set it to 1 or more"
+        yield from _positive(self, "depth", "width", "heads", "kv_heads", "head_dim", "mlp_width")
         if self.width % max(self.heads, 1) and self.head_dim == self.width // max(self.heads, 1):
             yield "heads", f"is {self.heads}, which does not divide model.width={self.width}; take a divisor"
         if self.heads % max(self.kv_heads, 1):
@@ -60,11 +71,121 @@ class Transformer:
             yield "head_dim", f"is {self.head_dim}: rope needs an even one"
         if not 0 <= self.dropout < 1:
             yield "dropout", f"is {self.dropout}: choose 0 <= dropout < 1"
+        yield from self._expert_problems()
+
+    def _expert_problems(self) -> Iterable[tuple[str, str]]:
+        for key in ("experts", "balance_loss", "router_z_loss"):
+            if getattr(self, key) < 0:
+                yield key, f"is {getattr(self, key)}: set it to 0 or more"
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            yield (
+                "experts_per_token",
+                f"is {self.experts_per_token}: choose 1 to model.experts={self.experts}",
+            )
+        if self.capacity_factor <= 0:
+            yield "capacity_factor", f"is {self.capacity_factor}: set it above 0, such as 1.25"
 
     def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
         for key in ("heads", "kv_heads"):
             if getattr(self, key) % tensor:
                 yield key, f"is {getattr(self, key)}, which mesh.tensor={tensor} does not divide; lower that"
+
+
+@dataclass(frozen=True)
+class GPT(Transformer):
+    """Decoder-only language model; GPT-2, Llama and Mixtral are settings of it."""
+
+    TASKS = ("lm",)
+    name: str = "gpt"
+    vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
+    position: Literal["learned", "rope"] = "learned"
+    tie_embeddings: bool = True
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "vocab_size")
+        yield from super().problems()
+
+
+@dataclass(frozen=True)
+class BERT(Transformer):
+    """Encoder with a masked-word head (Devlin et al. 2018)."""
+
+    TASKS = ("mlm",)
+    name: str = "bert"
+    vocab_size: int = 264  # [MASK] and [CLS] are its last two ids
+    norm_eps: float = 1e-12
+    norm_order: Literal["pre", "post"] = "post"
+    position: Literal["learned", "rope"] = "learned"
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu_exact"
+    token_types: int = 2  # a type for each sentence of a pair; 0: none
+    pooler: bool = False  # Dense + tanh on the first position: what next-sentence prediction reads
+    head: Literal["mlm", "none"] = "mlm"  # none: the encoder alone
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "vocab_size")
+        yield from super().problems()
+        if self.token_types < 0:
+            yield "token_types", f"is {self.token_types}: set it to 0 or more"
+
+
+@dataclass(frozen=True)
+class T5(Transformer):
+    """Encoder and decoder with relative positions (Raffel et al. 2020); `depth` is of each."""
+
+    TASKS = ("seq2seq",)
+    name: str = "t5"
+    vocab_size: int = 384  # the sentinels are its last ids, counted down
+    decoder_depth: int = 0  # 0: as deep as the encoder
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = 1e-6
+    position: Literal["relative"] = "relative"
+    relative_buckets: int = 32
+    relative_distance: int = 128  # from here on, all distances share a bucket
+    scale_attention: bool = False
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "relu"  # v1.1: geglu
+    bias: bool = False
+    tie_embeddings: bool = True  # v1.1: false
+
+    def resolve(self) -> Self:
+        resolved = super().resolve()
+        return dataclasses.replace(resolved, decoder_depth=self.decoder_depth or self.depth)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "vocab_size", "decoder_depth")
+        yield from super().problems()
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            yield "relative_buckets", f"is {self.relative_buckets}: choose a multiple of 4"
+        if self.relative_distance <= self.relative_buckets // 2:
+            yield "relative_distance", f"is {self.relative_distance}: set it above half of relative_buckets"
+
+
+@dataclass(frozen=True)
+class ViT(Transformer):
+    """Image classifier on patches (Dosovitskiy et al. 2020)."""
+
+    TASKS = ("classify",)
+    name: str = "vit"
+    patch: int = 4  # pixels a side
+    pool: Literal["cls", "mean"] = "cls"  # what the classifier reads: an extra token, or the patches' mean
+    num_classes: int = 10
+    norm_eps: float = 1e-6
+    position: Literal["learned"] = "learned"
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu_exact"
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "patch", "num_classes")
+        yield from super().problems()
+
+
+def _positive(model: object, *keys: str) -> Iterable[tuple[str, str]]:
+    """Problems of keys that hold a positive number, or one or more of them."""
+    for key in keys:
+        value = getattr(model, key)
+        if isinstance(value, tuple):
+            if not value or min(value) < 1:
+                yield key, f"is {value}: give one or more positive numbers, e.g. 64,128"
+        elif value < 1:
+            yield key, f"is {value}: set it to 1 or more"
 
 
 @dataclass(frozen=True)
@@ -90,4 +211,4 @@ class CNN:
         return ()
 
 
-Model = Transformer | CNN
+Model = GPT | BERT | T5 | ViT | CNN

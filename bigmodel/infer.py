@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, mesh, program, workdir
+from bigmodel import data, mesh, program, tasks, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Mesh
 from bigmodel.program import Program, State
@@ -86,8 +86,8 @@ def _next_id(program: Program, temperature: float, top_k: int) -> Any:
             "segments": jnp.ones_like(tokens),
             "positions": jnp.arange(length, dtype=jnp.int32)[None],
         }
-        logits, _ = program.model.apply(params, rest, batch, key=None, train=False)
-        logits = logits[0, at].astype(jnp.float32)
+        outputs, _ = program.model.apply(params, rest, batch, key=None, train=False)
+        logits = tasks.logits(outputs)[0, at].astype(jnp.float32)
         if temperature == 0:
             return logits.argmax()
         if top_k:

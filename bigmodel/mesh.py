@@ -23,7 +23,8 @@ from bigmodel.config import Config, InputError
 
 # Outermost first: neighbours on the last axis are neighbours on the chip network, where tensor needs them.
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
-BATCH = ("data", "fsdp")  # both split the batch; fsdp splits parameters and optimizer state too
+BATCH = ("data", "fsdp", "expert")  # all split the batch; fsdp parameters and optimizer state too
+BATCH_OF_EXPERTS = ("data", "fsdp")  # inside an expert layer, where `expert` splits the experts
 
 Axes = str | tuple[str, ...] | None
 
@@ -32,6 +33,11 @@ _plain = contextvars.ContextVar("plain", default=False)
 # Parameter path -> mesh axes of its last dimensions; the first match wins, and the last rule covers all.
 # Leading dimensions (a scanned stack's depth, a convolution's window) are never split.
 RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
+    (r"/router/kernel$", ("fsdp", None)),
+    (r"/experts/(up|gate)/kernel$", ("expert", "fsdp", "tensor")),  # [experts, width, hidden]
+    (r"/experts/down/kernel$", ("expert", "tensor", "fsdp")),
+    (r"/experts/(up|gate)/bias$", ("expert", "tensor")),
+    (r"/experts/down/bias$", ("expert", None)),
     (r"/table$", ("tensor", "fsdp")),  # embeddings [vocabulary, width]
     (r"/(q|k|v|up|gate)/bias$", ("tensor",)),
     (r"/(out|down)/kernel$", ("tensor", "fsdp")),  # row-parallel [hidden, width]
@@ -97,8 +103,13 @@ def _check_division(config: Config, mesh: Mesh) -> None:
     if config.batch_size % (ways * pieces):
         raise InputError(
             f"batch_size={config.batch_size} is not a multiple of {ways * pieces} "
-            f"(mesh.data x mesh.fsdp = {ways}, microbatches = {pieces}); "
+            f"(mesh.data x mesh.fsdp x mesh.expert = {ways}, microbatches = {pieces}); "
             f"the next that is: {-(-config.batch_size // (ways * pieces)) * ways * pieces}"
+        )
+    experts, split = getattr(config.model, "experts", 0), mesh.shape["expert"]
+    if split > 1 and (not experts or experts % split):
+        raise InputError(
+            f"mesh.expert={split} does not divide model.experts={experts}; lower it to a divisor"
         )
     for key, problem in config.model.mesh_problems(mesh.shape["tensor"]):
         raise InputError(f"model.{key} {problem}")
@@ -139,7 +150,7 @@ def shard(x: jax.Array, *axes: Axes) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over the data and fsdp axes, every other dimension whole."""
+    """Examples over the axes of `BATCH`, every other dimension whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 

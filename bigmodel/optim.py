@@ -106,7 +106,7 @@ def _matrices(params: Tree) -> Tree:
         name = mesh.path_str(path)
         if not name.endswith("/kernel") or name.startswith("head/"):
             return None
-        window = (0, 1) if x.ndim == 4 else ()
+        window = (0, 1) if x.ndim == 4 and "/experts/" not in name else ()
         return optax.contrib.MuonDimensionNumbers((*window, x.ndim - 2), x.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(numbers, params)

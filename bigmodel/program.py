@@ -117,7 +117,8 @@ def microbatches(config: Config, mesh: Mesh) -> int:
         if config.batch_size % (config.microbatches * ways):
             raise InputError(
                 f"microbatches={config.microbatches} does not divide batch_size={config.batch_size} over the "
-                f"{ways} pieces of mesh.data x mesh.fsdp; choose a divisor of {config.batch_size // ways}"
+                f"{ways} pieces of mesh.data x mesh.fsdp x mesh.expert; choose a divisor of "
+                f"{config.batch_size // ways}"
             )
         return config.microbatches
     if mesh.devices.flat[0].platform != "cpu" or config.task.name == "classify":

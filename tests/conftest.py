@@ -49,6 +49,7 @@ import pytest  # noqa: E402
 from bigmodel import config as config_lib  # noqa: E402
 from bigmodel import data, mesh, program  # noqa: E402
 from bigmodel.config import Config  # noqa: E402
+from bigmodel.data import objectives  # noqa: E402
 from bigmodel.program import Program, State  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -58,6 +59,19 @@ TINY: dict[str, dict[str, Any]] = {
         "model.depth": 2, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
     },
     "cnn": {"model.channels": (8, 16), "model.width": 16},
+    "moe": {
+        "model.depth": 1, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
+        "model.experts": 4,
+    },
+    "bert": {
+        "model.depth": 1, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
+        "model.norm_order": "post", "model.pooler": True, "task.next_sentence": True,
+    },
+    "t5": {
+        "model.depth": 1, "model.width": 32, "model.heads": 4, "model.mlp_width": 64, "model.vocab_size": 64,
+        "seq_len": 16,
+    },
+    "vit": {"model.depth": 1, "model.width": 32, "model.heads": 4, "model.pool": "cls"},
 }  # fmt: skip
 MESHES: list[dict[str, int]] = [
     {"data": 8},
@@ -86,23 +100,25 @@ def mesh_keys(axes: Mapping[str, int]) -> dict[str, int]:
 
 
 def tiny(family: str, **overrides: Any) -> Config:
-    """configs/<family>.py made tiny; `__` stands for the dot in a key: `optim__lr=0.1`."""
+    """configs/<family>.py made tiny (moe: gpt with experts); `__` stands for the dot in a key."""
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return config_lib.load(ROOT / "configs" / f"{family}.py", {**FEW, **TINY[family], **changes})
+    name = {"moe": "gpt"}.get(family, family)
+    return config_lib.load(ROOT / "configs" / f"{name}.py", {**FEW, **TINY[family], **changes})
 
 
-def sized(size: str, **overrides: Any) -> Config:
-    """configs/gpt.py at a published size, for what needs no arrays."""
+def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
+    """configs/<family>.py at a published size, for what needs no arrays."""
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return config_lib.load(f"{ROOT}/configs/gpt.py:size={size}", changes)
+    return config_lib.load(f"{ROOT}/configs/{family}.py:size={size}", changes)
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """As `data.batch_spec`, but images (8 x 8 here) need no dataset."""
-    if config.task.name == "lm":
+    """As `data.batch_spec`, but images (8 x 8, or 224 x 224) need no dataset."""
+    if config.task.name != "classify":
         return data.batch_spec(config)
     n = config.batch_size
-    shapes = {"image": ((n, 8, 8, 1), np.float32), "label": ((n,), np.int32), "mask": ((n,), np.float32)}
+    image = (224, 224, 3) if getattr(config.model, "patch", 1) > 8 else (8, 8, 1)
+    shapes = {"image": ((n, *image), np.float32), "label": ((n,), np.int32), "mask": ((n,), np.float32)}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -124,15 +140,31 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     n, length = config.batch_size, config.seq_len
     mask = np.ones(n, np.float32)
-    if config.task.name != "lm":
+    if config.task.name == "classify":
         image = rng.normal(size=(n, 8, 8, 1)).astype(np.float32)
         return {"image": image, "label": rng.integers(0, 10, n).astype(np.int32), "mask": mask}
-    ids = rng.integers(0, config.model.vocab_size, (n, length + 1)).astype(np.int32)
+    words = config.model.vocab_size - 16  # what is above are special ids
+    ids = rng.integers(0, words, (n, length + 1)).astype(np.int32)
+    if config.task.name == "seq2seq":
+        spec = batch_spec(config)
+        lengths = {"inputs": length, "targets": spec["targets"].shape[1]}
+        pairs = [(row[: length // 2 + i % 8], row[: length // 4 + i % 2]) for i, row in enumerate(ids)]
+        token_bytes = np.ones(config.model.vocab_size, np.uint8)
+        return {**objectives.sequence_pairs(pairs, end=0, token_bytes=token_bytes, **lengths), "mask": mask}
     cut, end = rng.integers(1, length // 2, (n, 1)), rng.integers(length // 2 + 1, length + 1, (n, 1))
     at = np.arange(length)
     segments = np.where(at < cut, 1, np.where(at < end, 2, 0)).astype(np.int32)
     positions = np.where(segments == 2, at - cut, np.where(segments == 1, at, 0)).astype(np.int32)
     batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "segments": segments, "positions": positions}
+    if config.task.name == "mlm":
+        token_bytes = np.ones(config.model.vocab_size, np.uint8)
+        keys = {"mask_id": words, "words": words, "fixed": (), "token_bytes": token_bytes}
+        batch = objectives.mask_words(batch, np.arange(n), seed=seed, rate=config.task.mask_rate, **keys)
+        more = {
+            "types": (at >= cut).astype(np.int32),
+            "next_sentence": rng.integers(0, 2, n).astype(np.int32),
+        }
+        return {**batch, **(more if config.task.next_sentence else {}), "mask": mask}
     return {**batch, "target_bytes": np.ones((n, length), np.uint8), "mask": mask}
 
 

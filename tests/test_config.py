@@ -11,14 +11,14 @@ from conftest import ROOT
 
 from bigmodel import config as config_lib
 from bigmodel.config import Config, InputError, load
-from bigmodel.families import CNN, Transformer
+from bigmodel.families import CNN, GPT
 
-GPT, CONV = ROOT / "configs" / "gpt.py", ROOT / "configs" / "cnn.py"
+FILE, CONV = ROOT / "configs" / "gpt.py", ROOT / "configs" / "cnn.py"
 
 
 def test_overrides_take_the_type_of_their_key():
     config = load(
-        GPT,
+        FILE,
         [
             "optim.lr=3e-4", "steps=7", "data.shuffle=no", "data.data_dir=/data", "mesh.fsdp=8", "remat=full",
             'compiler_options={"xla_flag": true}', "optim.weight_decay=0", "data.name=text:a=b.txt",
@@ -29,31 +29,34 @@ def test_overrides_take_the_type_of_their_key():
     assert config.compiler_options == {"xla_flag": True}
     assert isinstance(config.optim.weight_decay, float)
     assert config.data.name == "text:a=b.txt"
-    assert load(GPT, ["data.data_dir=none"]).data.data_dir is None
+    assert load(FILE, ["data.data_dir=none"]).data.data_dir is None
     assert load(CONV, ["model.channels=8,16,32"]).model.channels == (8, 16, 32)
 
 
 def test_overrides_may_be_values():
-    assert load(GPT, {"optim.lr": 1, "mesh.data": 2}).optim.lr == 1.0
+    assert load(FILE, {"optim.lr": 1, "mesh.data": 2}).optim.lr == 1.0
     assert load(CONV, {"model.channels": [4, 8]}).model.channels == (4, 8)
 
 
 def test_the_config_takes_arguments():
-    config = load(f"{GPT}:size=124m,seq_len=1024")
-    assert isinstance(config.model, Transformer)
+    config = load(f"{FILE}:size=124m,seq_len=1024")
+    assert isinstance(config.model, GPT)
     assert (config.model.depth, config.model.vocab_size, config.seq_len) == (12, 50257, 1024)
 
 
 def test_zeros_are_derived():
-    gelu = load(GPT, {"model.width": 96, "model.heads": 3}).model
+    gelu = load(FILE, {"model.width": 96, "model.heads": 3}).model
     assert (gelu.kv_heads, gelu.head_dim, gelu.mlp_width) == (3, 32, 384)
-    swiglu = load(GPT, {"model.width": 4096, "model.heads": 32, "model.mlp": "swiglu"}).model
+    swiglu = load(FILE, {"model.width": 4096, "model.heads": 32, "model.mlp": "swiglu"}).model
     assert swiglu.mlp_width == 11008  # Llama 7B
-    free = load(GPT, {"model.width": 100, "model.heads": 3, "model.head_dim": 16}).model
+    free = load(FILE, {"model.width": 100, "model.heads": 3, "model.head_dim": 16}).model
     assert free.head_dim == 16
 
 
-@pytest.mark.parametrize("spec", [GPT, CONV, f"{GPT}:size=llama3-8b"], ids=["gpt", "cnn", "llama"])
+SPECS = [FILE, CONV, f"{FILE}:size=llama3-8b", *(ROOT / "configs" / f"{n}.py" for n in ("bert", "t5", "vit"))]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["gpt", "cnn", "llama", "bert", "t5", "vit"])
 def test_a_dict_brings_the_same_config_back(spec):
     config = load(spec, ["optim.lr=0.5"])
     tree = config_lib.to_dict(config)
@@ -61,7 +64,7 @@ def test_a_dict_brings_the_same_config_back(spec):
 
 
 def test_difference_names_the_keys():
-    a = load(GPT)
+    a = load(FILE)
     b = a.replace(steps=9, optim=dataclasses.replace(a.optim, lr=0.5))
     assert config_lib.difference(a, b) == {"steps": (a.steps, 9), "optim.lr": (a.optim.lr, 0.5)}
     assert config_lib.difference(a, a) == {}
@@ -72,7 +75,7 @@ def test_difference_names_the_keys():
 
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        load(GPT).steps = 3  # type: ignore[misc]
+        load(FILE).steps = 3  # type: ignore[misc]
 
 
 BAD = [  # override -> what the message must name: the key, and the fix
@@ -123,7 +126,7 @@ BAD = [  # override -> what the message must name: the key, and the fix
 @pytest.mark.parametrize(("override", "words"), BAD, ids=[override for override, _ in BAD])
 def test_bad_input_is_one_line_with_the_key_and_the_fix(override, words):
     with pytest.raises(InputError) as caught:
-        load(GPT, [override])
+        load(FILE, [override])
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -133,10 +136,10 @@ def test_bad_input_is_one_line_with_the_key_and_the_fix(override, words):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (f"{GPT}:size=7m", ["size='7m'", "toy"]),
-        (f"{GPT}:sise=toy", ["'sise' is unknown", "did you mean 'size'?"]),
-        (f"{GPT}:size", ["'size' has no value", "size=VALUE"]),
-        (f"{GPT}:seq_len=long", ["'seq_len'", "whole number"]),
+        (f"{FILE}:size=7m", ["size='7m'", "toy"]),
+        (f"{FILE}:sise=toy", ["'sise' is unknown", "did you mean 'size'?"]),
+        (f"{FILE}:size", ["'size' has no value", "size=VALUE"]),
+        (f"{FILE}:seq_len=long", ["'seq_len'", "whole number"]),
         ("configs/none.py", ["configs/none.py", "does not exist", "configs/gpt.py"]),
         (str(ROOT / "configs"), ["configs", "does not exist"]),
         (str(ROOT / "setup.cfg"), ["setup.cfg", "not a Python file"]),
@@ -177,6 +180,6 @@ def test_values_of_a_wrong_type_are_refused(tree, message):
 
 
 def test_a_dict_of_nothing_is_the_default():
-    assert config_lib.from_dict({}).model == Transformer().resolve()
+    assert config_lib.from_dict({}).model == GPT().resolve()
     assert config_lib.from_dict({"model": {"name": "cnn"}}).model == CNN()
     assert isinstance(config_lib.from_dict({}), Config)

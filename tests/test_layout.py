@@ -20,12 +20,15 @@ ORDER = """
     data/builders/__init__ | data/builders/python_source | data/builders/digits
     data/builders/prepare
     data/sources | data/transforms
-    data/text
+    data/text | data/objectives
+    data/batches
     data/pipeline
     data/__init__
     models/module | models/ops
     models/layers | models/attention
-    models/transformer | models/vision
+    models/moe | models/vision
+    models/transformer
+    models/gpt | models/bert | models/t5 | models/vit
     models/__init__
     metrics
     tasks

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, batch_spec, build, by_path, random_batch, sized, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import models
+from bigmodel import models, tasks
 from bigmodel.config import Config
 from bigmodel.models import attention, layers
 from bigmodel.plan import estimate, flops
@@ -28,8 +28,12 @@ LLAMA = {
 STYLES = pytest.mark.parametrize("style", [{}, LLAMA], ids=["gpt", "llama"])
 
 
-def gpt_sizes() -> list[str]:
-    return list(runpy.run_path(str(ROOT / "configs" / "gpt.py"))["SIZES"])
+ENCODER = {"model__head": "none", "model__pooler": True}
+TRANSFORMERS = ["moe", "bert", "t5", "vit"]
+
+
+def sizes(family: str) -> list[str]:
+    return list(runpy.run_path(str(ROOT / "configs" / f"{family}.py"))["SIZES"])
 
 
 def forward(config: Config, train: bool = False) -> tuple[Any, Callable[..., jax.Array]]:
@@ -38,7 +42,7 @@ def forward(config: Config, train: bool = False) -> tuple[Any, Callable[..., jax
 
     @jax.jit
     def run(params: Any, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        return model.apply(params, {}, batch, key=key, train=train)[0]
+        return tasks.logits(model.apply(params, {}, batch, key=key, train=train)[0])
 
     return jax.jit(model.init)(jax.random.key(0))[0], run
 
@@ -57,11 +61,47 @@ def forward(config: Config, train: bool = False) -> tuple[Any, Callable[..., jax
         ("llama-13b", 13_015_864_320),  # huggyllama/llama-13b; table 2: 13.0B
         ("llama-70b", 68_976_648_192),  # meta-llama/Llama-2-70b-hf
         ("llama3-8b", 8_030_261_248),  # meta-llama/Meta-Llama-3-8B
+        ("mixtral-8x7b", 46_702_792_704),  # mistralai/Mixtral-8x7B-v0.1; Jiang et al. 2024: 47B
     ],
 )
 def test_published_parameter_counts(size, count):
     config = sized(size, seq_len=1024)
     assert estimate.parameters(models.define(config, batch_spec(config)).params_spec) == count
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "keys", "count"),
+    [
+        ("bert", "base", ENCODER, 109_482_240),  # Hugging Face google-bert/bert-base-uncased, with its pooler
+        ("bert", "large", ENCODER, 335_141_888),  # google-bert/bert-large-uncased
+        ("bert", "minilm-l6", ENCODER, 22_713_216),  # sentence-transformers/all-MiniLM-L6-v2
+        ("t5", "small", {}, 60_506_624),  # google-t5/t5-small; Raffel et al. 2020, section 3.7: 60M
+        ("t5", "base", {}, 222_903_552),  # google-t5/t5-base
+        ("t5", "large", {}, 737_668_096),  # google-t5/t5-large
+        ("t5", "3b", {}, 2_851_598_336),  # google-t5/t5-3b
+        ("t5", "11b", {}, 11_307_321_344),  # google-t5/t5-11b
+        ("vit", "ti,classes=1000", {}, 5_717_416),  # timm vit_tiny_patch16_224
+        ("vit", "s,classes=1000", {}, 22_050_664),  # timm vit_small_patch16_224
+        ("vit", "b,classes=1000", {}, 86_567_656),  # google/vit-base-patch16-224
+        ("vit", "l,classes=1000", {}, 304_326_632),  # google/vit-large-patch16-224
+        ("vit", "h,classes=1000", {}, 632_045_800),  # timm vit_huge_patch14_224
+    ],
+)
+def test_published_parameter_counts_of_other_transformers(family, size, keys, count):
+    config = sized(size, family, **keys, **({} if family == "vit" else {"seq_len": 512}))
+    assert estimate.parameters(models.define(config, batch_spec(config)).params_spec) == count
+
+
+def test_vit_g_is_about_as_published():
+    config = sized("g,classes=1000", "vit")
+    spec = by_path(models.define(config, batch_spec(config)).params_spec)
+    count = sum(np.prod(s.shape) for path, s in spec.items() if not path.startswith("head/"))
+    assert count == pytest.approx(1011e6, abs=5e5)  # Zhai et al. 2021, table 2, without a head
+
+
+def test_active_parameters_of_mixtral():
+    program = build(sized("mixtral-8x7b", seq_len=128))
+    assert estimate.active_parameters(program) == pytest.approx(12.9e9, rel=0.002)  # Jiang et al. 2024, p. 2
 
 
 def test_the_cnn_by_hand():
@@ -70,9 +110,12 @@ def test_the_cnn_by_hand():
     assert estimate.parameters(models.define(config, batch_spec(config)).params_spec) == count
 
 
-@pytest.mark.parametrize("size", gpt_sizes())
-def test_every_size_builds_without_an_array(size):
-    program = build(sized(size))
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("gpt", size) for size in sizes("gpt")] + [(f, sizes(f)[-1]) for f in ("bert", "t5", "vit")],
+)
+def test_every_size_builds_without_an_array(family, size):
+    program = build(sized(size, family, microbatches=1))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(program.state_spec))
     assert flops.model_flops(program) > 0
 
@@ -208,6 +251,20 @@ def test_attention_in_blocks_is_plain_attention(groups, causal):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_with_a_bias_over_a_memory():
+    q, k, v, segments = heads(2, length=32, dim=16)
+    rng = np.random.default_rng(1)
+    bias = rng.normal(size=(4, 32, 24)).astype(np.float32)
+    k, v, key_segments = k[:, :24], v[:, :24], rng.integers(1, 4, (2, 24))
+    key_segments[:, :3] = 1, 2, 3  # each query sees something
+    keys = {"causal": False, "key_segments_BS": jnp.asarray(key_segments), "bias_HLS": jnp.asarray(bias)}
+    qkv = [jnp.asarray(x) for x in (q, k, v)]
+    ours = attention.attend(*qkv, segments_BL=jnp.asarray(segments), scale=1.0, **keys)
+    mask = (segments[:, :, None] == key_segments[:, None])[:, None]
+    theirs = jax.nn.dot_product_attention(q, k, v, bias=bias[None], mask=mask, scale=1.0)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_grouped_queries_are_repeated_heads():
     q, k, v, segments = heads(2, length=32, dim=16)
     mask = attention.visible(jnp.asarray(segments), 32, 32, True)
@@ -287,9 +344,20 @@ def test_dropout_keeps_the_mean():
     assert (out == 0).mean() == pytest.approx(0.25, abs=0.01)
 
 
-@STYLES
-def test_bfloat16_is_close_to_float32(style):
-    config = tiny("gpt", **style)
+@pytest.mark.parametrize(
+    ("family", "style"),
+    [
+        ("gpt", {}),
+        ("gpt", LLAMA),
+        ("moe", {"model__capacity_factor": 2.0}),
+        ("bert", {}),
+        ("t5", {}),
+        ("vit", {}),
+    ],
+    ids=["gpt", "llama", "moe", "bert", "t5", "vit"],
+)
+def test_bfloat16_is_close_to_float32(family, style):
+    config = tiny(family, **style)
     params, run = forward(config)
     _, half = forward(config.replace(compute_dtype="bfloat16"))
     batch = random_batch(config)

@@ -211,8 +211,8 @@ def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, dict]
         read = pipeline._finish
         numbers = iter(range(1, 1_000_000))
 
-        def finish_and_change(batch: Any) -> Any:
-            out = dict(read(batch))
+        def finish_and_change(batch: Any, serials: Any) -> Any:
+            out = dict(read(batch, serials))
             change(next(numbers), out)
             return out
 

@@ -16,23 +16,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data import sources, text, transforms
+from bigmodel.data import batches, sources, transforms
+from bigmodel.data.batches import Examples, Finish, Parts
 
 Split = Literal["train", "eval"]
-
-
-class Examples(Protocol):
-    """Model-ready examples by index: packed windows, or a source of images."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
 class Pipeline:
@@ -41,7 +34,7 @@ class Pipeline:
     def __init__(
         self,
         examples: Examples,
-        finish: transforms.Transform,
+        finish: Finish,
         *,
         facts: Mapping[str, Any],
         batch_size: int,
@@ -72,7 +65,15 @@ class Pipeline:
         """
         if not 0 <= step < self._len:
             raise IndexError(f"step {step} is not in 0..{self._len - 1}")
-        return transforms.pad_rows(self._finish(self._examples.read(self.indices(step))), self._rows)
+        indices = self.indices(step)
+        rows = self._finish(self._examples.read(indices), self._serials(step, indices))
+        return transforms.pad_rows(rows, self._rows)
+
+    def _serials(self, step: int, indices: np.ndarray) -> np.ndarray:
+        """What is drawn for a row depends on its number in the endless order; in evaluation, its example."""
+        if not self._endless:
+            return indices
+        return np.arange(len(indices)) + step * self._batch_size + self._process_index * self._rows
 
     def indices(self, step: int) -> np.ndarray:
         """(<= b,) the examples of this host's rows; fewer than b only in the last batch of an evaluation."""
@@ -88,7 +89,7 @@ class Pipeline:
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The global batch, as it comes out (one row is read)."""
-        row = self._finish(self._examples.read(np.array([0])))
+        row = self._finish(self._examples.read(np.array([0])), np.array([0]))
         shapes = {key: (value.shape[1:], value.dtype) for key, value in row.items()}
         shapes["mask"] = ((), np.dtype(np.float32))
         return {k: jax.ShapeDtypeStruct((self._batch_size, *s), d) for k, (s, d) in shapes.items()}
@@ -122,11 +123,11 @@ def make_pipeline(
     if config.batch_size % count:
         raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
     name = config.data.split if split == "train" else config.data.eval_split
-    parts = _text_parts if config.task.name == "lm" else _image_parts
+    parts = batches.PARTS.get(config.task.name, _image_parts)
     examples, finish, facts = parts(config, name, workdir)
-    batches = None if split == "train" else _eval_batches(config, len(examples))
+    most = None if split == "train" else _eval_batches(config, len(examples))
     if split == "train" and len(examples) < config.batch_size:
-        lower = "batch_size or seq_len" if config.task.name == "lm" else "batch_size"
+        lower = "batch_size or seq_len" if config.task.name in batches.PARTS else "batch_size"
         raise InputError(
             f"data.name={config.data.name!r} split {name!r} makes {len(examples)} examples, fewer than "
             f"batch_size={config.batch_size}; lower {lower}, or give more data"
@@ -145,7 +146,7 @@ def make_pipeline(
         facts=facts,
         batch_size=config.batch_size,
         seed=seed,
-        max_batches=batches,
+        max_batches=most,
         process_index=index,
         process_count=count,
     )
@@ -157,33 +158,14 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
         InputError: an unknown dataset, or one whose images have no fixed size.
     """
-    size, length = config.batch_size, config.seq_len
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"mask": ((size,), np.float32)}
-    if config.task.name == "lm":
-        shapes |= dict.fromkeys(("tokens", "targets", "segments", "positions"), ((size, length), np.int32))
-        shapes["target_bytes"] = ((size, length), np.uint8)
+    size = config.batch_size
+    shapes: batches.Shapes = {"mask": ((), np.float32)}
+    if config.task.name in batches.SHAPES:
+        shapes |= batches.SHAPES[config.task.name](config)
     else:
         image, _ = _image_features(config, sources.features_of(config.data.name, config.data.data_dir))
-        shapes |= {"image": ((size, *image), np.float32), "label": ((size,), np.int32)}
-    return {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype) in shapes.items()}
-
-
-Parts = tuple[Examples, transforms.Transform, dict[str, Any]]
-
-
-def _text_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
-    tokenizer = text.get_tokenizer(config, workdir)
-    room = getattr(config.model, "vocab_size", tokenizer.vocab_size)
-    if tokenizer.vocab_size > room:
-        raise InputError(
-            f"model.vocab_size is {room}, but data.tokenizer={config.data.tokenizer} makes ids up to "
-            f"{tokenizer.vocab_size - 1}; set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
-    source = text.open_text(config, split)
-    stream = text.token_stream(source, tokenizer, cache=config.data.cache)
-    packed = text.Packed(stream, tokenizer, config.seq_len)
-    facts = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
-    return packed, dict, facts
+        shapes |= {"image": (image, np.float32), "label": ((), np.int32)}
+    return {key: jax.ShapeDtypeStruct((size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
 
 
 def _image_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
@@ -194,7 +176,7 @@ def _image_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Pa
     _image_features(config, source.features)
     classes = getattr(config.model, "num_classes", sys.maxsize)
 
-    def finish(batch: Mapping[str, np.ndarray]) -> transforms.Batch:
+    def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
         bad = (batch["label"] < 0) | (batch["label"] >= classes)
         if bad.any():
             raise InputError(
@@ -224,8 +206,8 @@ def _image_features(config: Config, features: Mapping[str, sources.Feature]) -> 
 
 
 def _eval_batches(config: Config, num_examples: int) -> int:
-    batches = -(-num_examples // config.batch_size)
-    return batches if config.eval.batches < 0 else min(batches, config.eval.batches)
+    whole = -(-num_examples // config.batch_size)
+    return whole if config.eval.batches < 0 else min(whole, config.eval.batches)
 
 
 def _shuffle_seed(seed: int) -> int:

@@ -71,7 +71,7 @@ def open_source(
     """Opens a split of a dataset; a bundled one is made first if need be.
 
     Args:
-        name: `mnist`, `name/config:version` (TFDS), `python_source`, `digits`, or `text:GLOB`.
+        name: `mnist`, `name/config:version` (TFDS), `python_source`, `digits`, `text:GLOB` or `pairs:GLOB`.
         split: a split's name, or a TFDS slice of it such as `train[:10%]`.
         data_dir: TFDS's directory; None is its own default.
         keys: the features to read; None reads all plain ones (images, labels, text).
@@ -82,6 +82,8 @@ def open_source(
     """
     if name.startswith("text:"):
         return TextFiles(name, split)
+    if name.startswith("pairs:"):
+        return PairFiles(name, split)
     return TfdsSource(name, split, data_dir, keys=keys, cache=cache)
 
 
@@ -92,7 +94,9 @@ def features_of(name: str, data_dir: str | None = None) -> Mapping[str, Feature]
         InputError: unknown dataset.
     """
     if name.startswith("text:"):
-        return {"text": Feature((), "text")}
+        return TextFiles.features
+    if name.startswith("pairs:"):
+        return PairFiles.features
     return _features(find(name, data_dir))
 
 
@@ -108,17 +112,8 @@ class TextFiles:
     features: Mapping[str, Feature] = {"text": Feature((), "text")}
 
     def __init__(self, name: str, split: str) -> None:
-        if split not in ("train", "test"):
-            raise InputError(
-                f"split {split!r} of data.name={name!r} is unknown; set data.split or data.eval_split "
-                "to train or test"
-            )
-        pattern = os.path.expanduser(name.removeprefix("text:"))
-        paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-        if not paths:
-            raise InputError(
-                f"data.name={name!r} matches no file; give a path or a glob such as text:books/*.txt"
-            )
+        _check_split(name, split)
+        paths = _paths(name, "text:books/*.txt")
         self._parts: list[tuple[str, int, int]] = []  # path, first byte, end byte
         contents = {path: _content_hash(_read_bytes(path)) for path in paths}
         tests = _test_hashes(set(contents.values()))
@@ -158,6 +153,23 @@ class TextFiles:
         return {"text": out}
 
 
+def _check_split(name: str, split: str) -> None:
+    if split not in ("train", "test"):
+        raise InputError(
+            f"split {split!r} of data.name={name!r} is unknown; set data.split or data.eval_split "
+            "to train or test"
+        )
+
+
+def _paths(name: str, example: str) -> list[str]:
+    """The files of `text:GLOB` or `pairs:GLOB`, sorted."""
+    pattern = os.path.expanduser(name.partition(":")[2])
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not paths:
+        raise InputError(f"data.name={name!r} matches no file; give a path or a glob such as {example}")
+    return paths
+
+
 def _content_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
@@ -173,6 +185,65 @@ def _read_bytes(path: str) -> bytes:
         return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"data.name: {path} cannot be read: {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------- parallel text
+
+
+class PairFiles:
+    """`pairs:GLOB`: files with a source and its target on each line, a tab between them.
+
+    Every line is a record: `source`, `target`, and `text`, which is both (for a tokenizer to learn from).
+
+    About a tenth of the lines, by a hash of the content, are `test`, the others `train`.
+    """
+
+    features: Mapping[str, Feature] = {name: Feature((), "text") for name in ("source", "target", "text")}
+
+    def __init__(self, name: str, split: str) -> None:
+        """Reads all lines.
+
+        Raises:
+            InputError: no file, an unknown split, a line that is no pair or no UTF-8.
+        """
+        _check_split(name, split)
+        lines = [line for path in _paths(name, "pairs:data/*.tsv") for line in _lines(path)]
+        self._lines = [line for line in lines if (_content_hash(line) % 10 == 0) == (split == "test")]
+        if not self._lines:
+            raise InputError(f"data.name={name!r} has no line in split {split!r}; give more lines")
+        self.num_bytes = sum(map(len, self._lines))
+        digest = hashlib.sha256(b"\n".join(self._lines)).hexdigest()[:16]
+        self.fingerprint = f"pairs/{split} records={len(self)} bytes={self.num_bytes} sha256={digest}"
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        out = {key: np.empty(len(indices), object) for key in self.features}
+        for row, index in enumerate(indices):
+            line = self._lines[index]
+            source, _, target = line.partition(b"\t")
+            out["source"][row], out["target"][row], out["text"][row] = source, target, line
+        return out
+
+
+def _lines(path: str) -> list[bytes]:
+    """The lines of a file, each checked; empty ones are left out."""
+    lines = _read_bytes(path).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        columns = line.removesuffix(b"\r").split(b"\t")
+        if columns == [b""]:
+            continue
+        if len(columns) != 2 or not columns[0].strip() or not columns[1].strip():
+            found = f"{len(columns)} columns" if len(columns) != 2 else "an empty column"
+            raise InputError(f"{path} line {number} has {found}; write source, one tab, target")
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path} line {number} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+            ) from None
+    return [line.removesuffix(b"\r") for line in lines if line.removesuffix(b"\r")]
 
 
 # ------------------------------------------------------------------------------------------------ TFDS

@@ -185,10 +185,12 @@ def _trained(config: Config, size: int) -> BPE:
 
 
 def open_text(config: Config, split: str) -> Source:
-    """The source of a language model's documents. Raises InputError for a dataset without text."""
+    """The source of documents. Raises InputError for a dataset without text."""
     source = open_source(config.data.name, split, config.data.data_dir, keys=("text",))
     if "text" not in source.features:
-        raise InputError(f"data.name={config.data.name!r} has no feature 'text', which task.name=lm needs")
+        raise InputError(
+            f"data.name={config.data.name!r} has no feature 'text', which task.name={config.task.name} needs"
+        )
     return source
 
 

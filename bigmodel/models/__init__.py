@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import jax
 
 from bigmodel.config import Config
-from bigmodel.models import module, transformer, vision
+from bigmodel.models import bert, gpt, module, t5, vision, vit
 
-FAMILIES = {"gpt": transformer.GPT, "cnn": vision.CNN}
+FAMILIES = {"gpt": gpt.GPT, "bert": bert.BERT, "t5": t5.T5, "vit": vit.ViT, "cnn": vision.CNN}
 
 
 def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:

@@ -31,14 +31,25 @@ def attend(
     segments_BL: jax.Array | None = None,
     causal: bool = True,
     block: int = 0,
+    key_segments_BS: jax.Array | None = None,
+    bias_HLS: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
-    """softmax(q k / sqrt(K)) v -> [B, L, H, K]; grouped queries when G < H (Ainslie et al. 2023).
+    """softmax(q k / sqrt(K) + bias) v -> [B, L, H, K]; grouped queries when G < H (Ainslie et al. 2023).
 
     Args:
-        segments_BL: int; a query sees only keys of its own segment (self-attention, L == S). None: all.
+        segments_BL: int; a query sees only keys of its own segment. None: all.
         causal: a query sees only keys at its own position or before.
         block: rows of the TPU kernel's blocks; 0: SPLASH_BLOCK. Large ones want more VMEM.
+        key_segments_BS: the keys' segments, where they are not the queries' own; plain XLA computes it.
+        bias_HLS: float32, added to the scores; plain XLA computes it.
+        scale: in place of 1 / sqrt(K).
     """
+    if scale is not None:
+        q_BLHK = q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
+    if key_segments_BS is not None or bias_HLS is not None:
+        mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, key_segments_BS)
+        return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
     kernel = pick(q_BLHK.shape[1], q_BLHK.shape[-1], q_BLHK.dtype, mesh.platform())
     if kernel == "splash":
         return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block)
@@ -61,18 +72,31 @@ def pick(length: int, head_dim: int, dtype: jnp.dtype, platform: str) -> str:
     return "blocks" if platform == "cpu" and length > BLOCK else "xla"
 
 
-def visible(segments_BL: jax.Array | None, queries: int, keys: int, causal: bool) -> jax.Array | None:
+def visible(
+    segments_BL: jax.Array | None,
+    queries: int,
+    keys: int,
+    causal: bool,
+    key_segments_BS: jax.Array | None = None,
+) -> jax.Array | None:
     """bool [B or 1, 1, L, S]: which keys a query may see; None when it may see all."""
     mask = None
     if causal:
         mask = jnp.tril(jnp.ones((queries, keys), bool), keys - queries)[None, None]
     if segments_BL is not None:
-        same = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
+        key_segments_BS = segments_BL if key_segments_BS is None else key_segments_BS
+        same = (segments_BL[:, :, None] == key_segments_BS[:, None, :])[:, None]
         mask = same if mask is None else mask & same
     return mask
 
 
-def attend_xla(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attend_xla(
+    q_BLHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: jax.Array | None,
+    bias_HLS: jax.Array | None = None,
+) -> jax.Array:
     """The plain form, softmax in float32; `mask` as `visible` makes it."""
     b, length, heads, dim = q_BLHK.shape
     groups = k_BSGK.shape[2]
@@ -81,6 +105,8 @@ def attend_xla(q_BLHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: ja
     k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
     scores = jnp.einsum("BGRLK,BGSK->BGRLS", q_BGRLK, k_BGSK, preferred_element_type=jnp.float32)
     scores = scores * dim**-0.5
+    if bias_HLS is not None:
+        scores = scores + bias_HLS.reshape(groups, heads // groups, *bias_HLS.shape[1:])
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)

@@ -28,8 +28,8 @@ class Dense(nnx.Module):
 class Embed(nnx.Module):
     """ids [B, L] -> rows of table [V, D]; `attend` uses the same table as an output layer."""
 
-    def __init__(self, v: int, d: int, *, dtype: str, rngs: nnx.Rngs):
-        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (v, d), dtype))
+    def __init__(self, v: int, d: int, *, dtype: str, rngs: nnx.Rngs, std: float = 0.02):
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (v, d), dtype))
 
     def __call__(self, ids_BL: jax.Array, dtype: str) -> jax.Array:
         # Rows whole before the lookup: XLA cannot cut a gather's result by width and by batch at once.

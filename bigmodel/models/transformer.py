@@ -1,22 +1,24 @@
-"""One Transformer stack. GPT-2 and Llama are settings of it (see `families.Transformer`).
+"""The Transformer stack that GPT, BERT, T5 and ViT are settings of (see `families.Transformer`).
 
-Legend: B batch, L length, D width, H heads, G key/value heads, K head dim, F hidden units, V vocabulary.
+Legend: B batch, L length, S memory's length, D width, H heads, G key/value heads, K head dim, F hidden units.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from bigmodel import mesh
 from bigmodel.config import Config
 from bigmodel.families import Transformer
-from bigmodel.models import layers, module, ops
+from bigmodel.models import layers, module, moe, ops
 from bigmodel.models.attention import attend
 
 UNROLLED_ON_CPU = 12  # layers; on a CPU a scan copies what it saves, 10-25 % of the step, and compiles faster
@@ -25,93 +27,162 @@ OFFLOADED = {
     "offload-all": ("layer_input", "q", "k", "v", "attention_out"),
     "offload-qkv": ("layer_input", "q", "k", "v"),
 }
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": ops.gelu_tanh, "gelu_exact": ops.gelu, "relu": jax.nn.relu,  # Hendrycks and Gimpel 2016
+    "swiglu": ops.silu, "geglu": ops.gelu_tanh,  # Shazeer 2020
+}  # fmt: skip
+GATED = ("swiglu", "geglu")
 
 
-class GPT(nnx.Module):
-    """Decoder-only language model (Radford et al. 2019; Touvron et al. 2023).
+class Sight(NamedTuple):
+    """What every layer of a stack sees beside the stream."""
 
-    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V] in the compute dtype.
+    segments_BL: jax.Array | None = None  # a position sees its own segment only; 0 is padding
+    positions_BL: jax.Array | None = None  # for rope
+    causal: bool = False
+    bias_HLL: jax.Array | None = None  # added to self-attention's scores
+    memory_BSD: jax.Array | None = None  # what cross-attention reads
+    memory_segments_BS: jax.Array | None = None
+
+
+class Stack(nnx.Module):
+    """Blocks, and after them a norm where the blocks' own come first (`norm_order=pre`)."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs, depth: int, cross: bool = False):
+        c = transformer(config)
+        self.blocks = module.stack(lambda rngs: Block(config, rngs, cross), depth, rngs)
+        self.norm = norm(c, config.param_dtype) if c.norm_order == "pre" else None
+
+    def __call__(
+        self, config: Config, x_BLD: jax.Array, sight: Sight, key: jax.Array | None
+    ) -> tuple[jax.Array, moe.Losses]:
+        return run(config, self.blocks, self.norm, x_BLD, sight, key)
+
+
+def run(
+    config: Config,
+    blocks: nnx.Module,
+    last_norm: nnx.Module | None,
+    x_BLD: jax.Array,
+    sight: Sight,
+    key: jax.Array | None,
+) -> tuple[jax.Array, moe.Losses]:
+    """x through all blocks and the last norm -> (y [B, L, D], the mean over depth of the layers' losses).
+
+    Args:
+        blocks: a `module.stack` of `Block`.
+        key: for dropout, of the input too; None: no dropout.
     """
+    c = transformer(config)
+    depth: int = jax.tree.leaves(nnx.state(blocks, nnx.Param))[0].shape[0]
+    keys = None
+    if key is not None:
+        x_BLD = layers.dropout(x_BLD, c.dropout, jax.random.fold_in(key, depth))
+        keys = jax.random.split(key, depth)
+    zero_BL = jnp.zeros(x_BLD.shape[:2], jnp.float32) if c.experts else None
+    losses = dict.fromkeys(moe.LOSSES, zero_BL) if c.experts else {}
 
-    def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
-        c = _transformer(config)
-        self.config = config
-        dtype = config.param_dtype
-        self.embed = layers.Embed(c.vocab_size, c.width, dtype=dtype, rngs=rngs)
-        learned, length = c.position == "learned", spec["tokens"].shape[1]
-        self.positions = layers.Embed(length, c.width, dtype=dtype, rngs=rngs) if learned else None
-        self.blocks = module.stack(lambda rngs: Block(config, rngs), c.depth, rngs)
-        self.norm = _norm(c, dtype)
-        head = functools.partial(layers.Dense, c.width, c.vocab_size, std=_small(c), dtype=dtype, bias=False)
-        self.head = None if c.tie_embeddings else head(rngs=rngs)
+    def call(block: Any, carry: Any, key: jax.Array | None) -> Any:
+        x_BLD, losses = carry
+        x_BLD, more = block(x_BLD, sight, key)
+        return x_BLD, {name: value + more[name] / depth for name, value in losses.items()}
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
-        c = _transformer(self.config)
-        key = key if train and c.dropout else None
-        x_BLD = self.embed(batch["tokens"], self.config.compute_dtype)
-        if self.positions is not None:
-            x_BLD = x_BLD + self.positions(batch["positions"], self.config.compute_dtype)
-        keys = None
-        if key is not None:
-            x_BLD = layers.dropout(x_BLD, c.dropout, jax.random.fold_in(key, c.depth))
-            keys = jax.random.split(key, c.depth)
-        x_BLD = module.scan(
-            self.blocks,
-            lambda block, x, key: block(x, batch["segments"], batch["positions"], key),
-            layers.shard_width(x_BLD),
-            keys,
-            wrap=_remat(self.config.remat),
-            unroll=not c.scan or (mesh.platform() == "cpu" and c.depth <= UNROLLED_ON_CPU),
-        )
-        x_BLD = self.norm(x_BLD)
-        logits_BLV = self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)
-        return layers.shard_hidden(logits_BLV)
+    x_BLD, losses = module.scan(
+        blocks,
+        call,
+        (layers.shard_width(x_BLD), losses),
+        keys,
+        wrap=_remat(config.remat),
+        unroll=not c.scan or (mesh.platform() == "cpu" and depth <= UNROLLED_ON_CPU),
+    )
+    return (x_BLD if last_norm is None else last_norm(x_BLD)), losses
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Self-attention, cross-attention if there is a memory, MLP or experts; each a step of the stream.
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        c = _transformer(config)
-        self.dropout = c.dropout
-        self.attention_norm = _norm(c, config.param_dtype)
+    `norm_order=pre`: x + f(norm(x)). `post`: norm(x + f(x)) (Vaswani et al. 2017).
+    """
+
+    def __init__(self, config: Config, rngs: nnx.Rngs, cross: bool = False):
+        self.c = c = transformer(config)
+        dtype = config.param_dtype
+        self.attention_norm = norm(c, dtype)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = _norm(c, config.param_dtype)
-        self.mlp = MLP(config, rngs)
+        self.cross_norm = norm(c, dtype) if cross else None
+        self.cross = Attention(config, rngs) if cross else None
+        self.mlp_norm = norm(c, dtype)
+        self.mlp: Any = _experts(config, rngs) if c.experts else MLP(config, rngs)
 
-    def __call__(
-        self, x_BLD: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, sight: Sight, key: jax.Array | None) -> tuple[jax.Array, moe.Losses]:
         x_BLD = checkpoint_name(x_BLD, "layer_input")
-        keys = (None, None) if key is None else tuple(jax.random.split(key))
-        y_BLD = self.attention(self.attention_norm(x_BLD), segments_BL, positions_BL)
-        x_BLD = layers.shard_width(x_BLD + layers.dropout(y_BLD, self.dropout, keys[0]))
-        y_BLD = self.mlp(self.mlp_norm(x_BLD))
-        return layers.shard_width(x_BLD + layers.dropout(y_BLD, self.dropout, keys[1]))
+        count = 2 if self.cross is None else 3
+        keys = [None] * count if key is None else list(jax.random.split(key, count))
+        losses: moe.Losses = {}
+
+        def mlp(x_BLD: jax.Array) -> jax.Array:
+            if not self.c.experts:
+                return self.mlp(x_BLD)
+            y_BLD, more = self.mlp(x_BLD, sight.segments_BL)
+            losses.update(more)
+            return y_BLD
+
+        x_BLD = self._step(x_BLD, self.attention_norm, lambda x: self.attention(x, sight), keys[0])
+        if self.cross is not None:
+            cross = self.cross
+            x_BLD = self._step(x_BLD, self.cross_norm, lambda x: cross.over_memory(x, sight), keys[1])
+        return self._step(x_BLD, self.mlp_norm, mlp, keys[-1]), losses
+
+    def _step(
+        self, x_BLD: jax.Array, norm: Any, f: Callable[[jax.Array], jax.Array], key: jax.Array | None
+    ) -> jax.Array:
+        pre = self.c.norm_order == "pre"
+        y_BLD = layers.dropout(f(norm(x_BLD) if pre else x_BLD), self.c.dropout, key)
+        return layers.shard_width(x_BLD + y_BLD if pre else norm(x_BLD + y_BLD))
 
 
 class Attention(nnx.Module):
-    """Causal self-attention within segments."""
+    """Attention within segments: of a stream over itself, or over a memory."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.c = c = _transformer(config)
+        self.c = c = transformer(config)
         dense = functools.partial(layers.Dense, dtype=config.param_dtype, rngs=rngs, bias=c.bias)
-        self.q = dense(c.width, c.heads * c.head_dim, std=_small(c))
-        self.k = dense(c.width, c.kv_heads * c.head_dim, std=_small(c))
-        self.v = dense(c.width, c.kv_heads * c.head_dim, std=_small(c))
-        self.out = dense(c.heads * c.head_dim, c.width, std=_small(c) * (2 * c.depth) ** -0.5)
+        q_scale = 1.0 if c.scale_attention else c.head_dim**-0.5  # the scores start out alike
+        self.q = dense(c.width, c.heads * c.head_dim, std=small(c) * q_scale)
+        self.k = dense(c.width, c.kv_heads * c.head_dim, std=small(c))
+        self.v = dense(c.width, c.kv_heads * c.head_dim, std=small(c))
+        self.out = dense(c.heads * c.head_dim, c.width, std=_last(c))
 
-    def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, sight: Sight) -> jax.Array:
         c = self.c
-        q_BLHK = self._heads(checkpoint_name(self.q(x_BLD), "q"), c.heads)
-        k_BLGK = self._heads(checkpoint_name(self.k(x_BLD), "k"), c.kv_heads)
-        v_BLGK = self._heads(checkpoint_name(self.v(x_BLD), "v"), c.kv_heads)
-        if c.position == "rope":
-            q_BLHK = layers.rope(q_BLHK, positions_BL, c.rope_theta)
-            k_BLGK = layers.rope(k_BLGK, positions_BL, c.rope_theta)
-        y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segments_BL=segments_BL, causal=True, block=c.attention_block)
-        y_BLD = self.out(y_BLHK.reshape(*x_BLD.shape[:2], -1))
-        return checkpoint_name(y_BLD, "attention_out")
+        q_BLHK, k_BLGK, v_BLGK = self._project(x_BLD, x_BLD)
+        if c.position == "rope" and sight.positions_BL is not None:
+            q_BLHK = layers.rope(q_BLHK, sight.positions_BL, c.rope_theta)
+            k_BLGK = layers.rope(k_BLGK, sight.positions_BL, c.rope_theta)
+        y_BLHK = attend(
+            q_BLHK, k_BLGK, v_BLGK, segments_BL=sight.segments_BL, causal=sight.causal,
+            bias_HLS=sight.bias_HLL, scale=None if c.scale_attention else 1.0, block=c.attention_block,
+        )  # fmt: skip
+        return self._merge(y_BLHK)
+
+    def over_memory(self, x_BLD: jax.Array, sight: Sight) -> jax.Array:
+        """Queries from x [B, L, D], keys and values from the memory [B, S, D]."""
+        assert sight.memory_BSD is not None
+        q_BLHK, k_BSGK, v_BSGK = self._project(x_BLD, sight.memory_BSD)
+        y_BLHK = attend(
+            q_BLHK, k_BSGK, v_BSGK, segments_BL=sight.segments_BL, causal=False,
+            key_segments_BS=sight.memory_segments_BS, scale=None if self.c.scale_attention else 1.0,
+        )  # fmt: skip
+        return self._merge(y_BLHK)
+
+    def _project(self, x_BLD: jax.Array, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q_BLHK = self._heads(checkpoint_name(self.q(x_BLD), "q"), self.c.heads)
+        k_BSGK = self._heads(checkpoint_name(self.k(memory_BSD), "k"), self.c.kv_heads)
+        v_BSGK = self._heads(checkpoint_name(self.v(memory_BSD), "v"), self.c.kv_heads)
+        return q_BLHK, k_BSGK, v_BSGK
+
+    def _merge(self, y_BLHK: jax.Array) -> jax.Array:
+        return checkpoint_name(self.out(y_BLHK.reshape(*y_BLHK.shape[:2], -1)), "attention_out")
 
     def _heads(self, x_BLD: jax.Array, heads: int) -> jax.Array:
         x_BLHK = x_BLD.reshape(*x_BLD.shape[:2], heads, self.c.head_dim)
@@ -119,38 +190,88 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """GELU (Hendrycks and Gimpel 2016) or SwiGLU (Shazeer 2020) between two projections."""
+    """An activation between two projections, or (GATED) its product with a third one."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        c = _transformer(config)
+        c = transformer(config)
+        self.activation = ACTIVATIONS[c.mlp]
         dense = functools.partial(layers.Dense, dtype=config.param_dtype, rngs=rngs, bias=c.bias)
-        self.up = dense(c.width, c.mlp_width, std=_small(c))
-        self.gate = dense(c.width, c.mlp_width, std=_small(c)) if c.mlp == "swiglu" else None
-        self.down = dense(c.mlp_width, c.width, std=_small(c) * (2 * c.depth) ** -0.5)
+        self.up = dense(c.width, c.mlp_width, std=small(c))
+        self.gate = dense(c.width, c.mlp_width, std=small(c)) if c.mlp in GATED else None
+        self.down = dense(c.mlp_width, c.width, std=_last(c))
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         h_BLF = layers.shard_hidden(checkpoint_name(self.up(x_BLD), "up"))
         if self.gate is None:
-            h_BLF = ops.gelu_tanh(h_BLF)
+            h_BLF = self.activation(h_BLF)
         else:
-            h_BLF = h_BLF * ops.silu(layers.shard_hidden(checkpoint_name(self.gate(x_BLD), "gate")))
+            h_BLF = h_BLF * self.activation(layers.shard_hidden(checkpoint_name(self.gate(x_BLD), "gate")))
         return checkpoint_name(self.down(h_BLF), "mlp_out")
 
 
-def _transformer(config: Config) -> Transformer:
+def _experts(config: Config, rngs: nnx.Rngs) -> moe.MoE:
+    c = transformer(config)
+    return moe.MoE(
+        c, ACTIVATIONS[c.mlp], gated=c.mlp in GATED, std=small(c), out_std=_last(c), dtype=config.param_dtype,
+        rngs=rngs,
+    )  # fmt: skip
+
+
+class RelativeBias(nnx.Module):
+    """T5's scores by distance (Raffel et al. 2020, section 2.1): one number for each bucket and head.
+
+    Half of the buckets hold one distance each, the others grow by powers up to `distance`.
+    """
+
+    def __init__(
+        self, buckets: int, distance: int, heads: int, *, bidirectional: bool, dtype: str, std: float,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.distance, self.bidirectional = distance, bidirectional
+        self.buckets = nnx.Param(std * jax.random.normal(rngs.params(), (buckets, heads), dtype))
+
+    def __call__(self, length: int) -> jax.Array:
+        """-> float32 [H, L, L], for queries by keys."""
+        at_L = jnp.arange(length, dtype=jnp.int32)
+        table = self.buckets[...].astype(jnp.float32)
+        bucket_LL = bucket(at_L[None] - at_L[:, None], table.shape[0], self.distance, self.bidirectional)
+        return table[bucket_LL].transpose(2, 0, 1)
+
+
+def bucket(offset: jax.Array, buckets: int, distance: int, bidirectional: bool) -> jax.Array:
+    """Key's position minus query's, int32 -> the bucket's number, as in the authors' code."""
+    first = jnp.zeros_like(offset)
+    if bidirectional:
+        buckets //= 2
+        first = jnp.where(offset > 0, buckets, 0)
+    away = jnp.abs(offset) if bidirectional else jnp.maximum(-offset, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(away, 1).astype(jnp.float32) / exact) / math.log(distance / exact)
+    far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return first + jnp.where(away < exact, away, far)
+
+
+def transformer(config: Config) -> Transformer:
+    """`config.model`, which is a Transformer's here."""
     assert isinstance(config.model, Transformer)
     return config.model
 
 
-def _norm(c: Transformer, dtype: str) -> nnx.Module:
+def norm(c: Transformer, dtype: str) -> nnx.Module:
+    """A LayerNorm or RMSNorm over the width."""
     if c.norm == "rmsnorm":
         return layers.RMSNorm(c.width, eps=c.norm_eps, dtype=dtype)
     return layers.LayerNorm(c.width, eps=c.norm_eps, dtype=dtype, bias=c.bias)
 
 
-def _small(c: Transformer) -> float:
+def small(c: Transformer) -> float:
     """Standard deviation sqrt(2 / 5D) of the weights (Nguyen and Salazar 2019); 0.023 at GPT-2's width."""
     return (2 / (5 * c.width)) ** 0.5
+
+
+def _last(c: Transformer) -> float:
+    """That of a layer's last projection, smaller so that the stream does not grow with the depth."""
+    return small(c) * (2 * c.depth) ** -0.5
 
 
 def _remat(policy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from bigmodel import hardware
+from bigmodel import mesh as mesh_lib
 from bigmodel.plan import flops
 from bigmodel.program import Program, microbatches
 
@@ -31,6 +32,17 @@ def tree_bytes(spec: Any) -> int:
 def parameters(spec: Any) -> int:
     """How many numbers a tree of specs or arrays holds, over the whole mesh."""
     return sum(math.prod(s.shape) for s in jax.tree.leaves(spec))
+
+
+def active_parameters(program: Program) -> int:
+    """Parameters that one token passes through: of experts, its own share."""
+    spec, share = program.state_spec["params"], getattr(program.config.model, "expert_share", 1.0)
+    experts = sum(
+        math.prod(s.shape)
+        for path, s in jax.tree_util.tree_leaves_with_path(spec)
+        if "/experts/" in mesh_lib.path_str(path)
+    )
+    return parameters(spec) - round(experts * (1 - share))
 
 
 def memory(program: Program, compiled: Any) -> Receipt:
@@ -67,6 +79,7 @@ def receipt(program: Program, compiled: Any, steps_left: int | None = None) -> R
         "devices": program.mesh.size,
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "parameters": parameters(program.state_spec["params"]),
+        "active_parameters": active_parameters(program),
         "steps": steps,
         "microbatches": microbatches(config, program.mesh),
         "tokens_per_step": tokens,
@@ -105,10 +118,12 @@ def _speed(device: Any, dtype: str, mesh: Any) -> tuple[float, str]:
 def table(r: Receipt) -> list[str]:
     """The receipt as lines for a terminal."""
     low, high = (duration(s) for s in r["total_s_range"])
+    sparse = r["active_parameters"] != r["parameters"]
+    active = f" ({quantity(r['active_parameters'])} active)" if sparse else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items()) or "one device"
     return [
         f"plan      {r['devices']} x {r['device_kind']} ({mesh}), {r['microbatches']} microbatches",
-        f"  model   {quantity(r['parameters'])} parameters, "
+        f"  model   {quantity(r['parameters'])} parameters{active}, "
         f"{quantity(r['model_flops_per_token'])}FLOP a token or example, "
         f"{quantity(r['model_flops_per_step'])}FLOP a step, {quantity(r['total_flops'])}FLOP in all",
         f"  memory  {size(r['peak_bytes'])} a device: state {size(r['state_bytes'])} "

@@ -1,0 +1,205 @@
+"""What a batch of text holds, task by task: `PARTS` makes the examples, `SHAPES` says how they will look.
+
+Ids beyond the tokenizer's are special ones, counted down from the end of the model's vocabulary: [MASK] and
+[CLS] of `mlm`, the sentinels of `seq2seq`. The tokenizer's separator ends a document, a sentence, a target.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from bigmodel.config import Config, InputError
+from bigmodel.data import objectives, sources, text, transforms
+
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape after the batch's dimension, dtype)
+
+
+class Examples(Protocol):
+    """Model-ready examples by index: packed windows, or a source of images."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+Finish = Callable[[Mapping[str, np.ndarray], np.ndarray], transforms.Batch]  # rows, their serial numbers
+Parts = tuple[Examples, Finish, dict[str, Any]]  # examples, what makes a batch of them, facts
+
+
+class EncodedPairs:
+    """`source_ids` and `target_ids` of a source's pairs, object arrays of int32 arrays."""
+
+    def __init__(self, source: sources.Source, tokenizer: text.Tokenizer) -> None:
+        self._source, self._tokenizer = source, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        records, out = self._source.read(indices), {}
+        for key in ("source", "target"):
+            out[f"{key}_ids"] = np.empty(len(indices), object)
+            for row, ids in enumerate(self._tokenizer.encode_all(records[key].tolist())):
+                out[f"{key}_ids"][row] = ids.astype(np.int32)
+        return out
+
+
+# -------------------------------------------------------------------------------------------------- tasks
+
+
+def _lm(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
+    tokenizer = _tokenizer(config, workdir, special=0)
+    packed, facts = _packed(config, split, tokenizer, config.seq_len)
+    return packed, lambda batch, serials: dict(batch), facts
+
+
+def _lm_shapes(config: Config) -> Shapes:
+    row = (config.seq_len,)
+    return {
+        **dict.fromkeys(("tokens", "targets", "segments", "positions"), (row, np.int32)),
+        "target_bytes": (row, np.uint8),
+    }
+
+
+def _mlm(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
+    task, seed = config.task, _draw_seed(config, split)
+    tokenizer = _tokenizer(config, workdir, special=2)
+    vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
+    mask_id, cls = vocab_size - 1, vocab_size - 2
+    length = config.seq_len - 3 if task.next_sentence else config.seq_len
+    packed, facts = _packed(config, split, tokenizer, length)
+    mask = functools.partial(
+        objectives.mask_words,
+        seed=seed,
+        rate=task.mask_rate,
+        mask_id=mask_id,
+        words=tokenizer.vocab_size,
+        fixed=(tokenizer.separator, cls),
+        token_bytes=_all_bytes(tokenizer, vocab_size),
+    )
+
+    def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
+        if task.next_sentence:
+            elsewhere = [objectives.generator(seed + 1, int(s)).integers(len(packed)) for s in serials]
+            other = packed.read(np.array(elsewhere, np.int64))["tokens"]
+            batch = objectives.sentence_pairs(
+                batch["tokens"], other, serials, seed=seed + 2, cls=cls, separator=tokenizer.separator
+            )
+        return mask(batch, serials)
+
+    facts |= {"mask_rate": task.mask_rate, "next_sentence": task.next_sentence, "draws": seed}
+    return packed, finish, facts
+
+
+def _mlm_shapes(config: Config) -> Shapes:
+    row, masked = (config.seq_len,), (objectives.most_masked(config.seq_len, config.task.mask_rate),)
+    shapes: Shapes = dict.fromkeys(("tokens", "segments", "positions"), (row, np.int32))
+    if config.task.next_sentence:
+        shapes |= {"types": (row, np.int32), "next_sentence": ((), np.int32)}
+    return shapes | {
+        "masked_positions": (masked, np.int32), "masked_targets": (masked, np.int32),
+        "masked_bytes": (masked, np.uint8), "masked_real": (masked, np.float32),
+    }  # fmt: skip
+
+
+def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
+    task, seed = config.task, _draw_seed(config, split)
+    paired = _is_paired(config)
+    inputs, targets, window = _lengths(config)
+    spans = 0 if paired else objectives.span_counts(window, task.mask_rate, task.mean_span)[1]
+    tokenizer = _tokenizer(config, workdir, special=spans)
+    vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + spans)
+    shape: dict[str, Any] = {"inputs": inputs, "targets": targets, "end": tokenizer.separator}
+    token_bytes = _all_bytes(tokenizer, vocab_size)
+    if paired:
+        source = sources.open_source(config.data.name, split, config.data.data_dir, keys=("source", "target"))
+
+        def finish_pairs(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
+            pairs = list(zip(batch["source_ids"], batch["target_ids"], strict=True))
+            return objectives.sequence_pairs(pairs, token_bytes=token_bytes, **shape)
+
+        facts = {
+            "source": source.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "lengths": [inputs, targets],
+        }
+        return EncodedPairs(source, tokenizer), finish_pairs, facts
+    packed, more = _packed(config, split, tokenizer, window)
+    corrupt = functools.partial(
+        objectives.corrupt_spans,
+        seed=seed,
+        rate=task.mask_rate,
+        mean_span=task.mean_span,
+        last_sentinel=vocab_size - 1,
+        token_bytes=token_bytes,
+        **shape,
+    )
+    more |= {"mask_rate": task.mask_rate, "mean_span": task.mean_span, "draws": seed}
+    return packed, corrupt, more
+
+
+def _seq2seq_shapes(config: Config) -> Shapes:
+    inputs, targets, _ = _lengths(config)
+    return {
+        **dict.fromkeys(("tokens", "segments", "positions"), ((inputs,), np.int32)),
+        **dict.fromkeys(("decoder_tokens", "decoder_segments", "targets"), ((targets,), np.int32)),
+        "target_bytes": ((targets,), np.uint8),
+    }
+
+
+PARTS = {"lm": _lm, "mlm": _mlm, "seq2seq": _seq2seq}
+SHAPES = {"lm": _lm_shapes, "mlm": _mlm_shapes, "seq2seq": _seq2seq_shapes}
+
+
+# ------------------------------------------------------------------------------------------------- shared
+
+
+def _tokenizer(config: Config, workdir: pathlib.Path | None, special: int) -> text.Tokenizer:
+    """The tokenizer, whose ids and `special` more have to fit the model's vocabulary."""
+    tokenizer = text.get_tokenizer(config, workdir)
+    needed = tokenizer.vocab_size + special
+    room = getattr(config.model, "vocab_size", needed)
+    if needed > room:
+        more = f" and task.name={config.task.name} needs {special} more" if special else ""
+        raise InputError(
+            f"model.vocab_size is {room}, but data.tokenizer={config.data.tokenizer} makes ids up to "
+            f"{tokenizer.vocab_size - 1}{more}; set model.vocab_size to {needed} or more"
+        )
+    return tokenizer
+
+
+def _packed(
+    config: Config, split: str, tokenizer: text.Tokenizer, length: int
+) -> tuple[text.Packed, dict[str, Any]]:
+    source = text.open_text(config, split)
+    stream = text.token_stream(source, tokenizer, cache=config.data.cache)
+    facts = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
+    return text.Packed(stream, tokenizer, length), facts
+
+
+def _all_bytes(tokenizer: text.Tokenizer, vocab_size: int) -> np.ndarray:
+    """uint8 (vocab_size,): bytes of text by id; special ids stand for none."""
+    return np.pad(tokenizer.token_bytes, (0, vocab_size - len(tokenizer.token_bytes)))
+
+
+def _draw_seed(config: Config, split: str) -> int:
+    """Evaluation draws the same whatever the run's seed, so that runs can be compared."""
+    return config.seed if split == config.data.split else 0
+
+
+def _is_paired(config: Config) -> bool:
+    return {"source", "target"} <= set(sources.features_of(config.data.name, config.data.data_dir))
+
+
+def _lengths(config: Config) -> tuple[int, int, int]:
+    """Tokens of inputs, of targets, and of the text that spans are cut from (pairs: 0)."""
+    task, inputs = config.task, config.seq_len
+    if _is_paired(config):
+        return inputs, task.target_len or inputs, 0
+    window, targets = objectives.span_lengths(inputs, task.mask_rate, task.mean_span)
+    return inputs, targets, window

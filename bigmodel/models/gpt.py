@@ -1,0 +1,51 @@
+"""GPT: decoder-only language models.
+
+Legend: B batch, L length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from bigmodel import families
+from bigmodel.config import Config
+from bigmodel.models import layers, module, transformer
+
+
+class GPT(nnx.Module):
+    """Decoder-only language model (Radford et al. 2019; Touvron et al. 2023; Jiang et al. 2024).
+
+    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V] in the compute dtype; with
+    experts {"logits", "losses": {name: float32 [B, L]}}.
+    """
+
+    def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
+        c = config.model
+        assert isinstance(c, families.GPT)
+        self.config = config
+        dtype = config.param_dtype
+        self.embed = layers.Embed(c.vocab_size, c.width, dtype=dtype, rngs=rngs)
+        learned, length = c.position == "learned", spec["tokens"].shape[1]
+        self.positions = layers.Embed(length, c.width, dtype=dtype, rngs=rngs) if learned else None
+        self.blocks = module.stack(lambda rngs: transformer.Block(config, rngs), c.depth, rngs)
+        self.norm = transformer.norm(c, dtype) if c.norm_order == "pre" else None
+        std = transformer.small(c)
+        head = functools.partial(layers.Dense, c.width, c.vocab_size, std=std, dtype=dtype, bias=False)
+        self.head = None if c.tie_embeddings else head(rngs=rngs)
+
+    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
+        c = transformer.transformer(self.config)
+        x_BLD = self.embed(batch["tokens"], self.config.compute_dtype)
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions(batch["positions"], self.config.compute_dtype)
+        sight = transformer.Sight(batch["segments"], batch["positions"], causal=True)
+        key = key if train and c.dropout else None
+        x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key)
+        logits_BLV = self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)
+        logits_BLV = layers.shard_hidden(logits_BLV)
+        return {"logits": logits_BLV, "losses": losses} if losses else logits_BLV

@@ -1,0 +1,77 @@
+"""T5: an encoder and a decoder that reads it.
+
+Legend: B batch, L input length, M target length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bigmodel import families
+from bigmodel.config import Config
+from bigmodel.models import layers, transformer
+from bigmodel.models.transformer import RelativeBias, Sight, Stack
+
+
+class T5(nnx.Module):
+    """Text to text (Raffel et al. 2020; with mlp=geglu and tie_embeddings=false, Shazeer's v1.1).
+
+    batch: `tokens`, `segments` int32 [B, L]; `decoder_tokens`, `decoder_segments` int32 [B, M] -> logits
+    [B, M, V] in the compute dtype; with experts as GPT's, a target token bearing its input's mean too.
+    """
+
+    def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
+        del spec  # positions are relative: no size depends on the batch's
+        c = config.model
+        assert isinstance(c, families.T5)
+        self.config = config
+        dtype, std = config.param_dtype, transformer.small(c)
+        self.embed = layers.Embed(c.vocab_size, c.width, dtype=dtype, rngs=rngs, std=1.0)
+
+        def relative(bidirectional: bool) -> RelativeBias:
+            return RelativeBias(
+                c.relative_buckets, c.relative_distance, c.heads, bidirectional=bidirectional, dtype=dtype,
+                std=std, rngs=rngs,
+            )  # fmt: skip
+
+        self.encoder_bias, self.decoder_bias = relative(True), relative(False)
+        self.encoder = Stack(config, rngs, c.depth)
+        self.decoder = Stack(config, rngs, c.decoder_depth, cross=True)
+        head = functools.partial(layers.Dense, c.width, c.vocab_size, std=std, dtype=dtype, bias=False)
+        self.head = None if c.tie_embeddings else head(rngs=rngs)
+
+    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
+        c, config = transformer.transformer(self.config), self.config
+        tokens_BL, decoder_BM = batch["tokens"], batch["decoder_tokens"]
+        segments_BL, decoder_segments_BM = batch["segments"], batch["decoder_segments"]
+        keys: Any = (None, None, None)
+        if key is not None and train and c.dropout:
+            keys = jax.random.split(key, 3)
+        x_BLD = self.embed(tokens_BL, config.compute_dtype)
+        sight = Sight(segments_BL, bias_HLL=self.encoder_bias(tokens_BL.shape[1]))
+        memory_BLD, encoder_losses = self.encoder(config, x_BLD, sight, keys[0])
+        memory_BLD = layers.dropout(memory_BLD, c.dropout, keys[1])
+        sight = Sight(
+            decoder_segments_BM, causal=True, bias_HLL=self.decoder_bias(decoder_BM.shape[1]),
+            memory_BSD=memory_BLD, memory_segments_BS=segments_BL,
+        )  # fmt: skip
+        y_BMD = self.embed(decoder_BM, config.compute_dtype)
+        y_BMD, losses = self.decoder(config, y_BMD, sight, keys[2])
+        # A tied table is scaled for the input: the output undoes that.
+        head = self.head
+        logits_BMV = self.embed.attend(y_BMD * c.width**-0.5) if head is None else head(y_BMD)
+        logits_BMV = layers.shard_hidden(logits_BMV)
+        if not losses:
+            return logits_BMV
+        real_BL = (segments_BL > 0).astype(jnp.float32)
+        means = {
+            k: (x * real_BL).sum(1, keepdims=True) / real_BL.sum(1, keepdims=True).clip(1)
+            for k, x in encoder_losses.items()
+        }
+        return {"logits": logits_BMV, "losses": {k: x + means[k] for k, x in losses.items()}}
