@@ -101,6 +101,17 @@ class GPT(Transformer):
     position: Literal["learned", "rope"] = "learned"
     tie_embeddings: bool = True
 
+    def attention_flops(self, seq_len: int) -> float:
+        """Of training on one token, attention's scores and sums alone, nothing masked (PaLM, appendix B)."""
+        return 12.0 * self.depth * self.heads * self.head_dim * seq_len
+
+    def formula_flops(self, seq_len: int) -> float | None:
+        """Of training on one token: 6 for each parameter of a matrix product, and attention. None: experts."""
+        attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
+        mlp = (3 if self.mlp in ("swiglu", "geglu") else 2) * self.width * self.mlp_width
+        products = self.depth * (attention + mlp) + self.width * self.vocab_size
+        return None if self.experts else 6.0 * products + self.attention_flops(seq_len)
+
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from _positive(self, "vocab_size")
         yield from super().problems()

@@ -29,7 +29,8 @@ from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.data import Pipeline, Prefetch
 from bigmodel.ledger import Ledger
-from bigmodel.plan import estimate
+from bigmodel.plan import estimate, planner
+from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State
 
 DONE, BAD_INPUT, NOT_FINITE, PREEMPTED = 0, 2, 3, 75
@@ -87,7 +88,7 @@ def _build(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
     if not config.budget:
         return built
     config = config.replace(steps=estimate.steps_for_budget(built))
-    log.say(f"budget    {estimate.quantity(config.budget)}FLOP buys {config.steps:,} steps")
+    log.say(f"budget    {receipts.quantity(config.budget)}FLOP buys {config.steps:,} steps")
     return program.build(config, the_mesh, spec)
 
 
@@ -129,8 +130,8 @@ class _Run:
             return Result(DONE, start, {}, self.path, self.program, state)
         with self.ledger.timing("compile"):
             compiled = self.program.compile()
-        receipt = estimate.receipt(self.program, compiled, config.steps - start)
-        log.say("\n".join(estimate.table(receipt)))
+        receipt = planner.of_run(self.program, compiled, config.steps - start)
+        log.say("\n".join(receipts.table(receipt)))
         if first:
             workdir.write_config(self.path, config)
             workdir.write_json(self.path / "plan.json", receipt)
@@ -182,7 +183,7 @@ class _Loop:
         state: State,
         checkpoints: Checkpoints,
         writer: log.Writer,
-        receipt: estimate.Receipt,
+        receipt: receipts.Receipt,
     ) -> None:
         self.run_, self.compiled, self.state = run, compiled, state
         self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
@@ -260,11 +261,11 @@ class _Loop:
             mfu = f"  MFU {perf['mfu']:.1%}"
         train = {f"train/{name}": value for name, value in values.items()}
         self.writer.write(step, train | {f"perf/{name}": value for name, value in perf.items()})
-        eta = estimate.duration((self.config.steps - step) * whole_s)
+        eta = receipts.duration((self.config.steps - step) * whole_s)
         waiting = f"  input {wait_s / whole_s:.0%}" if wait_s > 0.05 * whole_s else ""
         self.progress.show(
             f"step {step:,}/{self.config.steps:,}  loss {values['loss']:.4f}  "
-            f"{estimate.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
+            f"{receipts.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
         )
         self.window.reset()
 
@@ -296,7 +297,7 @@ class _Loop:
         report = self.ledger.report(self.receipt["model_flops_per_step"])
         low, high = self.receipt["step_s_range"]
         log.say(
-            f"spent     {estimate.duration(report['total_s'])}, {report['goodput']:.0%} in training steps; "
+            f"spent     {receipts.duration(report['total_s'])}, {report['goodput']:.0%} in training steps; "
             f"a step took {report['step_s']:.3g} s "
             f"(planned {self.receipt['step_s']:.3g}, {low:.3g} to {high:.3g})"
         )

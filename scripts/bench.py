@@ -114,7 +114,7 @@ def loop(config: Config) -> Step:
     from bigmodel.checkpoint import Checkpoints
     from bigmodel.data import Prefetch
     from bigmodel.ledger import Ledger
-    from bigmodel.plan import estimate
+    from bigmodel.plan import planner
 
     drawn = [random_batch(config, seed) for seed in range(4)]
 
@@ -131,7 +131,7 @@ def loop(config: Config) -> Step:
     data: Any = Drawn()
     run = train._Run(program, path, data, data, Ledger())
     writer = log.Writer(path, first_step=0, tensorboard=True)
-    receipt = estimate.receipt(program, compiled)
+    receipt = planner.of_run(program, compiled)
     the_loop = train._Loop(run, compiled, state, Checkpoints(path / "checkpoints"), writer, receipt)
     the_loop.progress = log.Progress()
     the_loop.window.reset()

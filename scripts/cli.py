@@ -44,15 +44,29 @@ def parse(
     return args, overrides
 
 
+ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
+
+
+def no_accelerator_needed(always: bool = False) -> None:
+    """Keeps JAX to the CPU where there is no accelerator, or `always`: to be called before JAX is imported.
+
+    Compilers for TPUs and GPUs (`pip install bigmodel[plan]`) would else look for their chips at every start,
+    which takes seconds and prints their complaints.
+    """
+    if always or not any(map(os.path.exists, ACCELERATORS)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+
 def keep_memory() -> None:
     """On a CPU with glibc, makes malloc keep what is freed. To be called before JAX is imported.
 
     Otherwise XLA's temporaries go back to the kernel after each step and are faulted in again at the next,
     which makes small models 1.2 to 1.5 times slower. The price: the process holds on to its peak.
     """
-    accelerators = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version") and not any(map(os.path.exists, accelerators)):
+    if hasattr(libc, "gnu_get_libc_version") and not any(map(os.path.exists, ACCELERATORS)):
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26), (-8, 1)):
             libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
 
@@ -60,6 +74,7 @@ def keep_memory() -> None:
 def run(main: Callable[[], int]) -> None:
     """Exits with what `main` returns; bad input is one line and exit code 2."""
     keep_memory()
+    no_accelerator_needed()
     try:
         code = main()
     except InputError as error:

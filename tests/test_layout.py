@@ -37,10 +37,14 @@ ORDER = """
     digests
     checkpoint
     plan/__init__
+    plan/flops
     plan/hlo
     plan/schedule
-    plan/flops
+    plan/target
+    plan/costs
     plan/estimate
+    plan/receipt
+    plan/planner
     ledger
     log
     infer

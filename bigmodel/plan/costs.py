@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
+from jax.sharding import Mesh
+
 from bigmodel.hardware import Chip
 from bigmodel.plan.hlo import Instruction, Module
 from bigmodel.plan.schedule import Transfer
@@ -34,10 +36,11 @@ ROUNDS = {"all-reduce": 2.0, "all-to-all": 0.25}  # of a ring's traffic, relativ
 
 
 class ChipCosts:
-    """Costs on `target`'s chips, at matrix products in `dtype`."""
+    """Costs on `target`'s chips, its devices in the order of the mesh, at matrix products in `dtype`."""
 
-    def __init__(self, target: Target, dtype: str) -> None:
+    def __init__(self, target: Target, mesh: Mesh, dtype: str) -> None:
         assert target.chip is not None
+        self.places = [target.coordinates(device) for device in mesh.devices.flat]
         self.target, self.chip = target, target.chip
         self.platform = target.chip.platform
         self.peak = target.chip.flops[dtype]
@@ -60,18 +63,20 @@ class ChipCosts:
         return moved / (self.chip.memory_bytes_per_s * MEMORY[self.platform]) + LAUNCH_S[self.platform]
 
     def stream(self, transfer: Transfer) -> str:
-        """Permutes to the next and to the last of a ring take a link each; other collectives take all links."""
+        """Dimensions of a torus have links of their own; a permute to the next and one to the last, too."""
+        if transfer.kind in ("copy", "offload"):
+            return transfer.kind
         if transfer.kind == "collective-permute" and len(transfer.group) == 2:
             return "next" if transfer.group[1] > transfer.group[0] else "last"
-        return transfer.kind if transfer.kind in ("copy", "offload") else "network"
+        return "network"
 
     def transfer_s(self, transfer: Transfer) -> float:
         if transfer.kind == "copy":
             return transfer.bytes / self.chip.memory_bytes_per_s
         if transfer.kind == "offload":
             return transfer.bytes / HOST_BYTES_PER_S
-        group = transfer.group or tuple(range(len(self.target.devices)))
-        places = [self.target.coordinates(index) for index in group]
+        group = transfer.group or tuple(range(len(self.places)))
+        places = [self.places[index] for index in group]
         inside, outside, ways = self._bandwidths(places)
         rounds, n = ROUNDS.get(transfer.kind, 1.0), len(group)
         if transfer.kind == "collective-permute":
@@ -105,8 +110,8 @@ def _wraps(chip: Chip, size: int) -> bool:
 
 
 def attention_flops(module: Module, computation: str, i: Instruction) -> float:
-    """FLOPs of an attention kernel's call, from its operands' shapes; blocks that a causal mask empties do not
-    count. Splash: 2 products forward, 3 for dq, 4 for dk and dv. cuDNN: 2 forward, 5 backward."""
+    """FLOPs of an attention kernel's call, from its operands' shapes, without blocks that the mask empties.
+    Splash: 2 products forward, 3 for dq, 4 for dk and dv. cuDNN: 2 forward, 5 backward."""
     table = module.tables[computation]
     arrays = [table[o].shapes[0] for o in i.operands if o in table]
     four = [s.dims for s in arrays if len(s.dims) == 4 and s.dtype in ("bf16", "f16", "f32")]

@@ -1,23 +1,22 @@
-"""What a run will cost, before it starts: parameters, FLOPs, memory and time on the mesh at hand."""
+"""What a compiled Program holds and takes: parameters, bytes on a device, and its step on a target's clock."""
 
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import jax
 
 from bigmodel import hardware
 from bigmodel import mesh as mesh_lib
-from bigmodel.plan import flops
-from bigmodel.program import Program, microbatches
+from bigmodel.plan import flops, hlo, schedule
+from bigmodel.plan.costs import ChipCosts
+from bigmodel.plan.schedule import Event, Schedule
+from bigmodel.plan.target import Target
+from bigmodel.program import Program
 
-Receipt = dict[str, Any]  # plain values, fit for JSON
-
-# Share of the peak (or, on a CPU, of the speed of a lone matrix product) that a training step reaches.
-# From published runs: 0.35-0.65 on TPUs and GPUs; on 2-core CPUs 0.3-0.7 was measured.
-EFFICIENCY, EFFICIENCY_RANGE = 0.45, (0.25, 0.7)
+RESERVED = {"tpu": 0.25 * 2**30, "gpu": 1.5e9}  # what the runtime keeps of a device's memory for itself
+CPU_EFFICIENCY = 0.45  # of a lone matrix product's speed, for a whole training step
 
 
 def tree_bytes(spec: Any) -> int:
@@ -45,120 +44,46 @@ def active_parameters(program: Program) -> int:
     return parameters(spec) - round(experts * (1 - share))
 
 
-def memory(program: Program, compiled: Any) -> Receipt:
-    """Bytes on one device: what the state takes, and the compiler's own peak."""
+def memory(program: Program, compiled: Any, target: Target) -> dict[str, Any]:
+    """Bytes on one device: what the state takes, and the compiler's own peak against the memory there is."""
     spec = program.state_spec
     analysis = compiled.memory_analysis()
-    temporary = analysis.temp_size_in_bytes
     arguments = analysis.argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    peak = arguments + outputs + analysis.temp_size_in_bytes
+    if target.compiler == "libtpu":  # there, temporaries include what is never live at once
+        peak = max(getattr(analysis, "peak_memory_in_bytes", 0), arguments) or peak
+    capacity = capacity_bytes(target)
     return {
         "params_bytes": tree_bytes(spec["params"]),
         "optimizer_bytes": tree_bytes(spec["opt"]),
         "state_bytes": tree_bytes(spec),
         "batch_bytes": tree_bytes(program.batch_spec),
-        "temporary_bytes": temporary,
-        "peak_bytes": arguments + outputs + temporary,
+        "temporary_bytes": max(peak - arguments - outputs, 0),
+        "peak_bytes": peak,
+        "capacity_bytes": capacity,
+        "headroom_bytes": (capacity or peak) - peak,
+        "fits": capacity is None or peak <= capacity,
     }
 
 
-def receipt(program: Program, compiled: Any, steps_left: int | None = None) -> Receipt:
-    """The plan of a run on its mesh.
+def capacity_bytes(target: Target) -> float | None:
+    """Bytes of one device that a program may use; None: not known (a CPU shares its host's memory)."""
+    return target.chip.memory_bytes - RESERVED[target.chip.platform] if target.chip else None
 
-    Keys end in their unit: `_bytes` are per device, `_flops` over the whole mesh, `_s` seconds.
-    """
-    config, device = program.config, program.mesh.devices.flat[0]
-    step_flops = flops.model_flops(program)
-    tokens = config.batch_size * (config.seq_len if "tokens" in program.batch_spec else 1)
-    speed, how = _speed(device, config.compute_dtype, program.mesh)
-    steps = config.steps if steps_left is None else steps_left
-    step_s = step_flops / (speed * EFFICIENCY)
-    low, high = (step_flops / (speed * share) for share in reversed(EFFICIENCY_RANGE))
-    return {
-        "device_kind": device.device_kind,
-        "devices": program.mesh.size,
-        "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
-        "parameters": parameters(program.state_spec["params"]),
-        "active_parameters": active_parameters(program),
-        "steps": steps,
-        "microbatches": microbatches(config, program.mesh),
-        "tokens_per_step": tokens,
-        "model_flops_per_step": step_flops,
-        "model_flops_per_token": step_flops / tokens,
-        "total_flops": step_flops * steps,
-        **memory(program, compiled),
-        "speed_flops_per_s": speed,
-        "speed_source": how,
-        "step_s": step_s,
-        "step_s_range": [low, high],
-        "total_s": step_s * steps,
-        "total_s_range": [low * steps, high * steps],
-        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+
+def step(program: Program, compiled: Any, target: Target) -> Schedule:
+    """One training step on the target, walked through the compiler's schedule."""
+    if target.chip is None:
+        devices = 1  # CPU devices share one host's cores
+        seconds = flops.model_flops(program) / (
+            hardware.matmul_flops(program.config.compute_dtype) * devices * CPU_EFFICIENCY
+        )
+        return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds),))
+    costs = ChipCosts(target, program.mesh, program.config.compute_dtype)
+    return schedule.walk(hlo.parse(compiled.as_text()), costs)
 
 
 def steps_for_budget(program: Program) -> int:
     """How many steps `config.budget` training FLOPs buy, at least one."""
     return max(int(program.config.budget // flops.model_flops(program)), 1)
-
-
-def _speed(device: Any, dtype: str, mesh: Any) -> tuple[float, str]:
-    """FLOP/s of the whole mesh, and where the figure is from."""
-    peak = hardware.peak_flops(device, dtype)
-    if peak is not None:
-        return (
-            peak * mesh.size,
-            f"peak of {device.device_kind} at {dtype}, {hardware.CHIPS[device.device_kind].source}",
-        )
-    hosts = max(len({d.process_index for d in mesh.devices.flat}), 1)
-    devices = 1 if device.platform == "cpu" else mesh.size // hosts  # CPU devices share one host's cores
-    return hardware.matmul_flops(dtype) * devices * hosts, f"a {dtype} matrix product, measured here"
-
-
-def table(r: Receipt) -> list[str]:
-    """The receipt as lines for a terminal."""
-    low, high = (duration(s) for s in r["total_s_range"])
-    sparse = r["active_parameters"] != r["parameters"]
-    active = f" ({quantity(r['active_parameters'])} active)" if sparse else ""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items()) or "one device"
-    return [
-        f"plan      {r['devices']} x {r['device_kind']} ({mesh}), {r['microbatches']} microbatches",
-        f"  model   {quantity(r['parameters'])} parameters{active}, "
-        f"{quantity(r['model_flops_per_token'])}FLOP a token or example, "
-        f"{quantity(r['model_flops_per_step'])}FLOP a step, {quantity(r['total_flops'])}FLOP in all",
-        f"  memory  {size(r['peak_bytes'])} a device: state {size(r['state_bytes'])} "
-        f"(parameters {size(r['params_bytes'])}, optimizer {size(r['optimizer_bytes'])}), "
-        f"temporaries {size(r['temporary_bytes'])}",
-        f"  time    about {duration(r['total_s'])} ({low} to {high}) for {r['steps']:,} steps: "
-        f"{EFFICIENCY:.0%} of {quantity(r['speed_flops_per_s'])}FLOP/s ({r['speed_source']})",
-    ]
-
-
-def quantity(x: float) -> str:
-    """1234567 -> '1.23 M'."""
-    for unit in ("", "k", "M", "G", "T", "P", "E", "Z"):
-        if abs(x) < 1000 or unit == "Z":
-            return f"{x:.3g} {unit}"
-        x /= 1000
-    raise AssertionError(x)
-
-
-def size(n: float) -> str:
-    """Bytes -> '12.3 MiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.3g} TiB"
-
-
-def duration(s: float) -> str:
-    """Seconds -> '45 s', '3 min 20 s', '2 h 5 min', '3 d 4 h'."""
-    s = round(s)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60} s"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60} min"
-    return f"{s // 86400} d {s % 86400 // 3600} h"

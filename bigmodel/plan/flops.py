@@ -13,6 +13,7 @@ import jax
 from jax.extend import core
 
 from bigmodel import mesh
+from bigmodel.config import Config
 from bigmodel.program import Program
 
 
@@ -40,6 +41,18 @@ def model_flops(program: Program) -> float:
     What is recomputed (remat) does not count, so that MFU measures useful work.
     """
     return 3 * forward_flops(program)
+
+
+def by_formula(config: Config) -> float | None:
+    """Training FLOPs a token by the family's formula; None: it has none."""
+    formula = getattr(config.model, "formula_flops", None)
+    return formula(config.seq_len) if formula else None
+
+
+def attention_per_token(config: Config) -> float:
+    """The part of `by_formula` that a causal mask halves."""
+    formula = getattr(config.model, "attention_flops", None)
+    return formula(config.seq_len) if formula else 0.0
 
 
 def _jaxpr_flops(jaxpr: Any) -> float:

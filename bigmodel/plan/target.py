@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +53,36 @@ class Target:
     def chips(self) -> int:
         return len(self.devices) // (self.chip.per_chip if self.chip else 1)
 
-    def coordinates(self, index: int) -> tuple[int, ...]:
-        """Of device `index` in its slice's torus; then its slice."""
+    def coordinates(self, device: Any) -> tuple[int, ...]:
+        """Where a device is in its slice's torus (a GPU: host, place in it); then its slice."""
+        if self.compiler == "libtpu":
+            return (*device.coords[: len(self.shape)], getattr(device, "slice_index", None) or 0)
+        index = self.devices.index(device)
         inside = index % (len(self.devices) // self.slices)
-        device = self.devices[index]
-        where = getattr(device, "coords", None) if self.compiler == "libtpu" else None
-        if where is None:
-            shape = self.shape if len(self.shape) > 1 else (1, *self.shape)
-            where = _unravel(inside // (self.chip.per_chip if self.chip else 1), shape)
-        return (*where, index * self.slices // len(self.devices))
+        place = _unravel(inside // (self.chip.per_chip if self.chip else 1), self.shape)
+        return (*place, index * self.slices // len(self.devices))
+
+
+def here(devices: Sequence[Any]) -> Target:
+    """The target that this job's own devices are; an unlisted chip has none of a `Chip`'s figures."""
+    chip = hardware.chip(devices[0])
+    if devices[0].platform == "cpu" or chip is None:
+        return Target(devices[0].device_kind, None, tuple(devices), (len(devices),), 1, "cpu")
+    hosts = len({d.process_index for d in devices})
+    slices = len({getattr(d, "slice_index", None) for d in devices})
+    if chip.platform == "tpu":
+        shape = tuple(max(d.coords[k] for d in devices) + 1 for k in range(chip.dimensions))
+        return Target(
+            f"{chip.name}:{'x'.join(map(str, shape))}", chip, tuple(devices), shape, slices, "libtpu"
+        )
+    return Target(
+        f"{chip.name}:{hosts}x{len(devices) // hosts}",
+        chip,
+        tuple(devices),
+        (hosts, len(devices) // hosts),
+        1,
+        "cuda",
+    )
 
 
 def make(spec: str) -> Target:
@@ -94,7 +115,7 @@ def _cpu(spec: str, slices: int, shape: tuple[int, ...]) -> Target:
 
 def _cpu_devices(count: int) -> list[Any]:
     with contextlib.suppress(RuntimeError):  # JAX has counted its devices already; they may be enough
-        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+        jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise InputError(
@@ -106,9 +127,9 @@ def _cpu_devices(count: int) -> list[Any]:
 
 def _tpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
     if len(shape) != chip.dimensions:
-        example = "x".join("4" * chip.dimensions)
         raise InputError(
-            f"--target={spec!r}: a {chip.name} slice has {chip.dimensions} dimensions, e.g. {chip.name}:{example}"
+            f"--target={spec!r}: a {chip.name} slice has {chip.dimensions} dimensions, e.g. "
+            f"{chip.name}:{'x'.join('4' * chip.dimensions)}"
         )
     side, most = (16, 256) if chip.dimensions == 2 else (48, 9216)
     if max(shape) > side or math.prod(shape) > most:
@@ -125,29 +146,26 @@ def _tpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
         options["chips_per_host_bounds"] = [*shape, *[1] * (3 - len(shape))]
     if chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
-    with _no_tpu_here():
-        try:
-            topology = topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{chip.name}:{text}", **options
-            )
-        except Exception as error:  # whatever the plugin raises: the topology does not exist
-            reason = str(error).split("\n")[0]
-            raise InputError(
-                f"--target={spec!r}: libtpu knows no such topology ({reason[:200]}); "
-                "slices are 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16, or in three dimensions multiples of 2x2x1"
-            ) from error
+    for key, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(key, value)
+    try:
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip.name}:{text}", **options
+        )
+    except Exception as error:  # whatever the plugin raises: the topology does not exist
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"--target={spec!r}: libtpu knows no such topology ({reason[:200]}); slices are 2x2, 2x4, 4x4, "
+            "4x8, 8x8, 8x16, 16x16, or in three dimensions multiples of 2x2x1"
+        ) from error
     return Target(spec, chip, tuple(topology.devices), shape, slices, "libtpu")
 
 
-@contextlib.contextmanager
-def _no_tpu_here() -> Iterator[None]:
-    """libtpu is to compile, not to look for chips: no metadata server, no lock, no complaints about either."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    yield
+# libtpu is to compile, not to look for chips: no metadata server, no lock, no complaints about either.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3",
+}  # fmt: skip
 
 
 def _gpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:

@@ -1,0 +1,98 @@
+"""Config and target -> a plan: the Program that `train` would run, compiled for the target and walked."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from bigmodel import data, mesh, program
+from bigmodel.config import Config, InputError
+from bigmodel.plan import estimate, receipt, target
+from bigmodel.plan.receipt import Receipt
+from bigmodel.plan.schedule import Schedule
+from bigmodel.plan.target import Target
+from bigmodel.program import Program
+
+
+class DoesNotFit(InputError):
+    """The compiler found no place for the program; `missing_bytes` a device, when it says."""
+
+    def __init__(self, message: str, missing_bytes: float) -> None:
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    receipt: Receipt
+    schedule: Schedule
+
+
+def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = None) -> Plan:
+    """The plan of `config` on the target `spec` ("": the devices of this job).
+
+    Raises:
+        InputError: no such target, a mesh that does not fit it, or a program that its compiler refuses.
+        DoesNotFit: too much memory; how much is missing, and what to change.
+    """
+    began = time.perf_counter()
+    aim = target.make(spec) if spec else target.here(jax.devices())
+    built = build(config, aim)
+    compiled = compile_for(built, aim)
+    steps = estimate.step(built, compiled, aim)
+    made = receipt.make(built, compiled, aim, steps, assume=assume)
+    made["plan_time_s"] = time.perf_counter() - began
+    return Plan(made, steps)
+
+
+def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Receipt:
+    """The receipt of a Program that is compiled for this job's own devices."""
+    aim = target.here(tuple(built.mesh.devices.flat))
+    return receipt.make(built, compiled, aim, estimate.step(built, compiled, aim), steps_left=steps_left)
+
+
+def build(config: Config, aim: Target) -> Program:
+    """The very Program that `train` runs, on the target's mesh."""
+    return program.build(config, mesh.make_mesh(config, aim.devices), data.batch_spec(config))
+
+
+def compile_for(built: Program, aim: Target) -> Any:
+    """Raises as `plan`."""
+    try:
+        return built.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text:
+            raise _does_not_fit(text, built, aim) from error
+        raise InputError(
+            f"--target={aim.spec}: the compiler refuses the program ({' '.join(text.split())[:300]}); "
+            "check compiler_options, or try another mesh or remat"
+        ) from error
+
+
+def _does_not_fit(text: str, built: Program, aim: Target) -> DoesNotFit:
+    sizes = [
+        float(n) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[u]
+        for n, u in re.findall(r"([\d.]+)([KMGT])", text)
+    ]
+    missing = max(sizes[0] - sizes[1], 0.0) if len(sizes) > 1 else 0.0
+    config, tries = built.config, []
+    if config.remat != "full":
+        tries.append("--config.remat=full")
+    if config.batch_size > mesh.batch_ways(built.mesh):
+        tries.append(f"--config.microbatches={2 * max(config.microbatches, 1)}")
+        tries.append(f"--config.batch_size={config.batch_size // 2}")
+    state, ways = estimate.tree_bytes(built.state_spec), built.mesh.shape["fsdp"]
+    if state > 0.3 * (estimate.capacity_bytes(aim) or 1e18) and ways < built.mesh.size:
+        tries.append(f"--config.mesh.fsdp={2 * ways}")
+    how_much = f"{receipt.size(missing)} a device too much" if missing else "too much memory a device"
+    return DoesNotFit(
+        f"--target={aim.spec}: does not fit: {how_much} (state alone {receipt.size(state)} of "
+        f"{receipt.size(estimate.capacity_bytes(aim) or 0)}); try {', or '.join(tries) or 'a larger target'}; "
+        "--search ranks settings that fit",
+        missing,
+    )

@@ -1,0 +1,267 @@
+"""The receipt: what a run will cost, as plain values with their units and assumptions, and as lines to read.
+
+`train` writes it as plan.json, and `compare` sets it beside what was measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+from bigmodel.plan import estimate, flops, schedule
+from bigmodel.plan.schedule import Schedule
+from bigmodel.plan.target import Target
+from bigmodel.program import Program, microbatches
+
+Receipt = dict[str, Any]  # plain values, fit for JSON
+
+# What a plan assumes of the world; `--assume=KEY=VALUE` replaces any of them.
+ASSUMPTIONS: dict[str, tuple[float, str]] = {
+    "pue": (1.1, "power usage effectiveness of a large data centre (Google's fleet, 2024)"),
+    "kg_co2e_per_kwh": (0.45, "world average of electricity (IEA, 2024)"),
+}
+# How far a plan may be off, as a share of the step: by the compiler that the schedule is from.
+UNCERTAINTY = {"libtpu": 0.12, "cuda": 0.3, "analytic": 0.4, "cpu": 0.25}
+HOW = {
+    "libtpu": "libtpu's own schedule",
+    "cuda": "the CUDA compiler's own schedule; efficiencies not calibrated on a GPU",
+    "analytic": "ANALYTIC: the CPU compiler's partitioned program, as the target's compiler is not installed "
+    "(pip install 'bigmodel[plan]'); memory is the CPU's too",
+    "cpu": "this machine, measured",
+}
+
+
+def make(
+    program: Program,
+    compiled: Any,
+    target: Target,
+    steps: Schedule,
+    *,
+    steps_left: int | None = None,
+    assume: dict[str, float] | None = None,
+) -> Receipt:
+    """Keys end in their unit: `_bytes` are per device, `_flops` over the whole mesh, `_s` seconds."""
+    config, spread = program.config, UNCERTAINTY[target.compiler]
+    count = config.steps if steps_left is None else steps_left
+    tokens = config.batch_size * (config.seq_len if "tokens" in program.batch_spec else 1)
+    step_flops = flops.model_flops(program)
+    by_formula = flops.by_formula(config)
+    r: Receipt = {
+        "target": target.spec,
+        "device_kind": program.mesh.devices.flat[0].device_kind if target.chip is None else target.chip.name,
+        "devices": program.mesh.size,
+        "chips": target.chips,
+        "compiler": target.compiler,
+        "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
+        "remat": config.remat,
+        "parameters": estimate.parameters(program.state_spec["params"]),
+        "active_parameters": estimate.active_parameters(program),
+        "steps": count,
+        "microbatches": microbatches(config, program.mesh),
+        "tokens_per_step": tokens,
+        "model_flops_per_step": step_flops,
+        "model_flops_per_token": step_flops / tokens,
+        "formula_flops_per_token": by_formula,
+        "total_flops": step_flops * count,
+        **estimate.memory(program, compiled, target),
+        "step_s": steps.total_s,
+        "step_s_range": [steps.total_s / (1 + spread), steps.total_s * (1 + spread)],
+        "breakdown_s": steps.breakdown(),
+        "collectives": collectives(steps, program),
+        "tokens_per_s_per_chip": tokens / steps.total_s / target.chips,
+        "total_s": steps.total_s * count,
+        "total_s_range": [steps.total_s * count / (1 + spread), steps.total_s * count * (1 + spread)],
+        "time_source": HOW[target.compiler],
+    }
+    r |= _mfu(program, target, r)
+    r |= _price(target, r, assume or {})
+    r["limited_by"] = limited_by(r)
+    r["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return r
+
+
+def _mfu(program: Program, target: Target, r: Receipt) -> Receipt:
+    """Share of the peak that useful FLOPs reach, attention counted in full and (causal) by half."""
+    if target.chip is None:
+        return {}
+    peak = target.chip.flops[program.config.compute_dtype] * program.mesh.size * r["step_s"]
+    attention = flops.attention_per_token(program.config) * r["tokens_per_step"]
+    return {
+        "peak_flops_per_s": target.chip.flops[program.config.compute_dtype] * program.mesh.size,
+        "mfu_full_attention": r["model_flops_per_step"] / peak,
+        "mfu_causal_attention": (r["model_flops_per_step"] - attention / 2) / peak,
+    }
+
+
+def _price(target: Target, r: Receipt, assume: dict[str, float]) -> Receipt:
+    """Chip-hours, energy, emissions and dollars of the whole run, each with what it assumes."""
+    notes = {key: f"{assume.get(key, value)}: {why}" for key, (value, why) in ASSUMPTIONS.items()}
+    values = {key: assume.get(key, value) for key, (value, _) in ASSUMPTIONS.items()}
+    hours = r["total_s"] / 3600
+    out: Receipt = {"hours": hours, "chip_hours": hours * target.chips}
+    watts = assume.get("watts", target.chip.watts if target.chip else 0.0)
+    dollars = assume.get("dollars_per_chip_hour", target.chip.dollars_per_hour if target.chip else None)
+    if watts:
+        notes["watts"] = f"{watts:g} a chip under load, with its share of the host"
+        out["kwh"] = out["chip_hours"] * watts / 1000 * values["pue"]
+        out["kg_co2e"] = out["kwh"] * values["kg_co2e_per_kwh"]
+    if dollars is not None:
+        notes["dollars_per_chip_hour"] = f"{dollars:g}: list price on demand, unless given by --assume"
+        out["dollars"] = out["chip_hours"] * dollars
+    return {**out, "assumptions": {**notes, **{k: str(v) for k, v in assume.items() if k not in notes}}}
+
+
+def collectives(steps: Schedule, program: Program) -> list[Receipt]:
+    """Collectives and offloads by kind and mesh axes: times, bytes and seconds a step, and what is hidden."""
+    rows: defaultdict[tuple[str, str], Receipt] = defaultdict(
+        lambda: {"times": 0, "bytes": 0.0, "time_s": 0.0, "exposed_s": 0.0}
+    )
+    for e in steps.events:
+        if e.kind in schedule.COMPUTE or e.kind == "copy":
+            continue
+        row = rows[e.kind, _axes(e.group, program)]
+        row["times"] += e.times
+        row["bytes"] += e.times * e.bytes
+        row["time_s"] += e.times * e.duration_s
+        row["exposed_s"] += e.times * e.exposed_s
+    return [
+        {
+            "kind": kind,
+            "axes": axes,
+            **row,
+            "hidden": max(1 - row["exposed_s"] / max(row["time_s"], 1e-12), 0.0),
+        }
+        for (kind, axes), row in sorted(rows.items(), key=lambda item: -item[1]["time_s"])
+    ]
+
+
+def _axes(group: tuple[int, ...], program: Program) -> str:
+    """The mesh axes along which a group's partitions differ; no group: all of them."""
+    shape = program.mesh.shape
+    sizes = {axis: size for axis, size in shape.items() if size > 1}
+    if not group:
+        return "x".join(sizes) or "-"
+    found, stride = [], 1
+    for axis, size in reversed(shape.items()):
+        if size > 1 and len({member // stride % size for member in group}) > 1:
+            found.append(axis)
+        stride *= size
+    return "x".join(reversed(found)) or "-"
+
+
+def limited_by(r: Receipt) -> str:
+    """One line: what takes most of the step beyond useful work, and what to change first."""
+    if not r["fits"]:
+        return f"memory: {size(-r['headroom_bytes'])} too much a device; --search finds settings that fit"
+    shares = {kind: s / max(r["step_s"], 1e-12) for kind, s in r["breakdown_s"].items()}
+    if shares.get("communication", 0) > 0.2:
+        worst = max(r["collectives"], key=lambda row: row["exposed_s"])
+        return (
+            f"communication, {shares['communication']:.0%} of the step ({worst['kind']} over {worst['axes']}): "
+            f"more examples a device, or a smaller mesh.{worst['axes'].split('x')[0]}"
+        )
+    rest = {k: v for k, v in shares.items() if k in ("memory", "attention", "optimizer")}
+    worst_kind = max(rest, key=lambda k: rest[k], default="matmul")
+    if rest.get(worst_kind, 0) > 0.3:
+        hints = {
+            "memory": "memory bandwidth: a lower precision, larger matrices, or less remat",
+            "attention": "attention: a shorter seq_len, or fewer heads",
+            "optimizer": "the optimizer: more examples a step, or mesh.fsdp to share its state",
+        }
+        return f"{hints[worst_kind]} ({rest[worst_kind]:.0%} of the step)"
+    if (
+        r.get("mfu_full_attention")
+        and r["remat"] not in ("none",)
+        and r["headroom_bytes"] > 0.3 * r["peak_bytes"]
+    ):
+        return "matrix products, some of them recomputed: there is memory to spare for a lighter remat"
+    return f"matrix products, {shares.get('matmul', 0):.0%} of the step: this is as good as it gets"
+
+
+def table(r: Receipt) -> list[str]:
+    """The receipt as lines for a terminal."""
+    low, high = (duration(s) for s in r["total_s_range"])
+    sparse = r["active_parameters"] != r["parameters"]
+    active = f" ({quantity(r['active_parameters'])} active)" if sparse else ""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items()) or "one device"
+    formula = r["formula_flops_per_token"]
+    agree = "" if not formula else f" (by formula {formula / r['model_flops_per_token'] - 1:+.1%})"
+    lines = [
+        f"plan      {r['devices']} x {r['device_kind']} ({mesh}), {r['microbatches']} microbatches, "
+        f"remat {r['remat']}",
+        f"  model   {quantity(r['parameters'])} parameters{active}, {quantity(r['model_flops_per_token'])}FLOP a "
+        f"token or example{agree}, {quantity(r['model_flops_per_step'])}FLOP a step, "
+        f"{quantity(r['total_flops'])}FLOP in all",
+        f"  memory  {size(r['peak_bytes'])} a device: parameters {size(r['params_bytes'])}, optimizer "
+        f"{size(r['optimizer_bytes'])}, gradients, activations and temporaries {size(r['temporary_bytes'])}"
+        + (f"; of {size(r['capacity_bytes'])}" if r["capacity_bytes"] else ""),
+        f"  time    {r['step_s']:.4g} s a step ({r['step_s_range'][0]:.4g} to {r['step_s_range'][1]:.4g}), "
+        f"{quantity(r['tokens_per_s_per_chip'])}tokens or examples/s a chip: {r['time_source']}",
+        "          " + ", ".join(
+            f"{kind} {s / max(r['step_s'], 1e-12):.0%}"
+            for kind, s in sorted(r["breakdown_s"].items(), key=lambda kv: -kv[1])
+        ),
+    ]  # fmt: skip
+    if "mfu_full_attention" in r:
+        lines.append(
+            f"  MFU     {r['mfu_full_attention']:.1%} (attention counted in full), "
+            f"{r['mfu_causal_attention']:.1%} (causal)"
+        )
+    lines += [
+        f"  network {row['kind']} over {row['axes']}: {row['times']:,} a step, {size(row['bytes'])}, "
+        f"{row['time_s']:.3g} s, {row['hidden']:.0%} hidden"
+        for row in r["collectives"]
+        if row["time_s"] > 1e-3 * r["step_s"]
+    ]
+    lines.append(f"  run     {duration(r['total_s'])} ({low} to {high}) for {r['steps']:,} steps" + _spent(r))
+    lines += [f"          assumes {key} {why}" for key, why in r["assumptions"].items() if "kwh" in r]
+    return [*lines, f"  limit   {r['limited_by']}"]
+
+
+def _spent(r: Receipt) -> str:
+    parts = [f"{r['chip_hours']:,.4g} chip-hours"] if "kwh" in r or "dollars" in r else []
+    parts += [f"{r['kwh']:,.4g} kWh", f"{r['kg_co2e']:,.4g} kg CO2e"] if "kwh" in r else []
+    parts += [f"${r['dollars']:,.2f}"] if "dollars" in r else []
+    return "".join(f", {part}" for part in parts)
+
+
+def compare(r: Receipt, measured: dict[str, float]) -> list[str]:
+    """Predicted beside measured, with the error of each: `measured` maps the receipt's keys to values."""
+    lines = []
+    for key, value in measured.items():
+        if key in r and value:
+            lines.append(
+                f"{key}: planned {r[key]:.4g}, measured {value:.4g}, error {r[key] / value - 1:+.1%}"
+            )
+    return lines
+
+
+def quantity(x: float) -> str:
+    """1234567 -> '1.23 M'."""
+    for unit in ("", "k", "M", "G", "T", "P", "E", "Z"):
+        if abs(x) < 1000 or unit == "Z":
+            return f"{x:.3g} {unit}"
+        x /= 1000
+    raise AssertionError(x)
+
+
+def size(n: float) -> str:
+    """Bytes -> '12.3 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.3g} TiB"
+
+
+def duration(s: float) -> str:
+    """Seconds -> '45 s', '3 min 20 s', '2 h 5 min', '3 d 4 h'."""
+    s = round(s)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
