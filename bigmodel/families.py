@@ -106,7 +106,7 @@ class GPT(Transformer):
         return 12.0 * self.depth * self.heads * self.head_dim * seq_len
 
     def formula_flops(self, seq_len: int) -> float | None:
-        """Of training on one token: 6 for each parameter of a matrix product, and attention. None: experts."""
+        """Of training on one token: 6 for each weight of a matrix product, and attention. None: experts."""
         attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
         mlp = (3 if self.mlp in ("swiglu", "geglu") else 2) * self.width * self.mlp_width
         products = self.depth * (attention + mlp) + self.width * self.vocab_size

@@ -1,12 +1,12 @@
-"""Prints what a run will cost, on devices that need not be there: parameters, FLOPs, memory, every collective,
-the step's time, and the whole run's hours, energy, emissions and dollars. Trains nothing.
+"""Prints what a run will cost, on devices that need not be there: parameters, FLOPs, memory, collectives, the
+step's time, and the whole run's hours, energy, emissions and dollars. Trains nothing.
 
     python scripts/plan.py --config=configs/gpt.py:size=llama-7b --target=v5e:16x16 --config.mesh.fsdp=256 \\
         --json=plan.json
 
-Targets: TPU slices (v4, v5e, v5p, v6e, tpu7x, as v5e:16x16 or 2*v5e:16x16), NVIDIA hosts x GPUs (a100-80, h100,
-h200, b200, as h100:8x8), and this machine (cpu, cpu:8). TPUs and GPUs are planned with their own compilers after
-`pip install 'bigmodel[plan]'`.
+Targets: TPU slices (v4, v5e, v5p, v6e, tpu7x, as v5e:16x16 or 2*v5e:16x16), NVIDIA hosts x GPUs (a100-80,
+h100, h200, b200, as h100:8x8), and this machine (cpu, cpu:8). TPUs and GPUs are planned with their own
+compilers after `pip install 'bigmodel[plan]'`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bigmodel import config as config_lib
 from bigmodel import models, tasks
 from bigmodel.config import Config
 from bigmodel.models import attention, layers
-from bigmodel.plan import estimate, flops
+from bigmodel.plan import estimate, flops, planner
 
 LLAMA = {
     "model__norm": "rmsnorm", "model__position": "rope", "model__mlp": "swiglu", "model__bias": False,

@@ -1,4 +1,4 @@
-"""What a compiled Program holds and takes: parameters, bytes on a device, and its step on a target's clock."""
+"""What a compiled Program holds and takes: parameters, bytes on a device, a step on a target's clock."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _does_not_fit(text: str, built: Program, aim: Target) -> DoesNotFit:
     how_much = f"{receipt.size(missing)} a device too much" if missing else "too much memory a device"
     return DoesNotFit(
         f"--target={aim.spec}: does not fit: {how_much} (state alone {receipt.size(state)} of "
-        f"{receipt.size(estimate.capacity_bytes(aim) or 0)}); try {', or '.join(tries) or 'a larger target'}; "
-        "--search ranks settings that fit",
+        f"{receipt.size(estimate.capacity_bytes(aim) or 0)}); try "
+        f"{', or '.join(tries) or 'a larger target'}",
         missing,
     )

@@ -153,12 +153,12 @@ def _axes(group: tuple[int, ...], program: Program) -> str:
 def limited_by(r: Receipt) -> str:
     """One line: what takes most of the step beyond useful work, and what to change first."""
     if not r["fits"]:
-        return f"memory: {size(-r['headroom_bytes'])} too much a device; --search finds settings that fit"
+        return f"memory: {size(-r['headroom_bytes'])} too much a device: a stronger remat or more devices"
     shares = {kind: s / max(r["step_s"], 1e-12) for kind, s in r["breakdown_s"].items()}
     if shares.get("communication", 0) > 0.2:
         worst = max(r["collectives"], key=lambda row: row["exposed_s"])
         return (
-            f"communication, {shares['communication']:.0%} of the step ({worst['kind']} over {worst['axes']}): "
+            f"communication ({shares['communication']:.0%}, {worst['kind']} over {worst['axes']}): "
             f"more examples a device, or a smaller mesh.{worst['axes'].split('x')[0]}"
         )
     rest = {k: v for k, v in shares.items() if k in ("memory", "attention", "optimizer")}
@@ -190,9 +190,9 @@ def table(r: Receipt) -> list[str]:
     lines = [
         f"plan      {r['devices']} x {r['device_kind']} ({mesh}), {r['microbatches']} microbatches, "
         f"remat {r['remat']}",
-        f"  model   {quantity(r['parameters'])} parameters{active}, {quantity(r['model_flops_per_token'])}FLOP a "
-        f"token or example{agree}, {quantity(r['model_flops_per_step'])}FLOP a step, "
-        f"{quantity(r['total_flops'])}FLOP in all",
+        f"  model   {quantity(r['parameters'])} parameters{active}, "
+        f"{quantity(r['model_flops_per_token'])}FLOP a token or example{agree}, "
+        f"{quantity(r['model_flops_per_step'])}FLOP a step, {quantity(r['total_flops'])}FLOP in all",
         f"  memory  {size(r['peak_bytes'])} a device: parameters {size(r['params_bytes'])}, optimizer "
         f"{size(r['optimizer_bytes'])}, gradients, activations and temporaries {size(r['temporary_bytes'])}"
         + (f"; of {size(r['capacity_bytes'])}" if r["capacity_bytes"] else ""),
