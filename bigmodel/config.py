@@ -28,12 +28,18 @@ Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
 
 @dataclass(frozen=True)
 class Task:
-    name: Literal["lm", "mlm", "seq2seq", "classify"] = "lm"
+    name: Literal["lm", "mlm", "seq2seq", "classify", "multilabel", "regress"] = "lm"
     label_smoothing: float = 0.0
     mask_rate: float = 0.15  # mlm, and seq2seq on plain text: the share of tokens to be predicted
     mean_span: float = 3.0  # seq2seq on plain text: tokens in a corrupted span
     next_sentence: bool = False  # mlm: predict too whether the second half of a text goes on the first
     target_len: int = 0  # seq2seq on pairs: tokens of a target; 0: seq_len
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"  # of classify and multilabel
+    focal_gamma: float = 2.0  # Lin et al. 2017: the loss times (1 - p) ** gamma
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: the training loss weighs classes alike
+    aux_weight: float = 0.3  # of each auxiliary classifier's loss, for models that have them
+    huber_delta: float = 0.0  # regress: squared error up to here, absolute beyond; 0: squared everywhere
+    top_k: int = 5  # classify: also counts a label among so many likeliest; 1: does not
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,17 @@ class Data:
     shuffle: bool = True
     cache: bool = True  # keep decoded images in memory, and token files on disk, after the first read
     prefetch: int = 2  # batches made ready ahead of the step
+    label: str = "label"  # images: the feature that is learnt
+    group: str = ""  # images: a feature that parts the examples into groups, for gaps between them
+    image_size: int = 0  # images: resized to this, then cut square; 0: as stored, if all have one size
+    eval_crop: float = 1.0  # evaluation resizes to image_size / eval_crop, and cuts the middle out
+    mean: tuple[float, ...] = ()  # of a channel, in 0..1, for normalising; nothing: 0.5
+    std: tuple[float, ...] = ()
+    augment: str = ""  # training images: crop:4,flip:0.5,randaugment:2:9,erase:0.25 or resized_crop:0.08,...
+    mixup: float = 0.0  # Beta(a, a) of mixup (Zhang et al. 2017); 0: off
+    cutmix: float = 0.0  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off
+    balance: Literal["none", "sqrt", "balanced"] = "none"  # classes are drawn ~ their count, its root, alike
+    max_skipped: int = 0  # images: so many bad records are skipped and reported; one more is an error
 
 
 @dataclass(frozen=True)
@@ -256,6 +273,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     if c.eval.batches == 0 or c.eval.batches < -1:
         yield "eval.batches", f"is {c.eval.batches}: set it to 1 or more, or to -1 for the whole split"
     yield from ((f"task.{key}", problem) for key, problem in _task_problems(c))
+    yield from ((f"data.{key}", problem) for key, problem in _image_problems(c.data))
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
     yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
@@ -264,7 +282,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
-    task, known = c.task, getattr(c.model, "TASKS", (c.task.name,))
+    task, known = c.task, c.model.TASKS
     if task.name not in known:
         yield "name", f"is {task.name}, which model.name={c.model.name} does not do; set it to {known[0]}"
     if not 0 <= task.label_smoothing < 1:
@@ -277,6 +295,21 @@ def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
         yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
     if task.next_sentence and not getattr(c.model, "pooler", False):
         yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
+    for key in ("focal_gamma", "aux_weight", "huber_delta"):
+        if getattr(task, key) < 0:
+            yield key, f"is {getattr(task, key)}: set it to 0 or more"
+    if task.top_k < 1:
+        yield "top_k", f"is {task.top_k}: set it to 1 or more"
+
+
+def _image_problems(data: Data) -> Iterable[tuple[str, str]]:
+    for key in ("image_size", "mixup", "cutmix", "max_skipped"):
+        if getattr(data, key) < 0:
+            yield key, f"is {getattr(data, key)}: set it to 0 or more"
+    if not 0 < data.eval_crop <= 1:
+        yield "eval_crop", f"is {data.eval_crop}: choose a value above 0, up to 1"
+    if data.std and min(data.std) <= 0:
+        yield "std", f"is {data.std}: give numbers above 0, such as 0.229,0.224,0.225"
 
 
 def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:

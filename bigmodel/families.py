@@ -11,6 +11,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self
 
+IMAGE_TASKS = ("classify", "multilabel", "regress")  # of one output an example
+
+
+def _positive(model: object, *keys: str) -> Iterable[tuple[str, str]]:
+    """Problems of keys that hold a positive number, or one or more of them."""
+    for key in keys:
+        value = getattr(model, key)
+        if isinstance(value, tuple):
+            if not value or min(value) < 1:
+                yield key, f"is {value}: give one or more positive numbers, e.g. 64,128"
+        elif value < 1:
+            yield key, f"is {value}: set it to 1 or more"
+
+
+def _rate(model: object, key: str = "dropout") -> Iterable[tuple[str, str]]:
+    if not 0 <= getattr(model, key) < 1:
+        yield key, f"is {getattr(model, key)}: choose 0 <= {key} < 1"
+
 
 @dataclass(frozen=True)
 class Transformer:
@@ -69,8 +87,7 @@ class Transformer:
             )
         if self.position == "rope" and self.head_dim % 2:
             yield "head_dim", f"is {self.head_dim}: rope needs an even one"
-        if not 0 <= self.dropout < 1:
-            yield "dropout", f"is {self.dropout}: choose 0 <= dropout < 1"
+        yield from _rate(self)
         yield from self._expert_problems()
 
     def _expert_problems(self) -> Iterable[tuple[str, str]]:
@@ -174,7 +191,7 @@ class T5(Transformer):
 class ViT(Transformer):
     """Image classifier on patches (Dosovitskiy et al. 2020)."""
 
-    TASKS = ("classify",)
+    TASKS = IMAGE_TASKS
     name: str = "vit"
     patch: int = 4  # pixels a side
     pool: Literal["cls", "mean"] = "cls"  # what the classifier reads: an extra token, or the patches' mean
@@ -188,19 +205,21 @@ class ViT(Transformer):
         yield from super().problems()
 
 
-def _positive(model: object, *keys: str) -> Iterable[tuple[str, str]]:
-    """Problems of keys that hold a positive number, or one or more of them."""
-    for key in keys:
-        value = getattr(model, key)
-        if isinstance(value, tuple):
-            if not value or min(value) < 1:
-                yield key, f"is {value}: give one or more positive numbers, e.g. 64,128"
-        elif value < 1:
-            yield key, f"is {value}: set it to 1 or more"
+@dataclass(frozen=True)
+class ImageModel:
+    """An image classifier (or regressor) without derived sizes, whose sizes suit any mesh."""
+
+    TASKS = IMAGE_TASKS
+
+    def resolve(self) -> Self:
+        return self
+
+    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
+        return ()
 
 
 @dataclass(frozen=True)
-class CNN:
+class CNN(ImageModel):
     """Conv 3x3 + ReLU for each entry of `channels`, max-pool 2 after the first, then two dense layers."""
 
     name: str = "cnn"
@@ -208,18 +227,114 @@ class CNN:
     width: int = 256
     num_classes: int = 10
 
-    def resolve(self) -> CNN:
-        return self
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "channels", "width", "num_classes")
+
+
+@dataclass(frozen=True)
+class MLP(ImageModel):
+    """Dense + ReLU for each entry of `widths`, then a dense layer to the classes."""
+
+    name: str = "mlp"
+    widths: tuple[int, ...] = (512, 512)
+    dropout: float = 0.0
+    num_classes: int = 10
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        if not self.channels or min(self.channels) < 1:
-            yield "channels", f"is {self.channels}: give one or more positive numbers, e.g. 64,128"
-        for key in ("width", "num_classes"):
-            if getattr(self, key) < 1:
-                yield key, f"is {getattr(self, key)}: set it to 1 or more"
-
-    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
-        return ()
+        yield from _positive(self, "widths", "num_classes")
+        yield from _rate(self)
 
 
-Model = GPT | BERT | T5 | ViT | CNN
+Stem = Literal["imagenet", "small"]  # small: for images of 28 or 32 pixels, no early down-sampling
+
+
+@dataclass(frozen=True)
+class AlexNet(ImageModel):
+    """Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks": one tower."""
+
+    name: str = "alexnet"
+    stem: Stem = "imagenet"
+    channels: tuple[int, ...] = (64, 192, 384, 256, 256)
+    width: int = 4096  # of the two dense layers
+    dropout: float = 0.5
+    num_classes: int = 1000
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "channels", "width", "num_classes")
+        if len(self.channels) != 5:
+            yield "channels", f"is {self.channels}: AlexNet has five convolutions, give five numbers"
+        yield from _rate(self)
+
+
+@dataclass(frozen=True)
+class VGG(ImageModel):
+    """Simonyan and Zisserman 2014: stages of 3x3 convolutions, each ended by a max-pool."""
+
+    name: str = "vgg"
+    depth: int = 16  # 11, 13, 16, 19
+    channels: tuple[int, ...] = (64, 128, 256, 512, 512)  # of the stages
+    width: int = 4096  # of the two dense layers
+    batch_norm: bool = False
+    dropout: float = 0.5
+    num_classes: int = 1000
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.depth not in VGG_STAGES:
+            yield "depth", f"is {self.depth}: choose one of {', '.join(map(str, VGG_STAGES))}"
+        yield from _positive(self, "channels", "width", "num_classes")
+        if len(self.channels) != 5:
+            yield "channels", f"is {self.channels}: VGG has five stages, give five numbers"
+        yield from _rate(self)
+
+
+VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # table 1
+
+
+@dataclass(frozen=True)
+class ResNet(ImageModel):
+    """He et al. 2015, v1.5: a bottleneck's stride is on its 3x3 convolution."""
+
+    name: str = "resnet"
+    depth: int = 50  # 10 (not in the paper), 18, 34 (basic blocks), 50, 101, 152 (bottlenecks)
+    stem: Stem = "imagenet"
+    channels: tuple[int, ...] = (64, 128, 256, 512)  # of the stages; a bottleneck gives out four times that
+    num_classes: int = 1000
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.depth not in RESNET_STAGES:
+            yield "depth", f"is {self.depth}: choose one of {', '.join(map(str, RESNET_STAGES))}"
+        yield from _positive(self, "channels", "num_classes")
+        if len(self.channels) != 4:
+            yield "channels", f"is {self.channels}: ResNet has four stages, give four numbers"
+
+
+RESNET_STAGES = {  # table 1; 10 is of later authors
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+
+@dataclass(frozen=True)
+class Inception(ImageModel):
+    """GoogLeNet (Szegedy et al. 2014) with BatchNorm, or Inception v3 (Szegedy et al. 2015)."""
+
+    name: str = "inception"
+    version: Literal["v1", "v3"] = "v3"
+    stem: Stem = "imagenet"
+    multiplier: float = 1.0  # of every layer's channels
+    aux: bool = False  # auxiliary classifiers while training; task.aux_weight is their weight
+    dropout: float = 0.2
+    num_classes: int = 1000
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "num_classes")
+        if self.multiplier <= 0:
+            yield "multiplier", f"is {self.multiplier}: set it above 0"
+        yield from _rate(self)
+
+
+Model = GPT | BERT | T5 | ViT | CNN | MLP | AlexNet | VGG | ResNet | Inception

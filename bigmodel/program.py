@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from bigmodel import mesh as mesh_lib
 from bigmodel import models, optim, tasks
 from bigmodel.config import Config, InputError
+from bigmodel.families import IMAGE_TASKS
 from bigmodel.metrics import Metrics
 from bigmodel.models.module import Definition
 
@@ -121,7 +122,7 @@ def microbatches(config: Config, mesh: Mesh) -> int:
                 f"{config.batch_size // ways}"
             )
         return config.microbatches
-    if mesh.devices.flat[0].platform != "cpu" or config.task.name == "classify":
+    if mesh.devices.flat[0].platform != "cpu" or config.task.name in IMAGE_TASKS:
         return 1
     small = max(1024 // config.seq_len, 1)
     most = max(config.batch_size // max(small, ways), 1)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from bigmodel.config import Config
+from bigmodel.config import Task as TaskConfig
 from bigmodel.metrics import Metrics
 
 Batch = Mapping[str, jax.Array]
@@ -26,22 +27,6 @@ Batch = Mapping[str, jax.Array]
 class Task:
     weight: Callable[[Batch], jax.Array]  # batch -> scalar: what the loss is divided by
     terms: Callable[[Any, Batch, bool], Metrics]  # outputs, batch, train -> metrics as sums
-
-
-def make(config: Config) -> Task:
-    """The task that `config.task` names."""
-    smoothing = config.task.label_smoothing
-    tasks = {
-        "lm": Task(lambda batch: _lm_weight(batch).sum(), lambda o, b, train: _lm(o, b, train, smoothing)),
-        "mlm": Task(lambda batch: _mlm_weight(batch).sum(), lambda o, b, train: _mlm(o, b, train, smoothing)),
-        "seq2seq": Task(
-            lambda batch: _seq2seq_weight(batch).sum(), lambda o, b, train: _seq2seq(o, b, train, smoothing)
-        ),
-        "classify": Task(
-            lambda batch: batch["mask"].sum(), lambda o, b, train: _classify(o, b, train, smoothing)
-        ),
-    }
-    return tasks[config.task.name]
 
 
 def logits(outputs: Any) -> jax.Array:
@@ -100,9 +85,10 @@ def _words(
     }
 
 
-def _lm(outputs: Any, batch: Batch, train: bool, smoothing: float) -> Metrics:
+def _lm(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
     weight_BL = _lm_weight(batch)
-    metrics = _words(logits(outputs), batch["targets"], batch["target_bytes"], weight_BL, smoothing * train)
+    smoothing = task.label_smoothing * train
+    metrics = _words(logits(outputs), batch["targets"], batch["target_bytes"], weight_BL, smoothing)
     return _with(metrics, _auxiliary(outputs), weight_BL, train)
 
 
@@ -111,12 +97,11 @@ def _mlm_weight(batch: Batch) -> jax.Array:
     return batch["masked_real"] * batch["mask"][:, None]
 
 
-def _mlm(outputs: Any, batch: Batch, train: bool, smoothing: float) -> Metrics:
+def _mlm(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
     """The next-sentence loss is weighed, example by example, by the words that are masked in it."""
     weight_BM, mask_B = _mlm_weight(batch), batch["mask"]
-    metrics = _words(
-        logits(outputs), batch["masked_targets"], batch["masked_bytes"], weight_BM, smoothing * train
-    )
+    smoothing = task.label_smoothing * train
+    metrics = _words(logits(outputs), batch["masked_targets"], batch["masked_bytes"], weight_BM, smoothing)
     if "next_sentence" in outputs:
         nats_B = cross_entropy(outputs["next_sentence"], batch["next_sentence"])
         correct_B = _is_likeliest(outputs["next_sentence"], batch["next_sentence"])
@@ -135,16 +120,120 @@ def _seq2seq_weight(batch: Batch) -> jax.Array:
     return jnp.where(batch["decoder_segments"] > 0, batch["mask"][:, None], 0.0)
 
 
-def _seq2seq(outputs: Any, batch: Batch, train: bool, smoothing: float) -> Metrics:
+def _seq2seq(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
     weight_BM = _seq2seq_weight(batch)
-    metrics = _words(logits(outputs), batch["targets"], batch["target_bytes"], weight_BM, smoothing * train)
+    smoothing = task.label_smoothing * train
+    metrics = _words(logits(outputs), batch["targets"], batch["target_bytes"], weight_BM, smoothing)
     return _with(metrics, _auxiliary(outputs), weight_BM, train)
 
 
-def _classify(outputs: Any, batch: Batch, train: bool, smoothing: float) -> Metrics:
-    logits_BV, mask_B = logits(outputs), batch["mask"]
+def _weight(batch: Batch) -> jax.Array:
+    """How much each example's loss counts, [B]: 0 for padding, else its class's weight, or 1."""
+    return batch["mask"] * batch["weight"] if "weight" in batch else batch["mask"]
+
+
+def focal(nll: jax.Array, gamma: float) -> jax.Array:
+    """Lin et al. 2017, eq. 4: nll * (1 - p) ** gamma, where p = exp(-nll)."""
+    return nll * jnp.maximum(-jnp.expm1(-nll), 1e-12) ** gamma
+
+
+def _classify(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
+    """Logits [B, V]; those of auxiliary classifiers, if there are any, count `aux_weight` times each."""
+    logits_BV, smoothing = logits(outputs), task.label_smoothing * train
+    aux = outputs.get("aux_logits", ()) if isinstance(outputs, Mapping) else ()
+    labels: list[tuple[jax.Array, jax.Array | float]] = [(batch["label"], 1.0)]
+    if "label_other" in batch:  # of mixup or CutMix
+        share_B = batch["label_share"]
+        labels = [(batch["label"], share_B), (batch["label_other"], 1 - share_B)]
+
+    def over_labels(value: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return sum((share * value(label) for label, share in labels), jnp.float32(0))
+
+    def loss(logits: jax.Array) -> jax.Array:
+        def one(label: jax.Array) -> jax.Array:
+            nll = cross_entropy(logits, label, smoothing)
+            return focal(nll, task.focal_gamma) if task.loss == "focal" else nll
+
+        return over_labels(one)
+
+    weight_B, mask_B = _weight(batch), batch["mask"]
+    nats_B = loss(logits_BV) + sum((task.aux_weight * loss(each) for each in aux), jnp.float32(0))
+    metrics = {"loss": ((nats_B * weight_B).sum(), weight_B.sum())}
+
+    def count(is_right: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+        right_B = over_labels(lambda label: is_right(label).astype(jnp.float32))
+        return (right_B * mask_B).sum(), mask_B.sum()
+
+    metrics["accuracy"] = count(lambda label: _is_likeliest(logits_BV, label))
+    if 1 < task.top_k < logits_BV.shape[-1]:
+        metrics[f"top{task.top_k}"] = count(lambda label: _rank(logits_BV, label) < task.top_k)
+    return _with(metrics, _auxiliary(outputs), weight_B, train)
+
+
+def _rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """How many classes beat the label's."""
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    return (logits > chosen).sum(-1)
+
+
+def _multilabel(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
+    """Binary cross-entropy for each class, averaged over the classes; `label` is 0 or 1, [B, V]."""
+    logits_BV, label_BV = logits(outputs).astype(jnp.float32), batch["label"]
+    smoothing = task.label_smoothing * train
+    if "label_other" in batch:
+        share_B1 = batch["label_share"][:, None]
+        label_BV = share_B1 * label_BV + (1 - share_B1) * batch["label_other"]
+    target_BV = label_BV * (1 - smoothing) + smoothing / 2
+    if task.loss == "focal":
+        on, off = jax.nn.softplus(-logits_BV), jax.nn.softplus(logits_BV)
+        gamma = task.focal_gamma
+        nats_BV = target_BV * focal(on, gamma) + (1 - target_BV) * focal(off, gamma)
+    else:
+        nats_BV = optax.sigmoid_binary_cross_entropy(logits_BV, target_BV)
+    mask_B, weight_B = batch["mask"], _weight(batch)
+    right_BV = (logits_BV > 0) == (label_BV > 0.5)
+    exact_B = right_BV.all(-1).astype(jnp.float32)
+    metrics = {
+        "loss": ((nats_BV.mean(-1) * weight_B).sum(), weight_B.sum()),
+        "accuracy": ((right_BV.astype(jnp.float32).mean(-1) * mask_B).sum(), mask_B.sum()),
+        "exact_match": ((exact_B * mask_B).sum(), mask_B.sum()),
+    }
+    return _with(metrics, _auxiliary(outputs), weight_B, train)
+
+
+def _regress(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
+    """Squared error, or Huber's (1964), averaged over the outputs; `label` [B, V]."""
+    error_BV, huber_delta = logits(outputs).astype(jnp.float32) - batch["label"], task.huber_delta
+    square_BV, distance_BV = jnp.square(error_BV), jnp.abs(error_BV)
+    loss_BV = square_BV
+    if huber_delta:
+        near_BV = jnp.minimum(distance_BV, huber_delta)
+        loss_BV = near_BV * (distance_BV - 0.5 * near_BV)
+    mask_B, weight_B = batch["mask"], _weight(batch)
     weight = mask_B.sum()
-    nats = (cross_entropy(logits_BV, batch["label"], smoothing * train) * mask_B).sum()
-    correct_B = _is_likeliest(logits_BV, batch["label"])
-    metrics = {"loss": (nats, weight), "accuracy": (jnp.where(correct_B, mask_B, 0.0).sum(), weight)}
-    return _with(metrics, _auxiliary(outputs), mask_B, train)
+    metrics = {
+        "loss": ((loss_BV.mean(-1) * weight_B).sum(), weight_B.sum()),
+        "mse": ((square_BV.mean(-1) * mask_B).sum(), weight),
+        "mae": ((distance_BV.mean(-1) * mask_B).sum(), weight),
+    }
+    return _with(metrics, _auxiliary(outputs), weight_B, train)
+
+
+Terms = Callable[[Any, Batch, bool, TaskConfig], Metrics]
+TASKS: dict[str, tuple[Callable[[Batch], jax.Array], Terms]] = {  # what weighs each target; the metrics
+    "lm": (_lm_weight, _lm),
+    "mlm": (_mlm_weight, _mlm),
+    "seq2seq": (_seq2seq_weight, _seq2seq),
+    "classify": (_weight, _classify),
+    "multilabel": (_weight, _multilabel),
+    "regress": (_weight, _regress),
+}
+
+
+def make(config: Config) -> Task:
+    """The task that `config.task` names."""
+    weight, terms = TASKS[config.task.name]
+    return Task(
+        weight=lambda batch: weight(batch).sum(),
+        terms=lambda outputs, batch, train: terms(outputs, batch, train, config.task),
+    )

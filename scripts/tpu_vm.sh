@@ -6,7 +6,7 @@
 set -euo pipefail
 
 if [ $# -ne 3 ]; then
-    sed -n '2,5p' "$0" >&2
+    echo "error: usage: bash scripts/tpu_vm.sh NAME ZONE 'COMMAND', three arguments, but $# were given" >&2
     exit 2
 fi
 name=$1 zone=$2 command=$3

@@ -22,16 +22,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
+_FLAGS = {"xla_force_host_platform_device_count": 8}
+_CPU_FLAGS = _FLAGS | {"xla_backend_optimization_level": 0}  # on a GPU it is the kernels that are tested
 _SCRATCH = tempfile.TemporaryDirectory(prefix="bigmodel-tests-")
 
 
 def _prepare_environment() -> None:
-    """Before JAX is imported, and for the subprocesses too. What is set already (a GPU run) stays."""
+    """Before JAX is imported, and for the subprocesses too. JAX_PLATFORMS=cuda,cpu shows the tests a GPU."""
+    on_cpu = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
     given = os.environ.get("XLA_FLAGS", "")
-    flags = [given, *(f"--{name}={value}" for name, value in _FLAGS.items() if name not in given)]
+    wanted = _CPU_FLAGS if on_cpu else _FLAGS
+    flags = [given, *(f"--{name}={value}" for name, value in wanted.items() if name not in given)]
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_SCRATCH.name}/jax")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -50,6 +52,7 @@ from bigmodel import config as config_lib  # noqa: E402
 from bigmodel import data, mesh, program  # noqa: E402
 from bigmodel.config import Config  # noqa: E402
 from bigmodel.data import objectives  # noqa: E402
+from bigmodel.families import IMAGE_TASKS  # noqa: E402
 from bigmodel.program import Program, State  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -72,6 +75,11 @@ TINY: dict[str, dict[str, Any]] = {
         "seq_len": 16,
     },
     "vit": {"model.depth": 1, "model.width": 32, "model.heads": 4, "model.pool": "cls"},
+    "resnet": {"model.depth": 10, "model.channels": (8, 8, 16, 16)},
+    "mlp": {"model.widths": (32, 32), "model.dropout": 0.0},
+    "alexnet": {"model.channels": (4, 8, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
+    "vgg": {"model.depth": 11, "model.channels": (4, 4, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
+    "inception": {"model.multiplier": 0.05, "model.dropout": 0.0},
 }  # fmt: skip
 MESHES: list[dict[str, int]] = [
     {"data": 8},
@@ -113,13 +121,19 @@ def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """As `data.batch_spec`, but images (8 x 8, or 224 x 224) need no dataset."""
-    if config.task.name != "classify":
+    """As `data.batch_spec`, but images need no dataset."""
+    if config.task.name not in IMAGE_TASKS:
         return data.batch_spec(config)
-    n = config.batch_size
-    image = (224, 224, 3) if getattr(config.model, "patch", 1) > 8 else (8, 8, 1)
+    n, image = config.batch_size, image_shape(config)
     shapes = {"image": ((n, *image), np.float32), "label": ((n,), np.int32), "mask": ((n,), np.float32)}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """8 x 8; 32 x 32 for VGG, which halves them five times; a ViT of published size takes ImageNet's."""
+    if getattr(config.model, "patch", 1) > 8:
+        return (224, 224, 3)
+    return (32, 32, 1) if config.model.name == "vgg" else (8, 8, 1)
 
 
 def build(config: Config) -> Program:
@@ -140,8 +154,8 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     n, length = config.batch_size, config.seq_len
     mask = np.ones(n, np.float32)
-    if config.task.name == "classify":
-        image = rng.normal(size=(n, 8, 8, 1)).astype(np.float32)
+    if config.task.name in IMAGE_TASKS:
+        image = rng.normal(size=(n, *image_shape(config))).astype(np.float32)
         return {"image": image, "label": rng.integers(0, 10, n).astype(np.int32), "mask": mask}
     words = config.model.vocab_size - 16  # what is above are special ids
     ids = rng.integers(0, words, (n, length + 1)).astype(np.int32)

@@ -181,5 +181,5 @@ def test_values_of_a_wrong_type_are_refused(tree, message):
 
 def test_a_dict_of_nothing_is_the_default():
     assert config_lib.from_dict({}).model == GPT().resolve()
-    assert config_lib.from_dict({"model": {"name": "cnn"}}).model == CNN()
+    assert config_lib.from_dict({"model": {"name": "cnn"}, "task": {"name": "classify"}}).model == CNN()
     assert isinstance(config_lib.from_dict({}), Config)

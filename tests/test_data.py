@@ -16,6 +16,7 @@ from bigmodel import config as configs
 from bigmodel.config import InputError
 from bigmodel.data import batch_spec, make_pipeline, open_source, pipeline, sources
 from bigmodel.data.builders import digits, prepare, python_source
+from bigmodel.families import CNN
 
 ROOT = pathlib.Path(__file__).parents[1]
 MNIST_DIR = pathlib.Path(os.environ.get("BIGMODEL_TEST_TFDS", ROOT / "../shared/tfds"))
@@ -328,7 +329,7 @@ def test_pipeline_errors_name_the_key(corpus, data_dir):
             dataclasses.replace(images(data_dir), data=lm("python_source", data_dir).data),
             "no feature 'image'",
         ),
-        (dataclasses.replace(images(data_dir), model=configs.CNN(num_classes=7)), r"model\.num_classes.*10"),
+        (dataclasses.replace(images(data_dir), model=CNN(num_classes=7)), r"model\.num_classes.*10"),
     ]
     for config, message in cases:
         with pytest.raises(InputError, match=message):
@@ -345,8 +346,8 @@ def test_ids_out_of_range_never_reach_the_model(corpus, data_dir, monkeypatch):
     with pytest.raises(InputError, match=r"token id 300.*data\.tokenizer"):
         broken[0]
     bad_labels = make_pipeline(images(data_dir), "train")
-    bad_labels._examples._kept["label"][:] = -1
-    bad_labels._examples._have[:] = True
+    bad_labels._examples.source._kept["label"][:] = -1
+    bad_labels._examples.source._have[:] = True
     with pytest.raises(InputError, match="label -1"):
         bad_labels[0]
 
@@ -461,7 +462,7 @@ def test_part_of_a_split_is_spread_evenly_over_it():
             return {"x": indices}
 
     part = pipeline.Pipeline(
-        Numbers(), dict, facts={}, batch_size=8, seed=None, max_batches=3,
+        Numbers(), lambda batch, positions: dict(batch), facts={}, batch_size=8, seed=None, max_batches=3,
         process_index=0, process_count=1,
     )  # fmt: skip
     read = np.concatenate([part[step]["x"] for step in range(len(part))])

@@ -65,12 +65,9 @@ def test_equal_experts_are_one_mlp():
     config = tiny("moe", model__capacity_factor=2.0)
     dense = dataclasses.replace(config, model=dataclasses.replace(config.model, experts=0))
     batch = random_batch(config)
-    model = models.define(dense, {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()})
-    params = model.init(jax.random.key(0))[0]
-    mlp = params["blocks"]["mlp"]
-    copies = {
-        name: {k: jnp.repeat(x[:, None], 4, 1) for k, x in layer.items()} for name, layer in mlp.items()
-    }
+    (params, run), (_, run_sparse) = define(dense, batch), define(config, batch)
+    mlp = jax.device_get(params["blocks"]["mlp"])
+    copies = jax.tree.map(lambda x: np.repeat(x[:, None], 4, 1), mlp)
     router = {"kernel": logits((1, 32, 4))}
     sparse = {**params, "blocks": {**params["blocks"], "mlp": {"experts": copies, "router": router}}}
     expected, ours = run(params, batch), run_sparse(sparse, batch)["logits"]

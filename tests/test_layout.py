@@ -19,15 +19,16 @@ ORDER = """
     mesh
     data/builders/__init__ | data/builders/python_source | data/builders/digits
     data/builders/prepare
-    data/sources | data/transforms
-    data/text | data/objectives
+    data/sources | data/randaugment
+    data/transforms
+    data/text | data/objectives | data/images
     data/batches
     data/pipeline
     data/__init__
     models/module | models/ops
     models/layers | models/attention
-    models/moe | models/vision
-    models/transformer
+    models/moe | models/vision | models/resnet
+    models/transformer | models/inception
     models/gpt | models/bert | models/t5 | models/vit
     models/__init__
     metrics
@@ -47,7 +48,7 @@ ORDER = """
     plan/planner
     ledger
     log
-    infer
+    infer | pictures
     evaluate
     train
 """

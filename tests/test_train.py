@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import config_flag, finish, run_script, start_script, tiny
+from conftest import build, config_flag, finish, run_script, start_script, tiny
 
 from bigmodel import config as config_lib
 from bigmodel import log, train, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.digests import digest
+from bigmodel.plan import estimate, flops
 
 TEXT = {"model__vocab_size": 264, "seq_len": 32, "log__every_steps": 2, "eval__batches": 2}
 # Everything that a state can hold, and everything random: a resume must bring back all of it.
@@ -99,6 +100,33 @@ def test_the_cnn_learns_digits(tmp_path):
     result = train.run(config, tmp_path)
     assert result.metrics["eval/test/accuracy"] > 0.6  # ten classes
     assert "perf/examples_per_s" in rows_by_name(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- budget
+
+
+@pytest.mark.parametrize(("share", "count"), [(1e-3, 1), (1.0, 1), (2.9, 2), (3.0, 3)])
+def test_a_budget_decides_the_steps(share, count):
+    part = build(tiny("cnn"))
+    rich = dataclasses.replace(part, config=part.config.replace(budget=share * flops.model_flops(part)))
+    assert estimate.steps_for_budget(rich) == count
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (3.5, 3)])
+def test_a_run_spends_its_budget_and_no_more(tmp_path, capsys, share, count):
+    budget = share * flops.model_flops(build(cnn()))
+    result = train.run(cnn(budget=budget, steps=1000), tmp_path)
+    assert (result.exit_code, result.step, int(result.state["step"])) == (train.DONE, count, count)
+    assert f"FLOP buys {count} steps" in capsys.readouterr().out
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [count]
+    plan, ledger = (json.loads((tmp_path / name).read_text()) for name in ("plan.json", "ledger.json"))
+    assert plan["steps"] == ledger["steps"] == count
+    assert ledger["model_flops"] <= max(budget, plan["model_flops_per_step"])
+    # The learning rate's schedule ends with the budget too: the config that is kept says how many steps.
+    assert workdir.read_config(tmp_path).steps == result.program.config.steps == count
+    again = train.run(cnn(budget=budget), tmp_path)
+    assert (again.exit_code, again.step) == (train.DONE, count)
 
 
 # --------------------------------------------------------------------------------------------- resume

@@ -1,7 +1,16 @@
 """Data: `make_pipeline(config, "train")[step]` gives the batch of a step; `batch_spec(config)` its shapes."""
 
+from bigmodel.data.images import class_names
 from bigmodel.data.pipeline import Pipeline, Prefetch, batch_spec, make_pipeline
 from bigmodel.data.sources import open_source
 from bigmodel.data.text import get_tokenizer
 
-__all__ = ["Pipeline", "Prefetch", "batch_spec", "get_tokenizer", "make_pipeline", "open_source"]
+__all__ = [
+    "Pipeline",
+    "Prefetch",
+    "batch_spec",
+    "class_names",
+    "get_tokenizer",
+    "make_pipeline",
+    "open_source",
+]

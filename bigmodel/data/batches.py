@@ -1,4 +1,4 @@
-"""What a batch of text holds, task by task: `PARTS` makes the examples, `SHAPES` says how they will look.
+"""What a batch holds, task by task: `KINDS` makes the examples and says how they will look.
 
 Ids beyond the tokenizer's are special ones, counted down from the end of the model's vocabulary: [MASK] and
 [CLS] of `mlm`, the sentinels of `seq2seq`. The tokenizer's separator ends a document, a sentence, a target.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bigmodel.config import Config, InputError
-from bigmodel.data import objectives, sources, text, transforms
-
-Shapes = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape after the batch's dimension, dtype)
+from bigmodel.config import Config, Data, InputError
+from bigmodel.data import images, objectives, sources, text, transforms
+from bigmodel.data.images import Shapes
+from bigmodel.families import IMAGE_TASKS
 
 
 class Examples(Protocol):
@@ -27,8 +27,24 @@ class Examples(Protocol):
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
-Finish = Callable[[Mapping[str, np.ndarray], np.ndarray], transforms.Batch]  # rows, their serial numbers
-Parts = tuple[Examples, Finish, dict[str, Any]]  # examples, what makes a batch of them, facts
+Mix = Callable[[transforms.Batch, transforms.Batch, np.ndarray], transforms.Batch]
+
+
+class Order(Protocol):
+    def __getitem__(self, position: int) -> int: ...
+
+
+class Parts(NamedTuple):
+    """What the examples of a task are, and how a batch is made of them."""
+
+    examples: Examples
+    finish: transforms.Transform
+    facts: dict[str, Any]
+    mix: Mix | None = None  # (rows, their partners, positions in the run) -> rows
+    order: Order | None = None  # order[position] -> example, where it is not a shuffle of all
+
+
+EVAL_SEED = 0  # evaluation draws the same whatever the run's seed, so that runs can be compared
 
 
 class EncodedPairs:
@@ -52,10 +68,10 @@ class EncodedPairs:
 # -------------------------------------------------------------------------------------------------- tasks
 
 
-def _lm(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
+def _lm(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
     tokenizer = _tokenizer(config, workdir, special=0)
     packed, facts = _packed(config, split, tokenizer, config.seq_len)
-    return packed, lambda batch, serials: dict(batch), facts
+    return Parts(packed, lambda batch, serials: dict(batch), facts)
 
 
 def _lm_shapes(config: Config) -> Shapes:
@@ -66,8 +82,8 @@ def _lm_shapes(config: Config) -> Shapes:
     }
 
 
-def _mlm(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
-    task, seed = config.task, _draw_seed(config, split)
+def _mlm(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    task, seed = config.task, config.seed if train else EVAL_SEED
     tokenizer = _tokenizer(config, workdir, special=2)
     vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
     mask_id, cls = vocab_size - 1, vocab_size - 2
@@ -85,15 +101,14 @@ def _mlm(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
 
     def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
         if task.next_sentence:
-            elsewhere = [objectives.generator(seed + 1, int(s)).integers(len(packed)) for s in serials]
-            other = packed.read(np.array(elsewhere, np.int64))["tokens"]
+            other = packed.read(objectives.elsewhere(serials, seed=seed, count=len(packed)))["tokens"]
             batch = objectives.sentence_pairs(
-                batch["tokens"], other, serials, seed=seed + 2, cls=cls, separator=tokenizer.separator
+                batch["tokens"], other, serials, seed=seed, cls=cls, separator=tokenizer.separator
             )
         return mask(batch, serials)
 
     facts |= {"mask_rate": task.mask_rate, "next_sentence": task.next_sentence, "draws": seed}
-    return packed, finish, facts
+    return Parts(packed, finish, facts)
 
 
 def _mlm_shapes(config: Config) -> Shapes:
@@ -107,8 +122,8 @@ def _mlm_shapes(config: Config) -> Shapes:
     }  # fmt: skip
 
 
-def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
-    task, seed = config.task, _draw_seed(config, split)
+def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    task, seed = config.task, config.seed if train else EVAL_SEED
     paired = _is_paired(config)
     inputs, targets, window = _lengths(config)
     spans = 0 if paired else objectives.span_counts(window, task.mask_rate, task.mean_span)[1]
@@ -128,7 +143,7 @@ def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
             "tokenizer": tokenizer.fingerprint,
             "lengths": [inputs, targets],
         }
-        return EncodedPairs(source, tokenizer), finish_pairs, facts
+        return Parts(EncodedPairs(source, tokenizer), finish_pairs, facts)
     packed, more = _packed(config, split, tokenizer, window)
     corrupt = functools.partial(
         objectives.corrupt_spans,
@@ -140,7 +155,7 @@ def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
         **shape,
     )
     more |= {"mask_rate": task.mask_rate, "mean_span": task.mean_span, "draws": seed}
-    return packed, corrupt, more
+    return Parts(packed, corrupt, more)
 
 
 def _seq2seq_shapes(config: Config) -> Shapes:
@@ -152,8 +167,43 @@ def _seq2seq_shapes(config: Config) -> Shapes:
     }
 
 
-PARTS = {"lm": _lm, "mlm": _mlm, "seq2seq": _seq2seq}
-SHAPES = {"lm": _lm_shapes, "mlm": _mlm_shapes, "seq2seq": _seq2seq_shapes}
+def _images(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    d = config.data
+    keys = tuple(filter(None, ("image", d.label, d.group)))
+    source = sources.open_source(d.name, split, d.data_dir, keys=keys, cache=d.cache)
+    images.check(config, source.features)
+    balance, weigh = d.balance != "none" and train, config.task.class_weights != "none" and train
+    labels = images.labels(config, split) if balance or weigh else np.zeros(0, np.int64)
+    weights = images.class_weights(np.bincount(labels, minlength=images.classes_of(config)))
+    records = images.Records(source, config, f"data.name={d.name!r} split {split!r}")
+    facts: dict[str, Any] = {"source": source.fingerprint}
+    if not train:
+        return Parts(records, images.Prepare(config, train, None), facts)
+    keys = ("image_size", "augment", "mixup", "cutmix", "balance")
+    facts |= {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
+    power = {"balanced": 0.0, "sqrt": 0.5}
+    return Parts(
+        records,
+        images.Prepare(config, train, weights if weigh else None),
+        facts,
+        images.mixer(config) if images.mixes(config) else None,
+        images.Balanced(labels, power[d.balance], config.seed) if balance else None,
+    )
+
+
+class Kind(NamedTuple):
+    """How a task's batches are made, from (config, split, workdir, train), and their shapes."""
+
+    parts: Callable[[Config, str, pathlib.Path | None, bool], Parts]
+    shapes: Callable[[Config], Shapes]
+
+
+KINDS = {
+    "lm": Kind(_lm, _lm_shapes),
+    "mlm": Kind(_mlm, _mlm_shapes),
+    "seq2seq": Kind(_seq2seq, _seq2seq_shapes),
+    **dict.fromkeys(IMAGE_TASKS, Kind(_images, images.shapes)),
+}
 
 
 # ------------------------------------------------------------------------------------------------- shared
@@ -185,11 +235,6 @@ def _packed(
 def _all_bytes(tokenizer: text.Tokenizer, vocab_size: int) -> np.ndarray:
     """uint8 (vocab_size,): bytes of text by id; special ids stand for none."""
     return np.pad(tokenizer.token_bytes, (0, vocab_size - len(tokenizer.token_bytes)))
-
-
-def _draw_seed(config: Config, split: str) -> int:
-    """Evaluation draws the same whatever the run's seed, so that runs can be compared."""
-    return config.seed if split == config.data.split else 0
 
 
 def _is_paired(config: Config) -> bool:

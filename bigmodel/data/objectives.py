@@ -12,12 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bigmodel.data.transforms import Batch
+from bigmodel.data.transforms import Batch, generator
 
-
-def generator(seed: int, serial: int) -> np.random.Generator:
-    """The source of randomness of one row."""
-    return np.random.default_rng((seed, serial))
+MASKS, PAIRS, OTHERS, SPANS = 4, 5, 6, 7  # streams of `generator`; images have the others
 
 
 # ------------------------------------------------------------------------------------------- masked words
@@ -52,7 +49,7 @@ def mask_words(
     real_BM = np.zeros((rows, most), np.float32)
     targets_BM = np.zeros((rows, most), np.int32)
     for row, serial in enumerate(serials):
-        random = generator(seed, int(serial))
+        random = generator(seed, int(serial), MASKS)
         free = np.flatnonzero(free_BL[row])
         count = min(max(round(len(free) * rate), 1), most, len(free))
         at = np.sort(random.permutation(free)[:count])
@@ -69,6 +66,11 @@ def mask_words(
         "masked_bytes": token_bytes[targets_BM] * (real_BM > 0),
         "masked_real": real_BM,
     }
+
+
+def elsewhere(serials: np.ndarray, *, seed: int, count: int) -> np.ndarray:
+    """int64 (B,): for each row one of `count` windows of text."""
+    return np.array([generator(seed, int(serial), OTHERS).integers(count) for serial in serials], np.int64)
 
 
 def sentence_pairs(
@@ -88,7 +90,7 @@ def sentence_pairs(
     types_BL = np.zeros_like(tokens_BL)
     follows_B = np.zeros(rows, np.int32)
     for row, serial in enumerate(serials):
-        random = generator(seed, int(serial))
+        random = generator(seed, int(serial), PAIRS)
         cut, follows_B[row] = int(random.integers(1, n)), int(random.random() < 0.5)
         tokens_BL[row, 1 : cut + 1] = first_BN[row, :cut]
         tokens_BL[row, cut + 2 : -1] = (first_BN if follows_B[row] else other_BN)[row, cut:]
@@ -173,7 +175,7 @@ def corrupt_spans(
     pairs = []
     for row, serial in enumerate(serials):
         ids = batch["tokens"][row][batch["segments"][row] > 0]
-        noise = noise_spans(len(ids), rate, mean_span, generator(seed, int(serial)))
+        noise = noise_spans(len(ids), rate, mean_span, generator(seed, int(serial), SPANS))
         pairs.append(corrupt(ids, noise, last_sentinel))
     return sequence_pairs(pairs, inputs=inputs, targets=targets, end=end, token_bytes=token_bytes)
 

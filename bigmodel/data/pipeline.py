@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data import batches, sources, transforms
-from bigmodel.data.batches import Examples, Finish, Parts
+from bigmodel.data import batches, transforms
+from bigmodel.data.batches import Parts
 
 Split = Literal["train", "eval"]
 
@@ -33,8 +33,7 @@ class Pipeline:
 
     def __init__(
         self,
-        examples: Examples,
-        finish: Finish,
+        parts: Parts,
         *,
         facts: Mapping[str, Any],
         batch_size: int,
@@ -43,14 +42,17 @@ class Pipeline:
         process_index: int,
         process_count: int,
     ) -> None:
-        """Use `make_pipeline`. `seed` None: in order; `max_batches` None: no end, else so many at most."""
-        self._examples, self._finish, self._facts = examples, finish, dict(facts)
+        """Use `make_pipeline`. `seed` None: in order; `max_batches` None: no end, else so many at most.
+
+        The parts' `order` takes the place of the shuffle; `mix` joins each row with its opposite one.
+        """
+        self._examples, self._finish, self._mix = parts.examples, parts.finish, parts.mix
+        self._facts = {**parts.facts, **facts}
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
-        self.num_examples = len(examples)
-        self._endless = max_batches is None
+        self.num_examples = len(self._examples)
         self._len = sys.maxsize if max_batches is None else max_batches
-        self._order = _order(self.num_examples, seed) if self._endless else None
+        self._order = (parts.order or _order(self.num_examples, seed)) if max_batches is None else None
 
     def __len__(self) -> int:
         """Batches in all; `sys.maxsize` for training, which never ends."""
@@ -65,24 +67,42 @@ class Pipeline:
         """
         if not 0 <= step < self._len:
             raise IndexError(f"step {step} is not in 0..{self._len - 1}")
-        indices = self.indices(step)
-        rows = self._finish(self._examples.read(indices), self._serials(step, indices))
-        return transforms.pad_rows(rows, self._rows)
+        positions = self._positions(step)
+        if self._mix is None:
+            return transforms.pad_rows(self._read(positions), self._rows)
+        # Row r's partner is row B - 1 - r, which may be another host's: it is then made here as well.
+        partners = (2 * step + 1) * self._batch_size - 1 - positions
+        both, at = np.unique(np.concatenate([positions, partners]), return_inverse=True)
+        made = self._read(both)
+        own, other = ({k: v[rows] for k, v in made.items()} for rows in np.split(at, 2))
+        return transforms.pad_rows(self._mix(own, other, positions), self._rows)
 
-    def _serials(self, step: int, indices: np.ndarray) -> np.ndarray:
-        """What is drawn for a row depends on its number in the endless order; in evaluation, its example."""
-        if not self._endless:
-            return indices
-        return np.arange(len(indices)) + step * self._batch_size + self._process_index * self._rows
+    def _read(self, positions: np.ndarray) -> transforms.Batch:
+        indices = self._indices(positions)
+        # What is drawn for a row depends on its place in the endless order; in evaluation, on its example.
+        return self._finish(self._examples.read(indices), indices if self._order is None else positions)
 
     def indices(self, step: int) -> np.ndarray:
         """(<= b,) the examples of this host's rows; fewer than b only in the last batch of an evaluation."""
+        return self._indices(self._positions(step))
+
+    def _positions(self, step: int) -> np.ndarray:
+        """(<= b,) the places of this host's rows in the run's order."""
         start = step * self._batch_size + self._process_index * self._rows
+        end = start + self._rows
         if self._order is not None:
-            return np.array([self._order[i] for i in range(start, start + self._rows)], np.int64)
+            return np.arange(start, end)
+        read = self._num_read()
+        return np.arange(min(start, read), min(end, read))
+
+    def _indices(self, positions: np.ndarray) -> np.ndarray:
+        if self._order is not None:
+            return np.array([self._order[i] for i in positions.tolist()], np.int64)
         # A part of the split is spread evenly over it: its beginning may be one document, or one class.
-        read = min(self.num_examples, self._len * self._batch_size)
-        return np.arange(min(start, read), min(start + self._rows, read)) * self.num_examples // read
+        return positions * self.num_examples // self._num_read()
+
+    def _num_read(self) -> int:
+        return min(self.num_examples, self._len * self._batch_size)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[step] for step in range(self._len))
@@ -123,26 +143,24 @@ def make_pipeline(
     if config.batch_size % count:
         raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
     name = config.data.split if split == "train" else config.data.eval_split
-    parts = batches.PARTS.get(config.task.name, _image_parts)
-    examples, finish, facts = parts(config, name, workdir)
-    most = None if split == "train" else _eval_batches(config, len(examples))
-    if split == "train" and len(examples) < config.batch_size:
-        lower = "batch_size or seq_len" if config.task.name in batches.PARTS else "batch_size"
+    parts = batches.KINDS[config.task.name].parts(config, name, workdir, split == "train")
+    most = None if split == "train" else _eval_batches(config, len(parts.examples))
+    if split == "train" and len(parts.examples) < config.batch_size:
+        lower = "batch_size or seq_len" if "seq_len" in parts.facts else "batch_size"
         raise InputError(
-            f"data.name={config.data.name!r} split {name!r} makes {len(examples)} examples, fewer than "
+            f"data.name={config.data.name!r} split {name!r} makes {len(parts.examples)} examples, fewer than "
             f"batch_size={config.batch_size}; lower {lower}, or give more data"
         )
     shuffle = split == "train" and config.data.shuffle
     seed = _shuffle_seed(config.seed) if shuffle else None
-    facts |= {
+    facts = {
         "name": config.data.name,
         "split": name,
         "shuffle": shuffle,
         "seed": config.seed if shuffle else None,
     }
     return Pipeline(
-        examples,
-        finish,
+        parts,
         facts=facts,
         batch_size=config.batch_size,
         seed=seed,
@@ -158,51 +176,9 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
         InputError: an unknown dataset, or one whose images have no fixed size.
     """
+    shapes = {"mask": ((), np.float32), **batches.KINDS[config.task.name].shapes(config)}
     size = config.batch_size
-    shapes: batches.Shapes = {"mask": ((), np.float32)}
-    if config.task.name in batches.SHAPES:
-        shapes |= batches.SHAPES[config.task.name](config)
-    else:
-        image, _ = _image_features(config, sources.features_of(config.data.name, config.data.data_dir))
-        shapes |= {"image": (image, np.float32), "label": ((), np.int32)}
     return {key: jax.ShapeDtypeStruct((size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
-
-
-def _image_parts(config: Config, split: str, workdir: pathlib.Path | None) -> Parts:
-    del workdir
-    source = sources.open_source(
-        config.data.name, split, config.data.data_dir, keys=("image", "label"), cache=config.data.cache
-    )
-    _image_features(config, source.features)
-    classes = getattr(config.model, "num_classes", sys.maxsize)
-
-    def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
-        bad = (batch["label"] < 0) | (batch["label"] >= classes)
-        if bad.any():
-            raise InputError(
-                f"data.name={config.data.name!r} split {split!r} has label {batch['label'][bad][0]}, not "
-                f"one of 0..{classes - 1}; set model.num_classes, or choose a split with labels"
-            )
-        return transforms.normalise({**batch, "label": batch["label"].astype(np.int32)})
-
-    return source, finish, {"source": source.fingerprint}
-
-
-def _image_features(config: Config, features: Mapping[str, sources.Feature]) -> tuple[tuple[int, ...], int]:
-    """The shape of an image (H, W, C) and the number of classes, which have to suit the model."""
-    name, missing = config.data.name, {"image", "label"} - set(features)
-    if missing:
-        raise InputError(
-            f"data.name={name!r} has no feature {min(missing)!r}, which task.name={config.task.name} needs"
-        )
-    shape, classes = features["image"].shape, features["label"].num_classes or 0
-    if None in shape:
-        raise InputError(f"data.name={name!r} has images of any size {shape}; choose a dataset with one size")
-    if features["image"].dtype != "uint8":
-        raise InputError(f"data.name={name!r} has images of {features['image'].dtype}; choose one with uint8")
-    if classes > getattr(config.model, "num_classes", classes):
-        raise InputError(f"model.num_classes is too small for data.name={name!r}: set it to {classes}")
-    return tuple(size for size in shape if size is not None), classes
 
 
 def _eval_batches(config: Config, num_examples: int) -> int:

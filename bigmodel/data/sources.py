@@ -38,6 +38,7 @@ class Feature:
     shape: tuple[int | None, ...]
     dtype: str
     num_classes: int | None = None
+    names: tuple[str, ...] = ()  # of the classes
 
 
 class Source(Protocol):
@@ -343,7 +344,10 @@ class TfdsSource:
             raise self._damaged(index, error) from error
 
     def _damaged(self, index: int, error: Exception) -> InputError:
-        return InputError(f"{self._where} record {index} is damaged ({one_line(error)}); prepare it again")
+        return InputError(
+            f"{self._where} record {index} is damaged ({one_line(error)}); prepare it again, or, of images, "
+            "skip it by data.max_skipped"
+        )
 
 
 def _fixed(feature: Feature) -> tuple[int, ...] | None:
@@ -362,11 +366,17 @@ def _decoder(feature: Any) -> Callable[[Any], Any]:
         return lambda stored: stored.int64_list.value[0]
     if isinstance(feature, kinds.Text):
         return lambda stored: stored.bytes_list.value[0]
+    if isinstance(feature, kinds.Sequence):
+        return lambda stored: np.array(stored.int64_list.value, np.int64)
+    if not isinstance(feature, kinds.Image):
+        shape, dtype = feature.shape, feature.np_dtype
+        field = "float_list" if np.dtype(dtype).kind == "f" else "int64_list"
+        return lambda stored: np.array(getattr(stored, field).value, dtype).reshape(shape)
     return lambda stored: feature.decode_example_np(stored.bytes_list.value[0])
 
 
 def _features(builder: Any) -> dict[str, Feature]:
-    """The top-level features that are plain arrays or text; nested ones (dicts, sequences) are left out."""
+    """The top-level features that are images, classes, text, numbers or lists of classes."""
     from tensorflow_datasets import features as kinds
 
     out = {}
@@ -375,8 +385,27 @@ def _features(builder: Any) -> dict[str, Feature]:
             out[key] = Feature((), "text")
         elif isinstance(feature, kinds.Image | kinds.ClassLabel):
             classes = getattr(feature, "num_classes", None)
-            out[key] = Feature(tuple(feature.shape), np.dtype(feature.np_dtype).name, classes)
+            out[key] = Feature(
+                tuple(feature.shape), np.dtype(feature.np_dtype).name, classes, _names(feature)
+            )
+        elif isinstance(feature, kinds.Sequence) and isinstance(feature.feature, kinds.ClassLabel):
+            out[key] = Feature((None,), "int64", feature.feature.num_classes, _names(feature.feature))
+        elif type(feature) in (kinds.Tensor, kinds.Scalar) and _is_number(feature):
+            out[key] = Feature(tuple(feature.shape), np.dtype(feature.np_dtype).name)
     return out
+
+
+def _names(feature: Any) -> tuple[str, ...]:
+    try:
+        return tuple(getattr(feature, "names", None) or ())
+    except (ValueError, AttributeError):  # classes that TFDS has no names for
+        return ()
+
+
+def _is_number(feature: Any) -> bool:
+    """A feature of one number, or of a fixed number of them in a row."""
+    kind = np.dtype(feature.np_dtype).kind if feature.np_dtype is not None else "O"
+    return kind in "iufb" and len(feature.shape) <= 1 and None not in feature.shape
 
 
 def _open_records(builder: Any, split: str, name: str) -> Any:

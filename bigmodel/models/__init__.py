@@ -7,9 +7,20 @@ from collections.abc import Mapping
 import jax
 
 from bigmodel.config import Config
-from bigmodel.models import bert, gpt, module, t5, vision, vit
+from bigmodel.models import bert, gpt, inception, module, resnet, t5, vision, vit
 
-FAMILIES = {"gpt": gpt.GPT, "bert": bert.BERT, "t5": t5.T5, "vit": vit.ViT, "cnn": vision.CNN}
+FAMILIES = {
+    "gpt": gpt.GPT,
+    "bert": bert.BERT,
+    "t5": t5.T5,
+    "vit": vit.ViT,
+    "cnn": vision.CNN,
+    "mlp": vision.MLP,
+    "alexnet": vision.AlexNet,
+    "vgg": vision.VGG,
+    "resnet": resnet.ResNet,
+    "inception": inception.Inception,
+}
 
 
 def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:

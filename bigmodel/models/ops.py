@@ -110,11 +110,18 @@ silu = _activation(lambda x: x * lax.logistic(x), _silu_slope, "x sigmoid(x), el
 # ----------------------------------------------------------------------------------------------------- images
 
 
-def conv(x: Array, w: Array, strides: tuple[int, int], padding: str, platform: str) -> Array:
-    """x [B, H, W, I] * w [h, w, I, O] -> [B, H', W', O]; `padding` is SAME or VALID."""
+Padding = str | tuple[tuple[int, int], tuple[int, int]]  # SAME, VALID, or (above, below), (left, right)
+
+
+def conv(x: Array, w: Array, strides: tuple[int, int], padding: Padding, platform: str) -> Array:
+    """x [B, H, W, I] * w [h, w, I, O] -> [B, H', W', O]."""
     if platform != "cpu":
         return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    pads = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
+    pads = (
+        padding
+        if not isinstance(padding, str)
+        else (lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding))
+    )
     return _im2col(tuple(strides), x if not any(map(sum, pads)) else jnp.pad(x, ((0, 0), *pads, (0, 0))), w)
 
 
@@ -152,11 +159,26 @@ def _im2col_bwd(strides: tuple[int, int], residuals: tuple[Array, Array], g: Arr
 _im2col.defvjp(lambda strides, x, w: (_im2col(strides, x, w), (x, w)), _im2col_bwd)
 
 
-def max_pool(x: Array, window: tuple[int, int], strides: tuple[int, int]) -> Array:
-    """x [B, H, W, C] -> [B, H', W', C] without padding; a tie's gradient goes to its first element."""
-    if tuple(window) == tuple(strides):
+def max_pool(
+    x: Array, window: tuple[int, int], strides: tuple[int, int], padding: Padding = "VALID"
+) -> Array:
+    """x [B, H, W, C] -> [B, H', W', C]; a tie's gradient goes to its first element."""
+    if tuple(window) == tuple(strides) and padding == "VALID":
         return _tile_max(tuple(window), x)
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), "VALID")
+    pads = padding if isinstance(padding, str) else ((0, 0), *padding, (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), pads)
+
+
+def avg_pool(x: Array, window: tuple[int, int], strides: tuple[int, int], padding: Padding) -> Array:
+    """x [B, H, W, C] -> [B, H', W', C]; what is padded counts as zeros."""
+    pads = padding if isinstance(padding, str) else ((0, 0), *padding, (0, 0))
+    total = lax.reduce_window(x, 0.0, lax.add, (1, *window, 1), (1, *strides, 1), pads)
+    return total / jnp.asarray(math.prod(window), x.dtype)
+
+
+def mean_pool(x: Array) -> Array:
+    """x [B, H, W, C] -> its mean [B, C], summed in float32."""
+    return x.astype(jnp.float32).mean((1, 2)).astype(x.dtype)
 
 
 def _tile(x: Array, window: tuple[int, int], i: int, j: int) -> Array:
@@ -231,3 +253,40 @@ def _normalize_bwd(
 
 
 normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """x [..., K] normalised over all but the last axis, times scale [K] plus bias [K], in float32.
+
+    -> (y [..., K], mean [K], variance [K]). No gradient flows through the two statistics given out.
+    """
+    return _batch_norm_fwd(x, scale, bias, epsilon)[0]
+
+
+def _batch_norm_fwd(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array, Array]]:
+    axes = tuple(range(x.ndim - 1))
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axes)
+    var = jnp.square(wide - mean).mean(axes)
+    inverse = lax.rsqrt(var + epsilon)
+    y = (wide - mean) * (inverse * scale.astype(jnp.float32)) + bias.astype(jnp.float32)
+    return (y.astype(x.dtype), mean, var), (x, scale, bias, mean, inverse)
+
+
+def _batch_norm_bwd(
+    epsilon: float, residuals: tuple[Array, Array, Array, Array, Array], gs: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    x, scale, bias, mean, inverse = residuals
+    axes = tuple(range(x.ndim - 1))
+    count = x.size // x.shape[-1]
+    g = gs[0].astype(jnp.float32)
+    unit = (x.astype(jnp.float32) - mean) * inverse
+    dbias, dscale = g.sum(axes), (g * unit).sum(axes)
+    dx = (inverse * scale.astype(jnp.float32)) * (g - dbias / count - unit * (dscale / count))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)

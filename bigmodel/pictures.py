@@ -1,0 +1,152 @@
+"""The pictures people look at after an evaluation: ROC, precision-recall, confusion matrix, calibration.
+
+Legend: N examples, K classes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+MOST_CURVES = 10  # more classes than this: the worst ones are drawn, and named
+MOST_CELLS = 20  # more classes than this: the confusion matrix goes without numbers
+ENLARGE_ABOVE = 0.99  # an area like this hugs the corner
+FEW = 10  # predictions: a bin with fewer says little
+INK, FAINT = "#1f4e79", "#b0b7bf"
+
+
+def draw(
+    directory: pathlib.Path,
+    is_NK: np.ndarray,
+    score_NK: np.ndarray,
+    report: dict[str, Any],
+    names: Sequence[str],
+) -> list[pathlib.Path]:
+    """Draws what a classifier's `report` (metrics.classification) says -> the PNG files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    figures = {"roc": _curves(is_NK, score_NK, report["roc_auc"]["per_class"], names, roc=True)}
+    figures["pr"] = _curves(is_NK, score_NK, report["pr_auc"]["per_class"], names, roc=False)
+    figures["calibration"] = _calibration(report["calibration"])
+    if "confusion" in report:
+        figures["confusion"] = _confusion(np.array(report["confusion"]), names)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(directory / f"{name}.png")
+        figure.savefig(paths[-1], dpi=120)
+    return paths
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _curves(
+    is_NK: np.ndarray, score_NK: np.ndarray, area: Sequence[float | None], names: Sequence[str], *, roc: bool
+) -> Any:
+    """One class against the rest, for each class, the worst first; a good model's corner is enlarged."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    figure = _figure(6.4, 5)
+    axes = figure.subplots()
+    ranked = sorted((value, k) for k, value in enumerate(area) if value is not None)
+    if len(ranked) == 2:  # of two classes the second says it all
+        ranked = [pair for pair in ranked if pair[1] == 1]
+    good = bool(ranked) and ranked[len(ranked) // 2][0] > ENLARGE_ABOVE
+    zoom = axes.inset_axes((0.3, 0.28, 0.4, 0.42)) if good else None
+    colors = _colors(min(len(ranked), MOST_CURVES))
+    for color, (value, k) in zip(colors, ranked, strict=False):
+        if roc:
+            x, y, _ = roc_curve(is_NK[:, k], score_NK[:, k])
+        else:
+            y, x, _ = precision_recall_curve(is_NK[:, k], score_NK[:, k])
+        label = f"{names[k]}  {value:.4f}"
+        for place in filter(None, (axes, zoom)):
+            place.plot(x, y, color=color, linewidth=1.3, label=label, drawstyle="steps-post")
+    share = is_NK.mean(0)[[k for _, k in ranked]].mean() if ranked else 0.0
+    axes.plot([0, 1], [0, 1] if roc else [share, share], "--", color=FAINT, linewidth=1, label="chance")
+    if zoom is not None:
+        width = 0.02 if ranked[0][0] > 0.995 else 0.1
+        zoom.set(xlim=(-0.02 * width, width) if roc else (1 - width, 1 + 0.02 * width))
+        zoom.set(ylim=(1 - width, 1 + 0.02 * width))
+        zoom.tick_params(labelsize=7)
+        zoom.locator_params(nbins=3)
+        zoom.grid(alpha=0.25)
+        zoom.set_title("the corner, enlarged", fontsize=8)
+    what = ("ROC", "false positive rate", "true positive rate")
+    what = what if roc else ("Precision and recall", "recall", "precision")
+    title = f"{what[0]}, each class against the rest" if len(ranked) > 1 else what[0]
+    axes.set(xlabel=what[1], ylabel=what[2], xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), title=title)
+    axes.grid(alpha=0.25)
+    hidden = len(ranked) - len(colors)
+    legend = "class  area" if hidden <= 0 else f"worst {len(colors)} of {len(ranked)}"
+    axes.legend(title=legend, fontsize=8, loc="lower right" if roc else "lower left", framealpha=0.95)
+    return figure
+
+
+def _colors(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab10"](index) for index in range(count)]
+
+
+def _confusion(counts_KK: np.ndarray, names: Sequence[str]) -> Any:
+    """Shares of each row's examples as colour, counts as numbers."""
+    classes = len(counts_KK)
+    side = min(max(0.52 * classes, 3.2), 11.0)
+    figure = _figure(side + 1.6, side + 0.8)
+    axes = figure.subplots()
+    share_KK = counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
+    # A square root, so that few mistakes among many examples are seen.
+    image = axes.imshow(share_KK**0.5, cmap="Blues", vmin=0, vmax=1)
+    right = np.trace(counts_KK) / max(counts_KK.sum(), 1)
+    axes.set(xlabel="predicted", ylabel="label", title=f"Confusion matrix, {right:.2%} right")
+    if classes <= MOST_CELLS:
+        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 3 else 0)
+        axes.set_yticks(range(classes), names)
+        for row, column in np.argwhere(counts_KK > 0):
+            color = "white" if share_KK[row, column] ** 0.5 > 0.6 else INK
+            text = f"{counts_KK[row, column]}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's examples")
+    ticks = (0, 0.01, 0.05, 0.2, 0.5, 1)
+    bar.set_ticks([tick**0.5 for tick in ticks], labels=[f"{tick:.0%}" for tick in ticks])
+    return figure
+
+
+def _calibration(bins: dict[str, Any]) -> Any:
+    """Accuracy against confidence, above the number of predictions in each bin."""
+    figure = _figure(5.4, 5.6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
+    some, width = count > 0, 1 / len(count)
+    at = (np.arange(len(count)) + 0.5) * width
+    upper.plot([0, 1], [0, 1], "--", color=FAINT, linewidth=1, label="perfect")
+    # Of n predictions with accuracy a, the bar is the standard error of a.
+    error = np.sqrt(accuracy * (1 - accuracy) / np.maximum(count, 1))
+    firm, thin = count >= FEW, some & (count < FEW)
+    upper.errorbar(
+        confidence[firm], accuracy[firm], error[firm], fmt="o-", color=INK, markersize=4, linewidth=1.2,
+        capsize=2, label="this model",
+    )  # fmt: skip
+    if thin.any():
+        upper.plot(
+            confidence[thin],
+            accuracy[thin],
+            "o",
+            color=FAINT,
+            markersize=4,
+            label=f"fewer than {FEW} predictions",
+        )
+    upper.set(ylabel="accuracy", ylim=(-0.02, 1.04), xlim=(-0.01, 1.01))
+    upper.set_title(f"Calibration, expected error {bins['ece']:.4f}")
+    upper.legend(loc="upper left")
+    lower.bar(at[some], count[some], width * 0.92, color=INK)
+    lower.set(xlabel="confidence", ylabel="predictions", yscale="log")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.25)
+    return figure

@@ -1,0 +1,268 @@
+"""Images on their way to the model: augmented, mixed, balanced, checked, by seed and step alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bigmodel import config as config_lib
+from bigmodel import tasks
+from bigmodel.config import InputError
+from bigmodel.data import batch_spec, images, make_pipeline, open_source, randaugment, transforms
+from bigmodel.data.builders import prepare
+
+ALL = "crop:2,flip:0.5,randaugment:2:9,erase:0.5"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("data"))
+    prepare.prepare("digits", path)
+    return path
+
+
+def config(digits: str, task: dict | None = None, **data) -> config_lib.Config:
+    tree = {"data": {"name": "digits", "data_dir": digits} | data, "batch_size": 32}
+    return config_lib.from_dict(
+        tree | {"model": {"name": "cnn"}, "task": {"name": "classify"} | (task or {})}
+    )
+
+
+def photo(height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+# ------------------------------------------------------------------------------------------ purity, hosts
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"augment": ALL}, {"augment": "resized_crop:0.3", "image_size": 12, "mixup": 0.4, "cutmix": 1.0}],
+    ids=["augment", "mix"],
+)
+def test_a_batch_is_a_pure_function_of_seed_step_and_not_of_hosts(digits, data):
+    c = config(digits, **data)
+    whole = make_pipeline(c, "train")
+    assert_equal(whole[50], make_pipeline(c, "train")[50])
+    assert (whole[50]["image"] != whole[50 + 1501]["image"]).any()
+    parts = [make_pipeline(c, "train", process_index=i, process_count=4)[50] for i in range(4)]
+    assert_equal({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, whole[50])
+    assert whole.spec() == batch_spec(c)
+    seeded = make_pipeline(c.replace(seed=1), "train")[50]
+    assert (whole[50]["image"] != seeded["image"]).any()
+    assert whole.fingerprint() != make_pipeline(config(digits), "train").fingerprint()
+
+
+def test_evaluation_is_not_augmented(digits):
+    plain = list(make_pipeline(config(digits), "eval"))
+    other = list(make_pipeline(config(digits, augment=ALL, mixup=0.5, balance="balanced"), "eval"))
+    for a, b in zip(plain, other, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+        assert set(b["label_share"][b["mask"] > 0]) == {1.0}
+
+
+# ------------------------------------------------------------------------------------------ single images
+
+
+def test_center_resizes_the_shorter_side_and_cuts_the_middle():
+    for height, width in ((24, 32), (32, 24), (8, 8), (300, 211)):
+        assert transforms.center(photo(height, width), 16, 0.875).shape == (16, 16, 3)
+    ramp = np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (20, 1, 1))
+    np.testing.assert_array_equal(transforms.center(ramp, 20)[0, :, 0], np.arange(10, 30))
+
+
+def test_crop_flip_and_erase_do_what_they_say():
+    image, rng = photo(), np.random.default_rng(0)
+    np.testing.assert_array_equal(transforms.flip(image, rng, 1.0), image[:, ::-1])
+    np.testing.assert_array_equal(transforms.flip(image, rng, 0.0), image)
+    padded = np.pad(image, ((3, 3), (3, 3), (0, 0)))
+    windows = {padded[y : y + 24, x : x + 32].tobytes() for y in range(7) for x in range(7)}
+    seen = {transforms.crop(image, rng, 3).tobytes() for _ in range(60)}
+    assert seen <= windows
+    assert len(seen) > 20
+    erased = [(transforms.erase(image, rng, 1.0) != image).any(2).mean() for _ in range(50)]
+    assert 0.01 < min(erased) < max(erased) < 0.45
+    assert transforms.erase(image, rng, 0.0) is image
+    assert transforms.resized_crop(image, rng, 0.08, 10).shape == (10, 10, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("index", range(len(randaugment.OPERATIONS)))
+def test_each_operation_keeps_shape_and_type(index, channels):
+    image = photo(channels=channels)
+    for sign in (-1.0, 1.0):
+        out = randaugment.OPERATIONS[index](image, 0.9, sign).reshape(image.shape)
+        assert out.dtype == np.uint8
+    gentle = randaugment.OPERATIONS[index](image, 0.0, 1.0).reshape(image.shape)
+    if index not in (1, 2):  # autocontrast and equalise have no strength
+        np.testing.assert_array_equal(gentle, image)
+
+
+def test_normalise_with_a_datasets_own_numbers(digits):
+    c = config(digits, mean=(0.25,), std=(0.5,))
+    plain, own = (make_pipeline(each, "eval")[0]["image"] for each in (config(digits), c))
+    np.testing.assert_allclose(own, plain + 0.5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- mixing
+
+
+def test_mixed_labels_are_the_share_of_pixels():
+    image = np.stack([np.zeros((16, 16, 1)), np.ones((16, 16, 1))]).astype(np.float32)
+    batch = {"image": image, "label": np.array([3, 5], np.int32)}
+    other = {key: value[::-1] for key, value in batch.items()}
+    for mixup, cutmix in ((0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
+        for seed in range(20):
+            rngs = [transforms.generator(seed, position, 2) for position in range(2)]
+            out = transforms.mix(batch, other, rngs, mixup, cutmix)
+            np.testing.assert_allclose(out["image"][0].mean(), 1 - out["label_share"][0], atol=1e-5)
+            np.testing.assert_allclose(out["image"][1].mean(), out["label_share"][1], atol=1e-5)
+            assert out["label_other"].tolist() == [5, 3]
+
+
+def test_the_mixed_loss_is_that_of_soft_labels():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(6, 10)), jnp.float32)
+    a, b, share = rng.integers(0, 10, 6), rng.integers(0, 10, 6), rng.random(6).astype(np.float32)
+    soft = share[:, None] * np.eye(10)[a] + (1 - share)[:, None] * np.eye(10)[b]
+    batch = {"label": a, "label_other": b, "label_share": share, "mask": np.ones(6, np.float32)}
+    batch = {
+        key: jnp.asarray(value, jnp.int32 if value.dtype == int else None) for key, value in batch.items()
+    }
+    task = tasks.make(config_lib.from_dict({"task": {"name": "classify"}, "model": {"name": "cnn"}}))
+    total, weight = task.terms(logits, batch, True)["loss"]
+    expected = optax.softmax_cross_entropy(logits, jnp.asarray(soft, jnp.float32)).mean()
+    assert float(total / weight) == pytest.approx(float(expected), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- balance
+
+
+def test_balanced_order_evens_out_classes():
+    labels = np.repeat([0, 1, 2], [9000, 900, 100])
+    for power, expected in ((0.0, [1, 1, 1]), (0.5, np.sqrt([9000, 900, 100])), (1.0, [9000, 900, 100])):
+        order = images.Balanced(labels, power, seed=0)
+        drawn = np.bincount(labels[[order[position] for position in range(4000)]], minlength=3)
+        np.testing.assert_allclose(drawn / 4000, np.array(expected) / np.sum(expected), atol=0.03)
+    again = images.Balanced(labels, 1.0, seed=0)
+    assert [again[p] for p in range(50)] == [order[p] for p in range(50)]
+
+
+def test_class_weights_make_classes_weigh_alike(digits):
+    np.testing.assert_allclose(images.class_weights(np.array([10, 30, 0])), [2, 2 / 3, 0], rtol=1e-6)
+    c = config(digits, task={"class_weights": "balanced"})
+    train, held_out = make_pipeline(c, "train")[0], make_pipeline(c, "eval")[0]
+    counts = np.bincount(open_source("digits", "train", digits).read(np.arange(1501))["label"])
+    np.testing.assert_allclose(train["weight"], images.class_weights(counts)[train["label"]])
+    assert set(held_out["weight"]) == {1.0}
+
+
+def test_losses_by_formula():
+    logits = jnp.asarray([[2.0, -1.0, 0.0], [0.5, 0.5, 3.0]])
+    batch = {"label": jnp.asarray([0, 1]), "mask": jnp.ones(2), "weight": jnp.asarray([3.0, 1.0])}
+    tree = {"model": {"name": "cnn"}, "task": {"name": "classify", "loss": "focal", "focal_gamma": 1.5}}
+    total, weight = tasks.make(config_lib.from_dict(tree)).terms(logits, batch, True)["loss"]
+    p = np.asarray(jax.nn.softmax(logits))[[0, 1], [0, 1]]
+    assert float(total) == pytest.approx((np.array([3, 1]) * -np.log(p) * (1 - p) ** 1.5).sum(), rel=1e-4)
+    assert float(weight) == 4
+    values = {"label": jnp.asarray([[0.0, 1.0, 5.0], [0.0, 0.0, 0.0]]), "mask": jnp.asarray([1.0, 0.0])}
+    tree["task"] = {"name": "regress", "huber_delta": 1.0}
+    terms = tasks.make(config_lib.from_dict(tree)).terms(logits, values, False)
+    assert float(terms["loss"][0]) == pytest.approx((1.5 + 1.5 + 4.5) / 3)
+    assert float(terms["mse"][0]) == pytest.approx((4 + 4 + 25) / 3)
+    tree["task"] = {"name": "multilabel"}
+    binary = {"label": jnp.asarray([[1.0, 0.0, 1.0]] * 2), "mask": jnp.ones(2)}
+    terms = tasks.make(config_lib.from_dict(tree)).terms(logits, binary, False)
+    expected = optax.sigmoid_binary_cross_entropy(logits, binary["label"]).mean(-1).sum()
+    assert float(terms["loss"][0]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(terms["exact_match"][0]) == 0
+
+
+# ---------------------------------------------------------------------------------------------- bad data
+
+
+class Broken:
+    """A source whose records 3 and 40 do not decode, and whose record 7 has label 99."""
+
+    def __init__(self, source):
+        self.source, self.features, self.fingerprint = source, source.features, source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, indices):
+        for index in set(indices.tolist()) & {3, 40}:
+            raise InputError(f"digits/1.0.0 split 'train' record {index} is damaged (no image)")
+        batch = self.source.read(indices)
+        return {**batch, "label": np.where(np.isin(indices, 7), 99, batch["label"])}
+
+
+def records(digits: str, max_skipped: int) -> images.Records:
+    source = Broken(open_source("digits", "train", digits))
+    return images.Records(source, config(digits, max_skipped=max_skipped), "data.name='digits' split 'train'")
+
+
+def test_bad_records_are_named(digits):
+    with pytest.raises(InputError, match=r"record 3 is damaged"):
+        records(digits, 0).read(np.arange(5))
+    with pytest.raises(
+        InputError, match=r"split 'train' record 7 has label 99, not one of 0\.\.9.*num_classes"
+    ):
+        records(digits, 0).read(np.arange(5, 10))
+
+
+def test_a_capped_skip_counts_replaces_and_masks(digits, caplog):
+    lenient = records(digits, 3)
+    with caplog.at_level(logging.WARNING, "bigmodel"):
+        batch = lenient.read(np.arange(50))
+    assert sorted(lenient.skipped) == [3, 7, 40]
+    assert [line.split(" of ")[0] for line in caplog.messages] == [f"skipped {n}" for n in (1, 2, 3)]
+    assert np.flatnonzero(batch["mask"] == 0).tolist() == [3, 7, 40]
+    np.testing.assert_array_equal(batch["image"][3], batch["image"][4])
+    assert_equal(lenient.read(np.arange(50)), batch)
+    with pytest.raises(InputError, match=r"data\.max_skipped=2 are skipped already"):
+        records(digits, 2).read(np.arange(50))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"augment": "corp:4"}, r"data\.augment has 'corp'.*crop, flip, randaugment"),
+        ({"augment": "crop:x"}, r"data\.augment has 'crop:x'.*crop:4"),
+        ({"augment": "flip:2"}, r"data\.augment has 'flip:2', out of range: 0 to 1"),
+        ({"augment": "resized_crop:0.1"}, r"resized_crop.*data\.image_size"),
+        ({"label": "lable"}, r"no feature 'lable'.*data\.label"),
+        ({"group": "sex"}, r"no feature 'sex'.*data\.group"),
+        ({"mean": (0.1, 0.2)}, r"data\.mean has 2 numbers; give one"),
+    ],
+)
+def test_bad_keys_are_named(digits, data, message):
+    with pytest.raises(InputError, match=message):
+        make_pipeline(config(digits, **data), "train")
+    with pytest.raises(InputError):
+        config(digits, image_size=-1)
+
+
+def test_images_of_any_size_are_resized(digits, monkeypatch):
+    c = dataclasses.replace(config(digits, image_size=10))
+    features = {"image": images.sources.Feature((None, None, 3), "uint8")}
+    features["label"] = images.sources.Feature((), "int64", 10)
+    assert images.check(c, features) == (10, 10, 3)
+    column = np.empty(2, object)
+    column[:] = [photo(20, 31), photo(9, 7)]
+    batch = {"image": column, "label": np.array([1, 2]), "mask": np.ones(2, np.float32)}
+    out = images.Prepare(c, False, None)(batch, np.arange(2))
+    assert out["image"].shape == (2, 10, 10, 3)
