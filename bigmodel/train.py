@@ -292,15 +292,20 @@ class _Loop:
             f"eval      step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         )
 
+    def _measured(self, report: dict[str, Any]) -> dict[str, float]:
+        """What the receipt planned, as it was; memory where the device counts it."""
+        stats = self.run_.program.mesh.local_devices[0].memory_stats() or {}
+        measured = {"step_s": report["step_s"] or 0.0, "peak_bytes": float(stats.get("peak_bytes_in_use", 0))}
+        return measured | {"state_bytes": float(estimate.tree_bytes(self.state))}
+
     def _finish(self, step: int) -> None:
         """Says what was spent beside what was planned, and draws the curve."""
         report = self.ledger.report(self.receipt["model_flops_per_step"])
-        low, high = self.receipt["step_s_range"]
         log.say(
-            f"spent     {receipts.duration(report['total_s'])}, {report['goodput']:.0%} in training steps; "
-            f"a step took {report['step_s']:.3g} s "
-            f"(planned {self.receipt['step_s']:.3g}, {low:.3g} to {high:.3g})"
+            f"spent     {receipts.duration(report['total_s'])}, {report['goodput']:.0%} in training steps"
         )
+        for line in receipts.compare(self.receipt, self._measured(report)):
+            log.say(f"          {line}")
         log.say(f"saved     step {step:,} in {self.run_.path}")
         if jax.process_index() == 0:
             log.plot_loss(self.run_.path)

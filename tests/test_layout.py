@@ -45,7 +45,7 @@ ORDER = """
     plan/costs
     plan/estimate
     plan/receipt
-    plan/planner
+    plan/planner | plan/timeline
     ledger
     log
     infer | pictures

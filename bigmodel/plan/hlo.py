@@ -35,6 +35,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
+    """One line of a computation; what is not parsed stays in `text`."""
+
     name: str
     opcode: str
     shapes: tuple[Shape, ...]  # one, or a tuple's leaves
@@ -77,6 +79,8 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Module:
+    """Computations by name, each in the order of its schedule."""
+
     entry: str
     computations: dict[str, tuple[Instruction, ...]]
 
