@@ -38,7 +38,8 @@ ORDER = """
     checkpoint
     plan/__init__
     plan/hlo
-    plan/schedule
+    plan/schedule | plan/calibrate
+    plan/cpu_costs
     plan/flops
     plan/estimate
     ledger
