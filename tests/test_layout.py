@@ -40,9 +40,8 @@ ORDER = """
     plan/__init__
     plan/flops
     plan/hlo
-    plan/schedule
-    plan/target
-    plan/costs
+    plan/schedule | plan/calibrate | plan/target
+    plan/costs | plan/cpu_costs
     plan/estimate
     plan/receipt
     plan/planner | plan/timeline

@@ -9,14 +9,16 @@ import jax
 
 from bigmodel import hardware
 from bigmodel import mesh as mesh_lib
-from bigmodel.plan import flops, hlo, schedule
+from bigmodel.data import text
+from bigmodel.plan import calibrate, flops, hlo, schedule
 from bigmodel.plan.costs import ChipCosts
+from bigmodel.plan.cpu_costs import CpuCosts
 from bigmodel.plan.schedule import Event, Schedule
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
 
 RESERVED = {"tpu": 0.25 * 2**30, "gpu": 1.5e9}  # what the runtime keeps of a device's memory for itself
-CPU_EFFICIENCY = 0.45  # of a lone matrix product's speed, for a whole training step
+GUESSED_EFFICIENCY = 0.45  # of a lone matrix product's speed, for a step: 0.3-0.7 was measured on CPUs
 
 
 def tree_bytes(spec: Any) -> int:
@@ -72,16 +74,27 @@ def capacity_bytes(target: Target) -> float | None:
     return target.chip.memory_bytes - RESERVED[target.chip.platform] if target.chip else None
 
 
-def step(program: Program, compiled: Any, target: Target) -> Schedule:
-    """One training step on the target, walked through the compiler's schedule."""
-    if target.chip is None:
-        devices = 1  # CPU devices share one host's cores
-        seconds = flops.model_flops(program) / (
-            hardware.matmul_flops(program.config.compute_dtype) * devices * CPU_EFFICIENCY
-        )
-        return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds),))
-    costs = ChipCosts(target, program.mesh, program.config.compute_dtype)
-    return schedule.walk(hlo.parse(compiled.as_text()), costs)
+def step(program: Program, compiled: Any, target: Target, calibrated: bool = False) -> tuple[Schedule, str]:
+    """One training step on the target, walked through the compiler's schedule; and how it was had: the
+    target's `compiler`, or `guess`.
+
+    Args:
+        calibrated: measure a CPU now if it never was (under 30 s); otherwise guess from a matrix product.
+    """
+    if target.chip is not None:
+        costs = ChipCosts(target, program.mesh, program.config.compute_dtype)
+        return schedule.walk(hlo.parse(compiled.as_text()), costs), target.compiler
+    folder = text.cache_dir()
+    here = target.devices[0].platform == "cpu"
+    measured = (calibrate.load if calibrated else calibrate.known)(folder) if here else None
+    if measured is not None:
+        walked = schedule.walk(hlo.parse(compiled.as_text()), CpuCosts(measured, program.mesh.size))
+        return Schedule(walked.total_s + measured.call_s, walked.events), "cpu"
+    hosts = len({d.process_index for d in program.mesh.devices.flat})
+    devices = hosts if here else program.mesh.size  # CPU devices share their host's cores
+    speed = hardware.matmul_flops(program.config.compute_dtype) * devices
+    seconds = flops.model_flops(program) / (speed * GUESSED_EFFICIENCY)
+    return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds),)), "guess"
 
 
 def steps_for_budget(program: Program) -> int:

@@ -43,8 +43,8 @@ def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = No
     aim = target.make(spec) if spec else target.here(jax.devices())
     built = build(config, aim)
     compiled = compile_for(built, aim)
-    steps = estimate.step(built, compiled, aim)
-    made = receipt.make(built, compiled, aim, steps, assume=assume)
+    steps, how = estimate.step(built, compiled, aim, calibrated=True)
+    made = receipt.make(built, compiled, aim, steps, how, assume=assume)
     made["plan_time_s"] = time.perf_counter() - began
     return Plan(made, steps)
 
@@ -52,7 +52,7 @@ def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = No
 def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Receipt:
     """The receipt of a Program that is compiled for this job's own devices."""
     aim = target.here(tuple(built.mesh.devices.flat))
-    return receipt.make(built, compiled, aim, estimate.step(built, compiled, aim), steps_left=steps_left)
+    return receipt.make(built, compiled, aim, *estimate.step(built, compiled, aim), steps_left=steps_left)
 
 
 def build(config: Config, aim: Target) -> Program:

@@ -22,13 +22,14 @@ ASSUMPTIONS: dict[str, tuple[float, str]] = {
     "kg_co2e_per_kwh": (0.45, "world average of electricity (IEA, 2024)"),
 }
 # How far a plan may be off, as a share of the step: by the compiler that the schedule is from.
-UNCERTAINTY = {"libtpu": 0.12, "cuda": 0.3, "analytic": 0.4, "cpu": 0.25}
+UNCERTAINTY = {"libtpu": 0.12, "cuda": 0.3, "analytic": 0.4, "cpu": 0.25, "guess": 0.6}
 HOW = {
     "libtpu": "libtpu's own schedule",
     "cuda": "the CUDA compiler's own schedule; efficiencies not calibrated on a GPU",
     "analytic": "ANALYTIC: the CPU compiler's partitioned program, as the target's compiler is not installed "
     "(pip install 'bigmodel[plan]'); memory is the CPU's too",
-    "cpu": "this machine, measured",
+    "cpu": "this machine's own schedule and microbenchmark",
+    "guess": "a guess from one matrix product measured here; plan.py --target=cpu calibrates",
 }
 
 
@@ -37,18 +38,20 @@ def make(
     compiled: Any,
     target: Target,
     steps: Schedule,
+    how: str,
     *,
     steps_left: int | None = None,
     assume: dict[str, float] | None = None,
 ) -> Receipt:
-    """Keys end in their unit: `_bytes` are per device, `_flops` over the whole mesh, `_s` seconds."""
-    config, spread = program.config, UNCERTAINTY[target.compiler]
+    """`steps` and `how` as `estimate.step` gives them. Keys end in their unit: `_bytes` are per device, `_flops` over the whole mesh, `_s` seconds."""
+    config, spread = program.config, UNCERTAINTY[how]
     count = config.steps if steps_left is None else steps_left
     tokens = config.batch_size * (config.seq_len if "tokens" in program.batch_spec else 1)
     step_flops = flops.model_flops(program)
     by_formula = flops.by_formula(config)
     r: Receipt = {
         "target": target.spec,
+        "time_from": how,
         "device_kind": program.mesh.devices.flat[0].device_kind if target.chip is None else target.chip.name,
         "devices": program.mesh.size,
         "chips": target.chips,
@@ -72,7 +75,7 @@ def make(
         "tokens_per_s_per_chip": tokens / steps.total_s / target.chips,
         "total_s": steps.total_s * count,
         "total_s_range": [steps.total_s * count / (1 + spread), steps.total_s * count * (1 + spread)],
-        "time_source": HOW[target.compiler],
+        "time_source": HOW[how],
     }
     r |= _mfu(program, target, r)
     r |= _price(target, r, assume or {})

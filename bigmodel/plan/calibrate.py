@@ -1,0 +1,283 @@
+"""How fast this machine's CPU is: a microbenchmark of under 30 s, kept for the next plan.
+
+It times, as XLA compiles them here: matrix products by shape, layout and dtype; elementwise work by kind of
+operation; memory by size of the working set; transposed copies; what a thunk (a kernel's launch) costs; and
+collectives between forced CPU devices. Nothing in it knows what a model looks like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# (batch, m, k, n): squares, the tall and skinny ones of dense layers, batches of small ones as attention has
+SHAPES = (
+    (1, 64, 64, 64), (1, 256, 64, 256), (1, 256, 256, 256), (1, 1024, 64, 1024), (1, 1024, 128, 128),
+    (1, 128, 1024, 128), (1, 128, 1024, 512), (1, 1024, 128, 512), (1, 1024, 512, 128), (1, 1024, 384, 384),
+    (1, 384, 1024, 384), (1, 384, 1024, 1536), (1, 1024, 384, 1536), (1, 1024, 1536, 384), (1, 512, 512, 512),
+    (1, 64, 4096, 256), (1, 64, 256, 4096), (1, 4096, 64, 256), (1, 16384, 64, 64), (1, 64, 16384, 64),
+    (1, 16384, 512, 128), (1, 512, 16384, 128), (1, 32768, 9, 64), (1, 9, 32768, 64), (1, 1024, 1024, 1024),
+    (16, 64, 32, 64), (16, 64, 64, 32), (16, 64, 32, 256), (16, 64, 256, 32), (16, 256, 64, 32),
+    (48, 64, 64, 64), (24, 64, 64, 256), (24, 64, 256, 64), (24, 256, 64, 64),
+)  # fmt: skip
+LAYOUTS = ("nn", "nt", "tn")  # which of the two factors is stored transposed
+DTYPES = ("float32", "bfloat16")
+STREAM_BYTES = tuple(2**p for p in (15, 17, 19, 21, 23, 25, 27, 28))
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A measured matrix product [batch, m, k] x [batch, k, n]."""
+
+    dtype: str
+    layout: str
+    batch: int
+    m: int
+    k: int
+    n: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured. `*_s` are seconds; an element's are one thread's, in cache."""
+
+    key: str
+    products: tuple[Product, ...]
+    stream: tuple[tuple[float, float], ...]  # (bytes read and written, seconds), both cores
+    stream_one: tuple[tuple[float, float], ...]  # likewise, one thread
+    reduce: tuple[tuple[float, float], ...]  # (bytes read by a sum over rows, seconds)
+    element_s: dict[str, float]  # kind of operation -> seconds for one float32
+    transpose_s: float  # an element's strided move, beyond the stream
+    thunk_s: float  # launching one kernel
+    call_s: float  # launching one program
+    collectives: dict[str, tuple[tuple[float, float], ...]]  # kind -> (bytes of the whole array, seconds)
+    took_s: float = 0.0
+
+
+def machine_key() -> str:
+    """What a calibration depends on: CPU, cores, jax, devices, and whether malloc keeps its memory."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    devices = jax.local_device_count("cpu")
+    return f"{model}, {cores()} cores, jax {jax.__version__}, {devices} devices, malloc {_allocator()}"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _allocator() -> str:
+    """`keeps` when freed pages stay with the process (scripts/cli.py), told by page faults."""
+    import resource
+
+    import numpy as np
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(1 << 24, np.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    return "keeps" if faults() < 1024 else "returns"
+
+
+def known(folder: pathlib.Path) -> Calibration | None:
+    """The calibration of this machine that `load` left in `folder`, if any."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return from_json(_path(folder, machine_key()).read_text())
+    return None
+
+
+def _path(folder: pathlib.Path, key: str) -> pathlib.Path:
+    return folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def load(folder: pathlib.Path, fresh: bool = False) -> Calibration:
+    """The calibration of this machine: from `folder`, or measured now (under 30 s) and written there."""
+    there = None if fresh else known(folder)
+    if there is not None:
+        return there
+    key = machine_key()
+    path = _path(folder, key)
+    found = measure(key)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs only time
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(dataclasses.asdict(found)))
+        part.replace(path)
+    return found
+
+
+def from_json(text: str) -> Calibration:
+    raw = json.loads(text)
+
+    def pairs(rows: Any) -> tuple[tuple[float, float], ...]:
+        return tuple((float(a), float(b)) for a, b in rows)
+
+    raw["products"] = tuple(Product(**p) for p in raw["products"])
+    for name in ("stream", "stream_one", "reduce"):
+        raw[name] = pairs(raw[name])
+    raw["collectives"] = {kind: pairs(rows) for kind, rows in raw["collectives"].items()}
+    return Calibration(**raw)
+
+
+# ------------------------------------------------------------------------------------------- the measuring
+
+
+def _seconds(function: Callable[..., Any], *args: Any, least_s: float = 0.015) -> float:
+    """The lower quartile of repeats: other processes only ever add time."""
+    program = jax.jit(function).lower(*args).compile()
+    for _ in range(2):
+        jax.block_until_ready(program(*args))
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < least_s and len(times) < 200):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.quantiles(times, n=4)[0]
+
+
+def measure(key: str = "") -> Calibration:
+    """Times everything, on the first CPU device (collectives: on all)."""
+    began = time.perf_counter()
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        call_s = _seconds(lambda x: x + 1, jnp.zeros(4))
+        products = tuple(_products(call_s))
+        element_s = _elements()
+        stream = tuple((b, _stream(b) - call_s) for b in STREAM_BYTES)
+        found = Calibration(
+            key=key,
+            products=products,
+            stream=stream,
+            stream_one=tuple((b, _stream(b, parallel=False) - call_s) for b in STREAM_BYTES[:-1]),
+            reduce=tuple((b, _reduce(b) - call_s) for b in STREAM_BYTES[1:-1:2]),
+            element_s=element_s,
+            transpose_s=_transpose(call_s),
+            thunk_s=_thunk(),
+            call_s=call_s,
+            collectives=_collectives(call_s),
+        )
+    return dataclasses.replace(found, took_s=time.perf_counter() - began)
+
+
+def _products(call_s: float) -> list[Product]:
+    found = []
+    for dtype in DTYPES:
+        for batch, m, k, n in SHAPES if dtype == "float32" else SHAPES[::4]:
+            for layout in LAYOUTS if dtype == "float32" else LAYOUTS[:1]:
+                a = jnp.ones((batch, k, m) if layout[0] == "t" else (batch, m, k), dtype)
+                b = jnp.ones((batch, n, k) if layout[1] == "t" else (batch, k, n), dtype)
+                if batch == 1:
+                    a, b = a[0], b[0]
+                axes = (
+                    (a.ndim - (2 if layout[0] == "t" else 1),),
+                    (b.ndim - (1 if layout[1] == "t" else 2),),
+                )
+                batched = ((0,), (0,)) if batch > 1 else ((), ())
+                seconds = _seconds(lambda a, b, d=(axes, batched): jax.lax.dot_general(a, b, d), a, b)
+                found.append(Product(dtype, layout, batch, m, k, n, max(seconds - call_s, 1e-7)))
+    return found
+
+
+_ELEMENTWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "add": lambda x: x * 0.999 + 0.001,  # two operations
+    "divide": lambda x: 1.5 / x,
+    "sqrt": lambda x: jnp.sqrt(x),
+    "exponential": lambda x: jnp.exp(-x),
+    "log": lambda x: jnp.log(x + 1.5),
+    "tanh": lambda x: jnp.tanh(x),
+    "cosine": lambda x: jnp.cos(x),
+    "power": lambda x: jnp.power(x, 1.7),
+}
+
+
+def _elements(size: int = 8192, times: int = 8) -> dict[str, float]:
+    """Seconds for one element and operation: the slope between a chain of `times` and one of `times` / 2."""
+    found = {}
+    x = jnp.linspace(0.5, 1.5, size)
+    for name, step in _ELEMENTWISE.items():
+
+        def chain(x: jax.Array, n: int, step: Callable[[jax.Array], jax.Array] = step) -> jax.Array:
+            for _ in range(n):
+                x = step(x)
+            return x
+
+        long = _seconds(lambda x, c=chain: c(x, times), x, least_s=0.005)
+        short = _seconds(lambda x, c=chain: c(x, times // 2), x, least_s=0.005)
+        found[name] = max((long - short) / (times // 2) / size, 1e-12) / (2 if name == "add" else 1)
+    return found
+
+
+def _stream(size: int, parallel: bool = True) -> float:
+    """x + 1 reads `size` / 2 bytes and writes as many; one row cannot be cut between threads."""
+    x = jnp.zeros((16, size // 8 // 16) if parallel else (1, size // 8), jnp.float32)
+    return _seconds(lambda x: x + 1, x)
+
+
+def _reduce(size: int) -> float:
+    return _seconds(lambda x: x.sum(-1), jnp.zeros((size // 4 // 256, 256), jnp.float32))
+
+
+def _transpose(call_s: float) -> float:
+    """[B, L, H, K] -> [B, H, L, K]; seconds an element."""
+    x = jnp.zeros((4, 256, 4, 64), jnp.float32)
+    seconds = _seconds(lambda x: x.swapaxes(1, 2) + 1, x) - call_s
+    return max(seconds, 1e-7) / x.size
+
+
+def _thunk(times: int = 64) -> float:
+    """What each small kernel adds to a chain of small products."""
+    x = jnp.eye(8)
+
+    def chain(x: jax.Array, between: bool) -> jax.Array:
+        for _ in range(times):
+            x = x @ x
+            x = jnp.tanh(x) if between else x
+        return x
+
+    more = _seconds(lambda x: chain(x, True), x) - _seconds(lambda x: chain(x, False), x)
+    return max(more / times, 2e-7)
+
+
+def _collectives(call_s: float) -> dict[str, tuple[tuple[float, float], ...]]:
+    devices = jax.local_devices(backend="cpu")
+    if len(devices) == 1:
+        return {}
+    mesh = jax.sharding.Mesh(devices, ("d",))
+    n, spec = len(devices), jax.sharding.PartitionSpec("d")
+    whole = jax.sharding.PartitionSpec()
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    kinds: dict[str, tuple[Callable[[jax.Array], jax.Array], Any, Any]] = {
+        "all-reduce": (lambda x: jax.lax.psum(x, "d"), whole, whole),
+        "all-gather": (lambda x: jax.lax.all_gather(x, "d", tiled=True), spec, whole),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "d", tiled=True), whole, spec),
+        "all-to-all": (lambda x: jax.lax.all_to_all(x, "d", 0, 0, tiled=True), whole, spec),
+        "collective-permute": (lambda x: jax.lax.ppermute(x, "d", ring), whole, whole),
+    }
+    found = {}
+    for kind in COLLECTIVES:
+        function, before, after = kinds[kind]
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=before, out_specs=after, check_vma=False)
+        rows = []
+        for size in (2**12, 2**18, 2**22, 2**24):
+            x = jax.device_put(jnp.zeros(size // 4, jnp.float32), jax.sharding.NamedSharding(mesh, before))
+            rows.append((float(size), max(_seconds(mapped, x) - call_s, 1e-7)))
+        found[kind] = tuple(rows)
+    return found
