@@ -1,6 +1,11 @@
 """Compares what the planner predicts with what was measured.
 
     python scripts/validate_plan.py --local --json=local.json    # this machine's CPU: predicts, then runs
+    python scripts/validate_plan.py TABLE.csv --json=rows.json   # published TPU runs, one a line
+
+A table's columns: model, topology, chips, depth, width, heads, kv_heads, head_dim, mlp_width, vocab_size,
+seq_len, examples_per_chip, param_dtype, remat, fsdp, tensor, step_s. The rows are MaxText's Llama-like
+decoder with its compiler options; each compiles for one to several minutes, and needs `pip install 'bigmodel[plan]'`.
 
 `--local` calibrates this CPU (under 30 s, kept in ~/.cache/bigmodel; --fresh measures again), predicts the
 step of a dozen GPTs and CNNs, and only then runs them: one after another in each round, so that the machine's
@@ -9,6 +14,7 @@ drift hits all alike. Printed: the median step over all rounds, the prediction, 
 
 from __future__ import annotations
 
+import csv
 import json
 import pathlib
 import statistics
@@ -19,7 +25,7 @@ from typing import Any
 import cli
 
 from bigmodel import config as config_lib
-from bigmodel.config import Config
+from bigmodel.config import Config, InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GPT, CNN = "configs/gpt.py:size=toy", "configs/cnn.py:data=mnist"
@@ -46,17 +52,109 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> int:
     flags = cli.parser(__doc__)
+    flags.add_argument("table", nargs="?", type=pathlib.Path, help="published step times, as CSV")
     flags.add_argument("--local", action="store_true", help="this machine's CPU, measured now")
     flags.add_argument("--fresh", action="store_true", help="calibrate again")
     flags.add_argument("--rounds", type=int, default=5, help="of every case in turn")
     flags.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     args, rest = cli.parse(flags)
-    if rest or not args.local:
-        raise config_lib.InputError("say what to validate: --local; see --help")
-    rows = local(args.rounds, args.fresh)
+    if rest or args.local == bool(args.table):
+        raise InputError("say what to validate: a table of published runs, or --local; see --help")
+    cli.no_accelerator_needed(bool(args.table))
+    rows = published(args.table) if args.table else local(args.rounds, args.fresh)
     if args.json:
         args.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     return 0
+
+
+# ------------------------------------------------------------------------------------- published runs on TPUs
+
+INTEGERS = (
+    "chips", "depth", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab_size", "seq_len",
+    "examples_per_chip", "fsdp", "tensor",
+)  # fmt: skip
+MAXTEXT = dict.fromkeys(  # compiler options of its published runs
+    (
+        "xla_tpu_enable_data_parallel_all_reduce_opt", "xla_tpu_data_parallel_opt_different_sized_ops",
+        "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc",
+        "xla_enable_async_all_gather",
+    ),
+    "true",
+)  # fmt: skip
+
+
+def published(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Plans every row of the table; -> the rows with what was predicted, or `failed`."""
+    table = read_table(path)
+    from bigmodel.plan import planner
+
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(table, 1):
+        print(f"{number}/{len(table)} {row['model']} on {row['topology']} ...", flush=True)
+        began = time.perf_counter()
+        try:
+            plan = planner.plan(row_config(row), row["topology"]).receipt
+        except InputError as error:
+            row = {**row, "failed": str(error)}
+            print(f"    failed: {error}", flush=True)
+        else:
+            error_share = plan["step_s"] / float(row["step_s"]) - 1
+            row = {
+                **row, "predicted_step_s": plan["step_s"], "error": error_share,
+                "peak_memory_bytes": plan["peak_bytes"], "plan_time_s": time.perf_counter() - began,
+            }  # fmt: skip
+            print(
+                f"    predicted {plan['step_s']:.3f} s, published {float(row['step_s']):.3f} s, error "
+                f"{error_share:+.1%}; {plan['peak_bytes'] / 2**30:.1f} GiB a device; planned in "
+                f"{row['plan_time_s']:.0f} s",
+                flush=True,
+            )
+        rows.append(row)
+    errors = [abs(row["error"]) for row in rows if "error" in row]
+    if errors:
+        print(f"error: median {statistics.median(errors):.1%}, at most {max(errors):.1%}")
+    return rows
+
+
+def read_table(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Raises InputError for a table that is missing, malformed or empty: the line and the column."""
+    try:
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"table {path}: cannot be read ({error}); give a CSV file") from error
+    rows = list(csv.DictReader(lines))
+    needed = {*INTEGERS, "model", "topology", "param_dtype", "remat", "step_s"}
+    if not rows or needed - set(rows[0]):
+        missing = ", ".join(sorted(needed - set(rows[0] if rows else ())))
+        raise InputError(f"table {path}: it has no rows, or lacks the columns {missing}; see --help")
+    for number, row in enumerate(rows, 1):
+        for key in (*INTEGERS, "step_s"):
+            try:
+                float(row[key]) if key == "step_s" else int(row[key])
+            except (TypeError, ValueError) as error:
+                raise InputError(f"table {path}, row {number}: {key}={row[key]!r} is no number") from error
+    return rows
+
+
+def row_config(row: dict[str, Any]) -> Config:
+    """The ordinary gpt model with the row's shape, mesh and remat."""
+    n = {key: int(row[key]) for key in INTEGERS}
+    v6e = row["topology"].startswith("v6e")
+    options = MAXTEXT | ({"xla_tpu_scoped_vmem_limit_kib": "98304"} if v6e else {})
+    keys = ("depth", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab_size")
+    model = {key: n[key] for key in keys} | {
+        "name": "gpt", "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False,
+        "tie_embeddings": False, "attention_block": 2048 if v6e else 512,
+    }  # fmt: skip
+    return config_lib.from_dict(
+        {
+            "batch_size": n["examples_per_chip"] * n["chips"], "seq_len": n["seq_len"], "microbatches": 1,
+            "compute_dtype": "bfloat16", "param_dtype": row["param_dtype"], "remat": row["remat"],
+            "compiler_options": options, "model": model, "mesh": {"fsdp": n["fsdp"], "tensor": n["tensor"]},
+            "optim": {"name": "adamw", "weight_decay": 0.1},
+        }
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- this machine's CPU
@@ -77,7 +175,7 @@ def local(rounds: int, fresh: bool) -> list[dict[str, Any]]:
         print(f"{name:36} {1e3 * predicted_s:8.1f} ms predicted", flush=True)
     for row, times in zip(rows, _interleave(steps, rounds), strict=True):
         row["measured_step_s"] = measured_s = statistics.median(times)
-        row["error"] = row["predicted_step_s"] / measured_s - 1
+        row["error"] = float(row["predicted_step_s"]) / measured_s - 1
     _print_errors(rows)
     return rows
 

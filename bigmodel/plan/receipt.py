@@ -43,7 +43,11 @@ def make(
     steps_left: int | None = None,
     assume: dict[str, float] | None = None,
 ) -> Receipt:
-    """`steps` and `how` as `estimate.step` gives them. Keys end in their unit: `_bytes` are per device, `_flops` over the whole mesh, `_s` seconds."""
+    """Keys end in their unit: `_bytes` are per device, `_flops` over the whole mesh, `_s` seconds.
+
+    Args:
+        steps, how: as `estimate.step` gives them.
+    """
     config, spread = program.config, UNCERTAINTY[how]
     count = config.steps if steps_left is None else steps_left
     tokens = config.batch_size * (config.seq_len if "tokens" in program.batch_spec else 1)

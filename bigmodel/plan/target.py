@@ -107,6 +107,14 @@ def make(spec: str) -> Target:
     return _tpu(spec, chip, slices, shape) if chip.platform == "tpu" else _gpu(spec, chip, slices, shape)
 
 
+def installed(package: str) -> bool:
+    """Whether a compiler's package is here; nothing of it is loaded."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a package's parent
+        return False
+
+
 def _cpu(spec: str, slices: int, shape: tuple[int, ...]) -> Target:
     if slices > 1 or len(shape) > 1:
         raise InputError(f"--target={spec!r}: a CPU target is cpu or cpu:COUNT, e.g. cpu:8")
@@ -137,7 +145,7 @@ def _tpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
             f"--target={spec!r}: a {chip.name} slice has at most {most} chips, {side} on a side; "
             f"take several slices, e.g. 2*{chip.name}:{'x'.join(['16'] * chip.dimensions)}"
         )
-    if importlib.util.find_spec("libtpu") is None:
+    if not installed("libtpu"):
         devices = _cpu_devices(slices * math.prod(shape) * chip.per_chip)
         return Target(spec, chip, tuple(devices), shape, slices, "analytic")
     text = "x".join(map(str, shape))
@@ -174,7 +182,7 @@ def _gpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
         raise InputError(
             f"--target={spec!r}: GPUs are hosts x GPUs a host, at most 8 of those, e.g. {chip.name}:2x8"
         )
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if not installed("jax_plugins.xla_cuda13"):
         return Target(spec, chip, tuple(_cpu_devices(hosts * gpus)), (hosts, gpus), 1, "analytic")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no GPU, no driver: only the compiler
     try:

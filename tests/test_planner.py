@@ -1,0 +1,73 @@
+"""Plans for machines that need not be here, on whichever compilers are installed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import run_script, tiny
+
+from bigmodel.config import InputError
+from bigmodel.plan import planner, receipt, target, timeline
+
+LIBTPU = target.installed("libtpu")
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("v9:4x4", "unknown"),
+        ("v5e", "dimensions"),
+        ("v5e:4x4x4", "dimensions"),
+        ("v5e:32x32", "several slices"),
+        ("h100:2x16", "at most 8"),
+        ("cpu:2x4", "cpu:8"),
+        ("v5e:0x4", "no devices"),
+        ("v5e:16,16", "not a target"),
+    ],
+)
+def test_a_target_that_does_not_exist_is_one_line(spec, says):
+    with pytest.raises(InputError, match=says) as caught:
+        target.make(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_for_eight_tpus_says_what_a_run_costs(tmp_path, monkeypatch):
+    """Without libtpu, CPU devices stand in and the plan says so; with it, the same plan is libtpu's."""
+    monkeypatch.setattr(target, "installed", lambda package: False)
+    plan = planner.plan(tiny("gpt", mesh__data=2, mesh__fsdp=2, mesh__tensor=2), "v5e:2x4")
+    r = plan.receipt
+    assert r["compiler"] == "analytic"
+    assert "ANALYTIC" in "\n".join(receipt.table(r))
+    assert r["chips"] == 8
+    assert r["fits"]
+    assert 0 < r["mfu_causal_attention"] < r["mfu_full_attention"] < 1
+    assert sum(r["breakdown_s"].values()) == pytest.approx(r["step_s"])
+    assert {row["axes"] for row in r["collectives"]} & {"tensor", "fsdp", "data"}
+    assert r["model_flops_per_token"] == pytest.approx(r["formula_flops_per_token"], rel=0.01)
+    assert r["dollars"] == pytest.approx(r["chip_hours"] * 1.2)
+    trace, picture = timeline.write(plan.schedule, tmp_path)
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert picture.stat().st_size > 10_000
+
+
+def test_assumptions_are_replaced(monkeypatch):
+    monkeypatch.setattr(target, "installed", lambda package: False)
+    once = planner.plan(tiny("gpt"), "h100:1x8").receipt
+    twice = planner.plan(tiny("gpt"), "h100:1x8", assume={"watts": 2 * 805.0, "pue": 1.1}).receipt
+    assert twice["kwh"] == pytest.approx(2 * once["kwh"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 'bigmodel[plan]'")
+def test_libtpu_plans_and_says_what_does_not_fit():
+    result = run_script(
+        "plan", "--config=configs/gpt.py:size=124m", "--config.model.depth=2", "--target=v5e:2x4"
+    )
+    assert result.returncode == 0
+    assert "libtpu" in result.stdout
+    result = run_script(
+        "plan", "--config=configs/gpt.py:size=6.7b", "--target=v5e:2x4", "--config.batch_size=8"
+    )
+    assert result.returncode == 2
+    assert "does not fit" in result.stderr
