@@ -77,7 +77,8 @@ def machine_key() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     devices = jax.local_device_count("cpu")
-    return f"{model}, {cores()} cores, jax {jax.__version__}, {devices} devices, malloc {_allocator()}, v{VERSION}"
+    machine = f"{model}, {cores()} cores, {devices} devices, malloc {_allocator()}"
+    return f"{machine}, jax {jax.__version__}, benchmark {VERSION}"
 
 
 def cores() -> int:
