@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -167,7 +168,9 @@ def local(rounds: int, fresh: bool) -> list[dict[str, Any]]:
 
     calibration = calibrate.load(text.cache_dir(), fresh)
     print(f"calibrated for {calibration.key} in {calibration.took_s:.0f} s", flush=True)
-    rows, steps = [], []
+    print(f"load average {os.getloadavg()[0]:.1f}: other work on these cores makes every figure wrong")
+    rows: list[dict[str, Any]] = []
+    steps: list[Callable[[], Any]] = []
     for name, (path, overrides) in CASES.items():
         predicted_s, plan_s, step = _prepare(_load(path, overrides), calibration)
         rows.append({"name": name, "predicted_step_s": predicted_s, "plan_time_s": plan_s})

@@ -36,6 +36,7 @@ SHAPES = (
 LAYOUTS = ("nn", "nt", "tn")  # which of the two factors is stored transposed
 DTYPES = ("float32", "bfloat16")
 STREAM_BYTES = tuple(2**p for p in (15, 17, 19, 21, 23, 25, 27, 28))
+VERSION = 1  # of what is measured: another one is measured afresh
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -76,7 +77,8 @@ def machine_key() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     devices = jax.local_device_count("cpu")
-    return f"{model}, {cores()} cores, jax {jax.__version__}, {devices} devices, malloc {_allocator()}"
+    machine = f"{model}, {cores()} cores, {devices} devices, malloc {_allocator()}"
+    return f"{machine}, jax {jax.__version__}, benchmark {VERSION}"
 
 
 def cores() -> int:
