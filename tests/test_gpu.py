@@ -12,7 +12,7 @@ from test_models import heads, out_and_grads
 from bigmodel import mesh, program
 from bigmodel.config import Config
 from bigmodel.models import attention
-from bigmodel.plan import estimate
+from bigmodel.plan import planner
 from bigmodel.program import Program
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +74,7 @@ def test_planned_peak_is_what_the_gpu_holds(gpu):
     config = tiny("gpt", model__width=256, model__vocab_size=1024, seq_len=512, batch_size=32)
     part = build_on(gpu, config)
     compiled = part.compile()
-    planned = estimate.memory(part, compiled)["peak_bytes"]
+    planned = planner.of_run(part, compiled)["peak_bytes"]
     before = gpu.memory_stats()
     assert before["peak_bytes_in_use"] < planned, "the peak of something before hides this one"
     state, batch = part.init(jax.random.key(0)), part.put(random_batch(config))

@@ -164,7 +164,7 @@ def test_remat_policies_recompute_more_and_more():
     none, dots, minimal, qkv, everything, full = map(
         step_flops, ("none", "dots", "minimal", "offload-qkv", "offload-all", "full")
     )
-    assert none == dots < minimal == everything < qkv < full
+    assert none == dots < minimal < everything < qkv < full  # offload-all leaves the MLP to be computed again
     model = flops.model_flops(build(tiny("gpt")))
     assert model <= none < 1.1 * model  # on a CPU, attention computes its weights again
     assert full < 4 / 3 * model  # a whole forward pass more, less the head
