@@ -167,8 +167,8 @@ def _products(module: Module, computation: str, i: Instruction) -> list[tuple[st
         return tuple(int(d) for d in found.split(",") if d)
 
     left, right, shared = dims("lhs_contracting_dims"), dims("rhs_contracting_dims"), dims("lhs_batch_dims")
-    batch = math.prod(lhs.dims[d] for d in shared)
-    k = math.prod(lhs.dims[d] for d in left)
+    batch: int = math.prod([lhs.dims[d] for d in shared])
+    k: int = math.prod([lhs.dims[d] for d in left])
     m = math.prod(lhs.dims) // max(batch * k, 1)
     n = math.prod(rhs.dims) // max(batch * k, 1)
     layout = ("n" if left and left[-1] == len(lhs.dims) - 1 else "t") + (
