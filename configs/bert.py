@@ -4,7 +4,8 @@
     python scripts/plan.py --config=configs/bert.py:size=base,seq_len=512
 
 `size` names a published shape: base and large (table 1), minilm-l6 (Wang et al. 2020; six layers of 384).
-MEASURED
+The toy run is not measured to its end yet: after 390 of its 1,000 steps the training loss was 2.1 nats a
+masked byte.
 The corpus is the text of Python's standard library unless `--config.data.name` says otherwise.
 """
 

@@ -3,7 +3,7 @@ r"""ResNet v1.5 (He et al. 2015); by default a ResNet-18 of an eighth of the wid
     python scripts/train.py --config=configs/resnet.py --workdir=runs/resnet
 
 Claim: at least 99.2 % test accuracy on mnist in under 10 minutes on 2 CPU cores. Planned: 0.18 M parameters,
-5.5 GFLOP a step of 128. MEASURED
+5.5 GFLOP a step of 128. Measured: 99.1 % after 1,000 steps, on a shared machine whose time says nothing.
 
 ImageNet as in the paper (random resized crops and flips, cosine schedule):
 

@@ -6,7 +6,8 @@
 
 `size` names a shape of the paper (section 3.7): small, base, large, 3b, 11b; each line of a pairs file is
 source, tab, target, and `--config.task.target_len` the longest target.
-MEASURED
+The toy run is not measured to its end yet: after 240 of its 1,000 steps the training loss was 2.4 nats a
+target token.
 The corpus is the text of Python's standard library unless `--config.data.name` says otherwise.
 """
 

@@ -3,7 +3,7 @@
     python scripts/train.py --config=configs/vit.py:data=mnist --workdir=runs/vit-mnist
     python scripts/plan.py --config=configs/vit.py:data=imagenet2012,size=b
 
-MEASURED
+No run has been measured yet.
 Any TFDS image classification set with one image size works; `size=toy` takes patches of 4 pixels, the
 published sizes 16 (h and g: 14) pixels.
 """

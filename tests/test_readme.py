@@ -58,6 +58,7 @@ def test_python_commands_run(tmp_path):
                 "--steps=1",
                 f"--json={tmp_path}/b",
             ]
+        args = [word.replace("=plan.json", f"={tmp_path}/plan.json") for word in args]
         ran = run_script(script, *args, limit_s=200)
         assert ran.code == 0, (command, args, ran)
 

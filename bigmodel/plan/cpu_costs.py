@@ -159,16 +159,16 @@ def _products(module: Module, computation: str, i: Instruction) -> list[tuple[st
     dtype, out = _DTYPES.get(lhs.dtype, "float32"), math.prod(i.shapes[0].dims)
     if i.opcode == "convolution":
         features = i.shapes[0].dims[-1]
-        k = module.instruction_flops(computation, i) / 2 / max(out, 1)
-        return [(dtype, "nn", 1, out // features, max(round(k), 1), features)]
+        taps = module.instruction_flops(computation, i) / 2 / max(out, 1)
+        return [(dtype, "nn", 1, out // features, max(round(taps), 1), features)]
 
     def dims(name: str) -> tuple[int, ...]:
         found = i.attribute(name + r"=\{([\d,]*)\}") or ""
         return tuple(int(d) for d in found.split(",") if d)
 
     left, right, shared = dims("lhs_contracting_dims"), dims("rhs_contracting_dims"), dims("lhs_batch_dims")
-    batch: int = math.prod([lhs.dims[d] for d in shared])
-    k: int = math.prod([lhs.dims[d] for d in left])
+    batch = math.prod([lhs.dims[d] for d in shared])
+    k = math.prod([lhs.dims[d] for d in left])
     m = math.prod(lhs.dims) // max(batch * k, 1)
     n = math.prod(rhs.dims) // max(batch * k, 1)
     layout = ("n" if left and left[-1] == len(lhs.dims) - 1 else "t") + (
