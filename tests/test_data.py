@@ -14,7 +14,7 @@ import pytest
 
 from bigmodel import config as configs
 from bigmodel.config import InputError
-from bigmodel.data import batch_spec, make_pipeline, open_source, pipeline, sources
+from bigmodel.data import batch_spec, batches, make_pipeline, open_source, pipeline, sources
 from bigmodel.data.builders import digits, prepare, python_source
 from bigmodel.families import CNN
 
@@ -462,8 +462,8 @@ def test_part_of_a_split_is_spread_evenly_over_it():
             return {"x": indices}
 
     part = pipeline.Pipeline(
-        Numbers(), lambda batch, positions: dict(batch), facts={}, batch_size=8, seed=None, max_batches=3,
-        process_index=0, process_count=1,
+        batches.Parts(Numbers(), lambda batch, *_: dict(batch), {}), facts={}, batch_size=8, seed=None,
+        max_batches=3, process_index=0, process_count=1,
     )  # fmt: skip
     read = np.concatenate([part[step]["x"] for step in range(len(part))])
     assert len(set(read.tolist())) == 24

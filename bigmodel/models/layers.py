@@ -34,7 +34,7 @@ class Embed(nnx.Module):
     def __call__(self, ids_BL: jax.Array, dtype: str) -> jax.Array:
         # Rows whole before the lookup: XLA cannot cut a gather's result by width and by batch at once.
         table_VD = mesh.shard(self.table[...].astype(dtype), "tensor", None)
-        return shard_width(table_VD[ids_BL])
+        return mesh.shard(table_VD[ids_BL], mesh.BATCH, None, None)
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         return ops.dense(x_BLD, self.table[...].astype(x_BLD.dtype).T)
@@ -87,10 +87,10 @@ def shard_hidden(x_BLF: jax.Array) -> jax.Array:
     return mesh.shard(x_BLF, mesh.BATCH, None, "tensor")
 
 
-def shard_width(x_BLD: jax.Array) -> jax.Array:
+def shard_width(x_BLD: jax.Array, over_tensor: bool = True) -> jax.Array:
     """The residual stream: examples over the batch axes, width over the tensor axis, so that what is saved
-    between layers is cut by the whole mesh (as MaxText does); a layer gathers it again."""
-    return mesh.shard(x_BLD, mesh.BATCH, None, "tensor")
+    between layers is cut by the whole mesh (as MaxText does); a layer gathers it again. Or width whole."""
+    return mesh.shard(x_BLD, mesh.BATCH, None, "tensor" if over_tensor else None)
 
 
 class Conv(nnx.Module):

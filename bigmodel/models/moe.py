@@ -95,7 +95,7 @@ class MoE(nnx.Module):
         picked_BTD = jnp.take_along_axis(y_BSD, slot_BT[..., None], 1, mode="fill", fill_value=0)
         picked_BLKD = picked_BTD.reshape(b, length, -1, width)
         y_BLD = (picked_BLKD * weight_BLK[..., None].astype(x_BLD.dtype)).sum(2)
-        return layers.shard_width(y_BLD), losses(self.c, logits_BLE, real_BL)
+        return layers.shard_width(y_BLD, self.c.STREAM_OVER_TENSOR), losses(self.c, logits_BLE, real_BL)
 
 
 def capacity(c: Transformer, length: int) -> int:

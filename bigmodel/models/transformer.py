@@ -90,7 +90,7 @@ def run(
     x_BLD, losses = module.scan(
         blocks,
         call,
-        (layers.shard_width(x_BLD), losses),
+        (layers.shard_width(x_BLD, c.STREAM_OVER_TENSOR), losses),
         keys,
         wrap=_remat(config.remat),
         unroll=not c.scan or (mesh.platform() == "cpu" and depth <= UNROLLED_ON_CPU),
@@ -138,7 +138,8 @@ class Block(nnx.Module):
     ) -> jax.Array:
         pre = self.c.norm_order == "pre"
         y_BLD = layers.dropout(f(norm(x_BLD) if pre else x_BLD), self.c.dropout, key)
-        return layers.shard_width(x_BLD + y_BLD if pre else norm(x_BLD + y_BLD))
+        x_BLD = x_BLD + y_BLD if pre else norm(x_BLD + y_BLD)
+        return layers.shard_width(x_BLD, self.c.STREAM_OVER_TENSOR)
 
 
 class Attention(nnx.Module):

@@ -8,6 +8,7 @@ package is missing, the same number of CPU devices stands in, and the plan says 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import math
 import os
@@ -187,11 +188,10 @@ def _gpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no GPU, no driver: only the compiler
     try:
         from jax._src import xla_bridge  # the plugin may be there already; asking has no public way
-        from jax_plugins import xla_cuda13  # type: ignore[import-untyped]
 
         jax.devices("cpu")  # JAX looks for plugins now, and finds this one unless JAX_PLATFORMS hides it
         if "cuda" not in xla_bridge._topology_factories:
-            xla_cuda13.initialize()
+            importlib.import_module("jax_plugins.xla_cuda13").initialize()
         topology = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
