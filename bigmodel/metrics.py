@@ -107,7 +107,7 @@ def reliability(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = 15) -
     count = np.bincount(at, minlength=bins)
     confidence = np.bincount(at, confidence_N, bins) / np.maximum(count, 1)
     accuracy = np.bincount(at, right_N, bins) / np.maximum(count, 1)
-    ece = float((count * np.abs(accuracy - confidence)).sum() / max(count.sum(), 1))
+    ece = float((count * np.abs(accuracy - confidence)).sum()) / max(int(count.sum()), 1)
     columns = {"count": count, "confidence": confidence, "accuracy": accuracy}
     return {"ece": ece} | {name: column.tolist() for name, column in columns.items()}
 

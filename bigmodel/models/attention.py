@@ -176,7 +176,7 @@ def attend_blocks(
 
 
 def _matmul(
-    a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtype | None = None
+    a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
     """Contract one of the last two axes of a and b [B, G, _, _], batched over the first two."""
     axes = (((2 + contract[0],), (2 + contract[1],)), ((0, 1), (0, 1)))
