@@ -86,6 +86,41 @@ class Optim:
     penalty_on: str = r"/(kernel|table)$"  # regex on parameter paths: which ones l1 and l2 touch
     clip_norm: float = 1.0  # by global norm; 0: off
     ema_decay: float = 0.0  # exponential moving average of the parameters, used by evaluation; 0: off
+    every: int = 1  # steps from one update to the next; the gradients between are dropped
+    # Parameters with an optimizer of their own: name -> {"on": regex on their paths, and the keys above that
+    # differ there}, e.g. {"head": {"on": "^/head/", "lr": 1e-2}}; clip_norm is then of a group's gradients.
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group(Optim):
+    """One of `optim.groups` with all its keys."""
+
+    on: str = ""  # regex on parameter paths such as /head/kernel
+
+
+OTHERS = "others"  # the group of the parameters that no other group takes
+OF_ALL = ("ema_decay", "groups")  # keys that cannot differ from group to group
+
+
+def optim_groups(optim: Optim) -> dict[str, Group]:
+    """`optim.groups`, filled in from the keys of `optim` itself.
+
+    Raises:
+        InputError: an unknown key, or a value of the wrong type.
+    """
+    base = {key: value for key, value in vars(optim).items() if key not in OF_ALL}
+    out = {}
+    for name, changes in optim.groups.items():
+        prefix = f"optim.groups.{name}."
+        if not isinstance(changes, Mapping):
+            raise InputError(
+                f"{prefix[:-1]} is a group of keys, not a value; set one of them, e.g. {prefix}on"
+            )
+        if wrong := sorted(set(changes) & set(OF_ALL)):
+            raise InputError(f"{prefix}{wrong[0]} cannot differ from group to group; set optim.{wrong[0]}")
+        out[name] = typed.build(Group, base | dict(changes), prefix)
+    return out
 
 
 @dataclass(frozen=True)
@@ -190,7 +225,12 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
         InputError: as `load`.
     """
     config = typed.build(Config, tree, "")
-    config = config.replace(model=config.model.resolve())
+    groups = {  # text becomes values
+        name: {key: getattr(group, key) for key in config.optim.groups[name]}
+        for name, group in optim_groups(config.optim).items()
+    }
+    optim = dataclasses.replace(config.optim, groups=groups)
+    config = config.replace(model=config.model.resolve(), optim=optim)
     _check(config)
     return config
 
@@ -276,6 +316,8 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     yield from ((f"data.{key}", problem) for key, problem in _image_problems(c.data))
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
     yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
+    for name, group in optim_groups(c.optim).items():
+        yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in _group_problems(name, group))
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
     if not re.fullmatch(r"bytes|bpe:\d+", c.data.tokenizer):
         yield "data.tokenizer", f"is {c.data.tokenizer!r}: choose bytes or bpe:VOCAB_SIZE, e.g. bpe:8192"
@@ -319,11 +361,21 @@ def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:
     for key in ("b1", "b2", "ema_decay"):
         if not 0 <= getattr(optim, key) < 1:
             yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
-    for key in ("weight_decay_on", "penalty_on"):
+    if optim.every < 1:
+        yield "every", f"is {optim.every}: set it to 1 or more"
+    for key in ("weight_decay_on", "penalty_on", "on"):
         try:
-            re.compile(getattr(optim, key))
+            re.compile(getattr(optim, key, ""))
         except re.error as error:
             yield key, f"is {getattr(optim, key)!r}, which is no regular expression ({error})"
+
+
+def _group_problems(name: str, group: Group) -> Iterable[tuple[str, str]]:
+    if not re.fullmatch(r"\w+", name) or name == OTHERS:
+        yield "on", f"is of a group called {name!r}; call it by letters and digits, and not {OTHERS!r}"
+    if not group.on:
+        yield "on", "is not set: give a regular expression on parameter paths, such as ^/head/"
+    yield from _optim_problems(group)
 
 
 def _mesh_problems(mesh: Mesh) -> Iterable[tuple[str, str]]:

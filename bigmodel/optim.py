@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,12 +12,26 @@ import jax.numpy as jnp
 import optax
 
 from bigmodel import mesh
-from bigmodel.config import Config, Optim
+from bigmodel.config import OTHERS, Config, InputError, Optim, optim_groups
 
 Tree = Any
 
 
 def make(config: Config) -> optax.GradientTransformation:
+    """The optimizer of all parameters, or one for each of `optim.groups` and one for the others.
+
+    Its `init` raises InputError for a group that takes no parameter, or one that another takes too.
+    """
+    tx = _chain(config)
+    if config.optim.groups:
+        groups = optim_groups(config.optim)
+        each = {name: _chain(config.replace(optim=group)) for name, group in groups.items()}
+        patterns = {name: group.on for name, group in groups.items()}
+        tx = optax.partition({OTHERS: tx, **each}, functools.partial(group_names, patterns))
+    return optax.GradientTransformation(_standard_promotion(tx.init), _standard_promotion(tx.update))
+
+
+def _chain(config: Config) -> optax.GradientTransformation:
     """Penalties, clipping, the optimizer, decoupled weight decay, the learning rate: in this order."""
     o = config.optim
     decay_mask = _mask(o.weight_decay_on)
@@ -26,10 +40,39 @@ def make(config: Config) -> optax.GradientTransformation:
         *([optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []),
         _direction(o),
         *([optax.add_decayed_weights(o.weight_decay, decay_mask)] if o.weight_decay else []),
-        optax.scale_by_learning_rate(schedule(config)),
     ]
-    tx = optax.chain(*parts)
-    return optax.GradientTransformation(_standard_promotion(tx.init), _standard_promotion(tx.update))
+    if o.every > 1:  # on the last of every so many steps
+        now_and_then = optax.conditionally_mask(optax.chain(*parts), lambda step: (step + 1) % o.every == 0)
+        parts = [now_and_then]
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config)))
+
+
+def group_names(patterns: Mapping[str, str], params: Tree) -> Tree:
+    """params -> a tree of the name of the group that each belongs to.
+
+    Args:
+        patterns: group -> the regex that its parameters' "/path" holds.
+
+    Raises:
+        InputError: a group without parameters, or a parameter of two groups.
+    """
+    found: set[str] = set()
+
+    def name(path: Any, _: Any) -> str:
+        where = "/" + mesh.path_str(path)
+        names = [name for name, pattern in patterns.items() if re.search(pattern, where)]
+        if len(names) > 1:
+            raise InputError(f"optim.groups: {where} is in {' and in '.join(names)}; narrow one's `on`")
+        found.update(names)
+        return names[0] if names else OTHERS
+
+    names = jax.tree_util.tree_map_with_path(name, params)
+    if empty := sorted(patterns.keys() - found):
+        tops = ", ".join(f"/{key}/" for key in params)
+        raise InputError(
+            f"optim.groups.{empty[0]}.on={patterns[empty[0]]!r} matches no parameter; paths begin with {tops}"
+        )
+    return names
 
 
 def _standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,6 +117,14 @@ def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
         rise = optax.linear_schedule(o.lr / warmup, o.lr, max(warmup - 1, 1))
         main = optax.join_schedules([rise, main], [warmup])
     return _standard_promotion(main)
+
+
+def learning_rates(config: Config, step: jax.Array) -> dict[str, jax.Array]:
+    """`lr`, and `lr_<group>` of each of `optim.groups`, at a step."""
+    rates = {"lr": schedule(config)(step)}
+    for name, group in optim_groups(config.optim).items():
+        rates[f"lr_{name}"] = schedule(config.replace(optim=group))(step)
+    return rates
 
 
 def _direction(o: Optim) -> optax.GradientTransformation:

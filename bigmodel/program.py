@@ -169,7 +169,7 @@ def update(
         )
     grad_norm = optax.tree.norm(grads)
     metrics = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in terms.items()}
-    metrics |= {"grad_norm": grad_norm, "lr": optim.schedule(config)(state["step"])}
+    metrics |= {"grad_norm": grad_norm, **optim.learning_rates(config, state["step"])}
     if scale is not None:  # float16: an overflow skips the update and halves the scale
         finite = jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)

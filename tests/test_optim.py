@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import batch_spec, built, by_path, mesh_keys, random_batch, start, steps, tiny
+from conftest import ROOT, batch_spec, build, built, by_path, mesh_keys, random_batch, start, steps, tiny
 
-from bigmodel import mesh, models, optim
-from bigmodel.config import Config
+from bigmodel import config as config_lib
+from bigmodel import mesh, models, optim, train
+from bigmodel.config import Config, InputError
+from bigmodel.digests import digest
+from bigmodel.program import Program
 
 # Plain gradient descent: an update is -lr times what is left of the gradient.
 PLAIN = {
@@ -146,3 +150,73 @@ def test_the_loss_scale_halves_grows_and_keeps_its_bounds():
     assert after(2.0**15, optim.GROWTH_STEPS - 1, True) == (2.0**16, 0)
     assert after(2.0**24, optim.GROWTH_STEPS - 1, True) == (2.0**24, 0)
     assert after(1.0, 0, False) == (1.0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ groups
+
+GROUPS = {"head": {"on": "^/head/", "lr": 0.5}, "hidden": {"on": "^/hidden/", "every": 3, "b1": 0.9}}
+
+
+def test_groups_have_settings_of_their_own():
+    config = plain(groups=GROUPS, clip_norm=1.0)
+    spec = models.define(config, batch_spec(config)).params_spec
+    ones = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), spec)
+    tx, moved = optim.make(config), []
+    state = tx.init(ones)
+    for _ in range(4):
+        update, state = jax.jit(tx.update)(ones, state, ones)
+        moved.append(jax.device_get(update))
+    size = sum(x.size for x in jax.tree.leaves(spec["head"]))
+    for path, value in by_path(moved[0]["head"]).items():  # clipped by the group's own norm
+        np.testing.assert_allclose(value, -0.5 / size**0.5, rtol=1e-5, err_msg=path)
+    hidden = [float(np.abs(update["hidden"]["kernel"]).max()) for update in moved]
+    assert hidden[0] == hidden[1] == hidden[3] == 0 < hidden[2]
+    others = sum(x.size for x in jax.tree.leaves(spec["convs"]))
+    np.testing.assert_allclose(moved[1]["convs"][0]["kernel"], -0.1 / others**0.5, rtol=1e-5)
+
+
+def test_groups_train_lie_and_resume_like_any_optimizer(tmp_path):
+    keys = {"optim__name": "adam", "optim__groups": GROUPS, "optim__ema_decay": 0.9}
+    one, many = built_with(keys), built_with(keys | mesh_keys({"fsdp": 4, "tensor": 2}))
+    (_, a_rows), (b, b_rows) = (steps(part, start(part), 6) for part in (one, many))
+    np.testing.assert_allclose(a_rows["loss"], b_rows["loss"], rtol=1e-4)
+    assert {"lr", "lr_head", "lr_hidden"} <= a_rows.keys()
+    moments = [path for path in by_path(b["opt"]) if path.endswith("mu/head/kernel")]
+    assert len(moments) == 1
+    owner = by_path(b["params"])["head/kernel"].sharding
+    assert by_path(b["opt"])[moments[0]].sharding.is_equivalent_to(owner, 2)
+    keys |= {"steps": 4, "checkpoint__every_steps": 2, "eval__batches": 1, "log__tensorboard": False}
+    config = tiny("cnn", **keys)
+    whole = train.run(config, tmp_path / "straight")
+    train.run(config, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
+    assert digest(train.run(config, tmp_path / "stopped").state) == digest(whole.state)
+
+
+def built_with(keys: dict[str, Any]) -> Program:
+    return build(tiny("cnn", **keys))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"a": {"on": "^/nothing/"}}, r"optim\.groups\.a\.on='\^/nothing/' matches no parameter; .*/head/"),
+        ({"a": {"on": "/head/"}, "b": {"on": "kernel"}}, r"/head/kernel is in a and in b"),
+        ({"a": {"on": "("}}, r"optim\.groups\.a\.on is '\(', which is no regular expression"),
+        ({"a": {"lr": 0.1}}, r"optim\.groups\.a\.on is not set"),
+        ({"a": {"on": "/head/", "lrr": 0.1}}, r"optim\.groups\.a\.lrr' is unknown; did you mean"),
+        ({"a": {"on": "/head/", "ema_decay": 0.1}}, r"ema_decay cannot differ from group to group"),
+        ({"a": {"on": "/head/", "every": 0}}, r"optim\.groups\.a\.every is 0: set it to 1 or more"),
+        ({"a": 3}, r"optim\.groups\.a is a group of keys"),
+    ],
+)
+def test_groups_that_cannot_be(groups, message):
+    with pytest.raises(InputError, match=message):
+        build(plain(groups=groups))
+
+
+def test_a_groups_keys_are_flags():
+    text = {"optim.groups.head.on": "^/head/", "optim.groups.head.lr": "0.25"}
+    config = config_lib.load(ROOT / "configs/cnn.py", text)
+    assert config.optim.groups == {"head": {"on": "^/head/", "lr": 0.25}}
+    assert config_lib.from_dict(config_lib.to_dict(config)) == config
