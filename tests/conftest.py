@@ -74,6 +74,7 @@ TINY: dict[str, dict[str, Any]] = {
         "model.depth": 1, "model.width": 32, "model.heads": 4, "model.mlp_width": 64, "model.vocab_size": 64,
         "seq_len": 16,
     },
+    "rnn": {"model.depth": 2, "model.width": 32, "model.vocab_size": 64, "seq_len": 16},
     "vit": {"model.depth": 1, "model.width": 32, "model.heads": 4, "model.pool": "cls"},
     "resnet": {"model.depth": 10, "model.channels": (8, 8, 16, 16)},
     "mlp": {"model.widths": (32, 32), "model.dropout": 0.0},

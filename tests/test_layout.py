@@ -27,7 +27,7 @@ ORDER = """
     data/__init__
     models/module | models/ops
     models/layers | models/attention
-    models/moe | models/vision | models/resnet
+    models/moe | models/vision | models/resnet | models/recurrent
     models/transformer | models/inception
     models/gpt | models/bert | models/t5 | models/vit
     models/__init__

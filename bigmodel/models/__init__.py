@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import jax
 
 from bigmodel.config import Config
-from bigmodel.models import bert, gpt, inception, module, resnet, t5, vision, vit
+from bigmodel.models import bert, gpt, inception, module, recurrent, resnet, t5, vision, vit
 
 FAMILIES = {
     "gpt": gpt.GPT,
     "bert": bert.BERT,
     "t5": t5.T5,
+    "rnn": recurrent.RNN,
     "vit": vit.ViT,
     "cnn": vision.CNN,
     "mlp": vision.MLP,
