@@ -63,7 +63,8 @@ class Data:
     augment: str = ""  # training images: crop:4,flip:0.5,randaugment:2:9,erase:0.25 or resized_crop:0.08,...
     mixup: float = 0.0  # Beta(a, a) of mixup (Zhang et al. 2017); 0: off
     cutmix: float = 0.0  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off
-    balance: Literal["none", "sqrt", "balanced"] = "none"  # classes are drawn ~ their count, its root, alike
+    # Classes are drawn ~ their count, its root, alike; over, under: in epochs of equal counts, see balance.py
+    balance: Literal["none", "sqrt", "balanced", "over", "under"] = "none"
     max_skipped: int = 0  # images: so many bad records are skipped and reported; one more is an error
 
 

@@ -14,7 +14,7 @@ import pytest
 from bigmodel import config as config_lib
 from bigmodel import tasks
 from bigmodel.config import InputError
-from bigmodel.data import batch_spec, images, make_pipeline, open_source, randaugment, transforms
+from bigmodel.data import balance, batch_spec, images, make_pipeline, open_source, randaugment, transforms
 from bigmodel.data.builders import prepare
 
 ALL = "crop:2,flip:0.5,randaugment:2:9,erase:0.5"
@@ -154,19 +154,37 @@ def test_the_mixed_loss_is_that_of_soft_labels():
 def test_balanced_order_evens_out_classes():
     labels = np.repeat([0, 1, 2], [9000, 900, 100])
     for power, expected in ((0.0, [1, 1, 1]), (0.5, np.sqrt([9000, 900, 100])), (1.0, [9000, 900, 100])):
-        order = images.Balanced(labels, power, seed=0)
+        order = balance.Balanced(labels, power, seed=0)
         drawn = np.bincount(labels[[order[position] for position in range(4000)]], minlength=3)
         np.testing.assert_allclose(drawn / 4000, np.array(expected) / np.sum(expected), atol=0.03)
-    again = images.Balanced(labels, 1.0, seed=0)
+    again = balance.Balanced(labels, 1.0, seed=0)
     assert [again[p] for p in range(50)] == [order[p] for p in range(50)]
 
 
+def test_over_and_undersampling_are_epochs_of_equal_counts():
+    labels = np.repeat([0, 2, 5], [50, 20, 10])
+    over, under = (balance.order(name, labels, 0) for name in ("over", "under"))
+    first = np.array([over[p] for p in range(150)])
+    assert np.bincount(labels[first]).tolist() == [50, 0, 50, 0, 0, 50]
+    times = np.bincount(first, minlength=80)
+    assert set(times[:50]) == {1}
+    assert set(times[50:70]) == {2, 3}
+    assert set(times[70:]) == {5}
+    epochs = [[under[p] for p in range(start, start + 30)] for start in (0, 30)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 30
+        assert np.bincount(labels[epoch])[[0, 2, 5]].tolist() == [10, 10, 10]
+    assert sorted(epochs[0]) != sorted(epochs[1])
+    assert [balance.order("under", labels, 0)[p] for p in range(30)] == epochs[0]
+    assert [balance.order("under", labels, 1)[p] for p in range(30)] != epochs[0]
+
+
 def test_class_weights_make_classes_weigh_alike(digits):
-    np.testing.assert_allclose(images.class_weights(np.array([10, 30, 0])), [2, 2 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(balance.class_weights(np.array([10, 30, 0])), [2, 2 / 3, 0], rtol=1e-6)
     c = config(digits, task={"class_weights": "balanced"})
     train, held_out = make_pipeline(c, "train")[0], make_pipeline(c, "eval")[0]
     counts = np.bincount(open_source("digits", "train", digits).read(np.arange(1501))["label"])
-    np.testing.assert_allclose(train["weight"], images.class_weights(counts)[train["label"]])
+    np.testing.assert_allclose(train["weight"], balance.class_weights(counts)[train["label"]])
     assert set(held_out["weight"]) == {1.0}
 
 

@@ -18,10 +18,11 @@ ORDER = """
     workdir | hardware
     mesh
     data/builders/__init__ | data/builders/python_source | data/builders/digits
-    data/builders/prepare
+    data/builders/prepare | data/files
     data/sources | data/randaugment
     data/transforms
-    data/text | data/objectives | data/images
+    data/text | data/objectives | data/balance
+    data/images
     data/batches
     data/pipeline
     data/__init__

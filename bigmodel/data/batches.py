@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bigmodel.config import Config, Data, InputError
-from bigmodel.data import images, objectives, sources, text, transforms
+from bigmodel.data import balance, images, objectives, sources, text, transforms
 from bigmodel.data.images import Shapes
 from bigmodel.families import IMAGE_TASKS
 
@@ -172,22 +172,21 @@ def _images(config: Config, split: str, workdir: pathlib.Path | None, train: boo
     keys = tuple(filter(None, ("image", d.label, d.group)))
     source = sources.open_source(d.name, split, d.data_dir, keys=keys, cache=d.cache)
     images.check(config, source.features)
-    balance, weigh = d.balance != "none" and train, config.task.class_weights != "none" and train
-    labels = images.labels(config, split) if balance or weigh else np.zeros(0, np.int64)
-    weights = images.class_weights(np.bincount(labels, minlength=images.classes_of(config)))
+    balanced, weigh = d.balance != "none" and train, config.task.class_weights != "none" and train
+    labels = images.labels(config, split) if balanced or weigh else np.zeros(0, np.int64)
+    weights = balance.class_weights(np.bincount(labels, minlength=images.classes_of(config)))
     records = images.Records(source, config, f"data.name={d.name!r} split {split!r}")
     facts: dict[str, Any] = {"source": source.fingerprint}
     if not train:
         return Parts(records, images.Prepare(config, train, None), facts)
     keys = ("image_size", "augment", "mixup", "cutmix", "balance")
     facts |= {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
-    power = {"balanced": 0.0, "sqrt": 0.5}
     return Parts(
         records,
         images.Prepare(config, train, weights if weigh else None),
         facts,
         images.mixer(config) if images.mixes(config) else None,
-        images.Balanced(labels, power[d.balance], config.seed) if balance else None,
+        balance.order(d.balance, labels, config.seed) if balanced else None,
     )
 
 

@@ -7,7 +7,6 @@ A batch holds `image` float32 [B, H, W, C] and `label`: int32 [B] of one class, 
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -257,9 +256,6 @@ def _check_label(config: Config, label: sources.Feature) -> None:
         raise InputError("data.mixup and data.cutmix need classes; set them to 0 for task.name=regress")
 
 
-# ---------------------------------------------------------------------------------------------- balance
-
-
 def labels(config: Config, split: str) -> np.ndarray:
     """The class of every example of a split, int64 (n,); reads the whole split without decoding images."""
     d = config.data
@@ -269,31 +265,3 @@ def labels(config: Config, split: str) -> np.ndarray:
         for start in range(0, len(source), CHUNK)
     ]
     return np.concatenate(parts).astype(np.int64)
-
-
-def class_weights(counts: np.ndarray) -> np.ndarray:
-    """(K,) counts -> n / (classes present * count), so that all classes weigh alike; 0 for an absent one."""
-    present = counts > 0
-    weights = counts.sum() / (max(present.sum(), 1) * np.maximum(counts, 1))
-    return np.where(present, weights, 0).astype(np.float32)
-
-
-class Balanced:
-    """An endless order: order[position] is an example, its class drawn with probability ~ count ** power.
-
-    power 0 is balanced, 0.5 square-root sampling (Mahajan et al. 2018). Drawn with replacement: rare classes
-    come over and over, frequent ones lose some examples. A pure function of seed and position.
-    """
-
-    def __init__(self, labels: np.ndarray, power: float, seed: int) -> None:
-        self._by_class = np.argsort(labels, kind="stable")
-        self._counts = np.bincount(labels)
-        self._starts = np.cumsum(self._counts) - self._counts
-        chance = np.where(self._counts > 0, np.maximum(self._counts, 1).astype(float) ** power, 0)
-        self._upto = np.cumsum(chance / chance.sum())
-        self._draw = functools.partial(transforms.generator, seed, stream=3)
-
-    def __getitem__(self, position: int) -> int:
-        a, b = self._draw(position).random(2)
-        kind = min(int(np.searchsorted(self._upto, a * self._upto[-1], "right")), len(self._counts) - 1)
-        return int(self._by_class[self._starts[kind] + int(b * self._counts[kind])])
