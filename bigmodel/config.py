@@ -125,6 +125,17 @@ def optim_groups(optim: Optim) -> dict[str, Group]:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """How the weights of products are held. scripts/compress.py sets it; with `aware`, training does."""
+
+    weights: Literal["none", "int8", "int4", "fp8"] = "none"
+    group: int = 0  # inputs that share a scale; 0: all of an output's
+    activations: Literal["none", "int8", "fp8"] = "none"  # what a product's inputs are rounded to: as weights
+    aware: bool = False  # floats are kept and trained, but rounded wherever they are used
+    on: str = r"(?<!/router)/(kernel|table)$"  # regex on parameter paths: which ones
+
+
+@dataclass(frozen=True)
 class Mesh:
     """Sizes of the device mesh's axes; one may be -1, "whatever is left"."""
 
@@ -173,6 +184,7 @@ class Config:
     task: Task = Task()
     data: Data = Data()
     optim: Optim = Optim()
+    quantize: Quantize = Quantize()
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
@@ -319,6 +331,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
     for name, group in optim_groups(c.optim).items():
         yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in _group_problems(name, group))
+    yield from ((f"quantize.{key}", problem) for key, problem in _quantize_problems(c.quantize))
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
     if not re.fullmatch(r"bytes|bpe:\d+", c.data.tokenizer):
         yield "data.tokenizer", f"is {c.data.tokenizer!r}: choose bytes or bpe:VOCAB_SIZE, e.g. bpe:8192"
@@ -364,11 +377,26 @@ def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:
             yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
     if optim.every < 1:
         yield "every", f"is {optim.every}: set it to 1 or more"
-    for key in ("weight_decay_on", "penalty_on", "on"):
+    yield from _regex_problems(optim, "weight_decay_on", "penalty_on", "on")
+
+
+def _regex_problems(group: Any, *keys: str) -> Iterable[tuple[str, str]]:
+    for key in keys:
         try:
-            re.compile(getattr(optim, key, ""))
+            re.compile(getattr(group, key, ""))
         except re.error as error:
-            yield key, f"is {getattr(optim, key)!r}, which is no regular expression ({error})"
+            yield key, f"is {getattr(group, key)!r}, which is no regular expression ({error})"
+
+
+def _quantize_problems(q: Quantize) -> Iterable[tuple[str, str]]:
+    yield from _regex_problems(q, "on")
+    if q.group < 0:
+        yield "group", f"is {q.group}: set it to 0 or more"
+    if q.activations != "none" and (q.activations != q.weights or q.group or q.aware):
+        yield (
+            "activations",
+            f"is {q.activations}, which needs quantize.weights={q.activations}, group=0 and aware=false",
+        )
 
 
 def _group_problems(name: str, group: Group) -> Iterable[tuple[str, str]]:

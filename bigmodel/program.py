@@ -132,7 +132,23 @@ def microbatches(config: Config, mesh: Mesh) -> int:
 def init_state(config: Config, model: Definition, tx: optax.GradientTransformation, key: jax.Array) -> State:
     """The state at step 0."""
     init_key, step_key = jax.random.split(key)
-    params, rest = model.init(init_key)
+    return state_of(config, tx, *model.init(init_key), step_key)
+
+
+def start(program: Program, params: Any, rest: Any, key: jax.Array) -> State:
+    """The state at step 0 of a run that starts from these parameters."""
+    sharding = jax.tree.map(lambda s: s.sharding, program.state_spec)
+    make = jax.jit(
+        lambda params, rest, key: state_of(program.config, optim.make(program.config), params, rest, key),
+        out_shardings=sharding,
+    )
+    return make(params, rest, key)
+
+
+def state_of(
+    config: Config, tx: optax.GradientTransformation, params: Any, rest: Any, step_key: jax.Array
+) -> State:
+    """The state at step 0 with these parameters."""
     state = {
         "step": jnp.int32(0),
         "key": jax.random.key_data(step_key),

@@ -27,7 +27,8 @@ ORDER = """
     data/pipeline
     data/__init__
     models/module | models/ops
-    models/layers | models/attention
+    models/weights
+    models/layers | models/attention | models/held
     models/moe | models/vision | models/resnet | models/recurrent
     models/transformer | models/inception
     models/gpt | models/bert | models/t5 | models/vit
@@ -51,6 +52,9 @@ ORDER = """
     infer | pictures
     evaluate
     train
+    compress/__init__ | compress/recipe | compress/trained
+    compress/quantize | compress/report
+    compress/stages
 """
 # Imported by name when asked for (`importlib`), which is why they stand above: data/builders/__init__.
 LEVEL = {

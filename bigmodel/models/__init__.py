@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from bigmodel.config import Config
-from bigmodel.models import bert, gpt, inception, module, recurrent, resnet, t5, vision, vit
+from bigmodel.models import bert, gpt, held, inception, module, recurrent, resnet, t5, vision, vit
 
 FAMILIES = {
     "gpt": gpt.GPT,
@@ -27,4 +27,4 @@ FAMILIES = {
 def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
     """The model of `config` for batches of `spec`, before any array exists."""
     family = FAMILIES[config.model.name]
-    return module.define(lambda rngs: family(config, spec, rngs))
+    return held.wrap(module.define(lambda rngs: family(config, spec, rngs)), config.quantize)

@@ -5,36 +5,42 @@ Legend: B batch, L length, D width, I inputs, O outputs, V vocabulary.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel import mesh
-from bigmodel.models import ops
+from bigmodel.models import ops, weights
+
+Sums = dict[str, tuple[int, ...]]  # of a layer's weights: the axes, from the end, that its product sums over
 
 
 class Dense(nnx.Module):
     """x [..., I] -> x @ kernel [I, O] (+ bias [O])."""
+
+    SUMS: ClassVar[Sums] = {"kernel": (-2,)}
 
     def __init__(self, i: int, o: int, *, std: float, dtype: str, rngs: nnx.Rngs, bias: bool = True):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (i, o), dtype))
         self.bias = nnx.Param(jnp.zeros((o,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.dense(x, self.kernel[...].astype(x.dtype))
+        y = weights.product(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Embed(nnx.Module):
     """ids [B, L] -> rows of table [V, D]; `attend` uses the same table as an output layer."""
 
+    SUMS: ClassVar[Sums] = {"table": (-1,)}
+
     def __init__(self, v: int, d: int, *, dtype: str, rngs: nnx.Rngs, std: float = 0.02):
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (v, d), dtype))
 
     def __call__(self, ids_BL: jax.Array, dtype: str) -> jax.Array:
-        # Rows whole before the lookup: XLA cannot cut a gather's result by width and by batch at once.
-        table_VD = mesh.shard(self.table[...].astype(dtype), "tensor", None)
-        return mesh.shard(table_VD[ids_BL], mesh.BATCH, None, None)
+        return mesh.shard(weights.rows(self.table[...], ids_BL, dtype), mesh.BATCH, None, None)
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         return ops.dense(x_BLD, self.table[...].astype(x_BLD.dtype).T)
@@ -95,6 +101,8 @@ def shard_width(x_BLD: jax.Array, over_tensor: bool = True) -> jax.Array:
 
 class Conv(nnx.Module):
     """x [B, H, W, I] -> [B, H', W', O]: a convolution of `size` (one number, or height and width)."""
+
+    SUMS: ClassVar[Sums] = {"kernel": (-4, -3, -2)}
 
     def __init__(
         self,

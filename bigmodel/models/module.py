@@ -25,20 +25,34 @@ class Definition:
     params_spec: Tree
     rest_spec: Tree
     construct: Callable[[jax.Array], nnx.Module]
+    whole_spec: Tree  # the parameters as the module has them, whatever they are held as
+    products: Mapping[
+        str, tuple[int, ...]
+    ]  # path of each product's weight -> axes (from the end) it sums over
+    held: tuple[str, ...] = ()  # parts of `rest` that hold weights
+    pack: Callable[[Tree], tuple[Tree, Tree]] = lambda params: (params, {})  # whole -> params, parts of rest
+    unpack: Callable[[Tree, Tree], Tree] = lambda params, held: params  # the inverse
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest)."""
         _, params, rest = _split(self.construct(key))
-        return params, rest
+        params, held = self.pack(params)
+        return params, {**rest, **held}
 
     def apply(
         self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
     ) -> tuple[Any, Tree]:
         """-> (the model's outputs, rest as this call left it). `key` feeds dropout; None: no dropout."""
-        model = nnx.merge(self.graph, params, rest)
+        model, held = self.merge(params, rest)
         outputs = model(batch, key=key, train=train)
         _, _, rest = _split(model)
-        return outputs, rest
+        return outputs, {**rest, **held}
+
+    def merge(self, params: Tree, rest: Tree) -> tuple[Any, Tree]:
+        """-> (the module, the parts of `rest` that are not its own)."""
+        held = {part: rest[part] for part in self.held}
+        rest = {part: value for part, value in rest.items() if part not in held}
+        return nnx.merge(self.graph, self.unpack(params, held), rest), held
 
 
 def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:
@@ -47,8 +61,18 @@ def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:
     def from_key(key: jax.Array) -> nnx.Module:
         return construct(nnx.Rngs(key))
 
-    graph, params, rest = _split(jax.eval_shape(from_key, jax.random.key(0)))
-    return Definition(graph, params, rest, from_key)
+    abstract = jax.eval_shape(from_key, jax.random.key(0))
+    graph, params, rest = _split(abstract)
+    return Definition(graph, params, rest, from_key, params, _products(abstract))
+
+
+def _products(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The weights that layers name in `SUMS`, by path."""
+    return {
+        "/".join(map(str, (*path, name))): axes
+        for path, layer in nnx.iter_graph(model)
+        for name, axes in getattr(type(layer), "SUMS", {}).items()
+    }
 
 
 def _split(model: nnx.Module) -> tuple[Any, Tree, Tree]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ Losses = dict[str, jax.Array]  # name -> [B, L], to be added to a token's own lo
 
 class ExpertDense(nnx.Module):
     """x [B, E, C, I] -> [B, E, C, O], each expert with its own kernel [E, I, O] (and bias [E, O])."""
+
+    SUMS: ClassVar[layers.Sums] = {"kernel": (-2,)}
 
     def __init__(self, e: int, i: int, o: int, *, std: float, dtype: str, rngs: nnx.Rngs, bias: bool):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (e, i, o), dtype))

@@ -35,9 +35,15 @@ def parameters(spec: Any) -> int:
     return sum(math.prod(s.shape) for s in jax.tree.leaves(spec))
 
 
+def weights(program: Program) -> Any:
+    """Of the state's spec, what holds the parameters: where they are quantized, parts of `rest` too."""
+    spec = program.state_spec
+    return spec["params"], [spec["rest"][part] for part in program.model.held]
+
+
 def active_parameters(program: Program) -> int:
     """Parameters that one token passes through: of experts, its own share."""
-    spec, share = program.state_spec["params"], getattr(program.config.model, "expert_share", 1.0)
+    spec, share = program.model.whole_spec, getattr(program.config.model, "expert_share", 1.0)
     experts = sum(
         math.prod(s.shape)
         for path, s in jax.tree_util.tree_leaves_with_path(spec)
@@ -57,7 +63,7 @@ def memory(program: Program, compiled: Any, target: Target) -> dict[str, Any]:
         peak = max(getattr(analysis, "peak_memory_in_bytes", 0), arguments) or peak
     capacity = capacity_bytes(target)
     return {
-        "params_bytes": tree_bytes(spec["params"]),
+        "params_bytes": tree_bytes(weights(program)),
         "optimizer_bytes": tree_bytes(spec["opt"]),
         "state_bytes": tree_bytes(spec),
         "batch_bytes": tree_bytes(program.batch_spec),

@@ -62,7 +62,7 @@ def make(
         "compiler": target.compiler,
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "remat": config.remat,
-        "parameters": estimate.parameters(program.state_spec["params"]),
+        "parameters": estimate.parameters(program.model.whole_spec),
         "active_parameters": estimate.active_parameters(program),
         "steps": count,
         "microbatches": microbatches(config, program.mesh),

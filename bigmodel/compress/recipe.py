@@ -1,0 +1,160 @@
+"""Recipes: what to do to a trained model, in stages, each of which the report prices.
+
+`prune:0.5+finetune:200,quantize:int8` is two stages; `+` joins the steps of one, `:` a step's settings, by
+kind (`prune:2:4:wanda`) or by name (`prune:0.5:method=wanda`). The same as YAML, in a file:
+
+    - [prune: {amount: 0.5}, finetune: {steps: 200}]
+    - quantize: int8
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from bigmodel import typed
+from bigmodel.config import InputError
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Trains on with the workdir's own config, or with some of it changed."""
+
+    steps: int = 200
+    lr: float = 0.0  # 0: a tenth of the workdir's optim.lr
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Holds the weights of products in fewer bits."""
+
+    kind: Literal["int8", "int4", "w8a8", "fp8"] = "int8"  # w8a8: int8 weights and activations
+    group: int = -1  # inputs that share a scale; -1: 64 for int4, else all of an output's
+    on: str = ""  # regex on parameter paths; "": config.quantize.on's default
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.group < -1:
+            yield "group", f"is {self.group}: set it to 0 or more"
+
+
+Op = Finetune | Quantize
+OPS: dict[str, type[Any]] = {"finetune": Finetune, "quantize": Quantize}
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str  # as it was written
+    ops: tuple[Op, ...]
+
+
+def parse(text: str) -> tuple[Stage, ...]:
+    """A recipe, or a YAML file's name -> its stages.
+
+    Raises:
+        InputError: a step that is not known (with the nearest one), or a setting that it does not take.
+    """
+    if text.endswith((".yaml", ".yml")):
+        return tuple(_stage_of(item) for item in _read(pathlib.Path(text)))
+    stages = [part.strip() for part in re.split(r",(?![^\[]*\])", text)]  # a comma in brackets is a value's
+    if not text.strip() or not all(stages):
+        raise InputError(
+            f"--recipe={text!r} has an empty stage; write one such as prune:0.5+finetune:200,quantize:int8"
+        )
+    return tuple(Stage(stage, tuple(_op_of_text(op.strip()) for op in stage.split("+"))) for stage in stages)
+
+
+def _read(path: pathlib.Path) -> list[Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(
+            f"--recipe={path}: {error.strerror}; give a YAML file or a recipe such as quantize:int8"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--recipe={path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, list) or not tree:
+        raise InputError(f"--recipe={path} must be a list of stages, such as `- quantize: int8`")
+    return tree
+
+
+def _stage_of(item: Any) -> Stage:
+    """A stage of YAML: text, a step, or a list of steps."""
+    if isinstance(item, str):
+        return Stage(item, tuple(_op_of_text(op.strip()) for op in item.split("+")))
+    ops: list[Op] = []
+    for step in item if isinstance(item, list) else [item]:
+        if isinstance(step, str):
+            ops.append(_op_of_text(step))
+        elif isinstance(step, Mapping):
+            ops += [_op_of_tree(str(name), settings) for name, settings in step.items()]
+        else:
+            raise InputError(
+                f"recipe step {step!r} is neither text nor a name with settings; write `- quantize: int8`"
+            )
+    return Stage("+".join(map(_name, ops)), tuple(ops))
+
+
+def _name(op: Op) -> str:
+    """A step as it would be written, what differs from the default alone."""
+    default, kind = type(op)(), next(name for name, cls in OPS.items() if cls is type(op))
+    settings = (f"{key}={value}" for key, value in vars(op).items() if value != getattr(default, key))
+    return ":".join((kind, *settings))
+
+
+def _op_of_text(text: str) -> Op:
+    name, _, rest = text.partition(":")
+    settings: dict[str, str] = {}
+    cls = _class(name)
+    while rest:
+        pattern = re.match(r"(\d+:\d+)(?::|$)", rest) if "pattern" in typing.get_type_hints(cls) else None
+        item = pattern[1] if pattern else re.match(r"[^:\[]*(\[[^\]]*\])?[^:]*", rest)[0]  # type: ignore[index]
+        rest = rest[len(item) + 1 :]
+        key, eq, value = item.partition("=")
+        if not eq:
+            key, value = ("pattern" if pattern else _field_for(cls, name, item)), item
+        settings[key] = value
+    return _build(cls, name, settings)
+
+
+def _op_of_tree(name: str, settings: Any) -> Op:
+    if isinstance(settings, Mapping):
+        return _build(_class(name), name, settings)
+    return _op_of_text(name if settings is None else f"{name}:{settings}")
+
+
+def _class(name: str) -> type[Any]:
+    if name not in OPS:
+        raise InputError(f"recipe step {name!r} is unknown{typed.nearest(name, OPS)}")
+    return OPS[name]
+
+
+def _field_for(cls: type[Any], name: str, item: str) -> str:
+    """Which setting a bare value is of: a word's, the one with that choice; a number's, the first number."""
+    hints = typing.get_type_hints(cls)
+    numeric = re.fullmatch(r"[-+.\deE]+", item) is not None
+    choices: list[str] = []
+    for key, hint in hints.items():
+        if numeric and hint in (int, float):
+            return key
+        if typing.get_origin(hint) is Literal:
+            if item in typing.get_args(hint):
+                return key
+            choices += typing.get_args(hint)
+    raise InputError(
+        f"recipe step {name}: {item!r} is no setting of it{typed.nearest(item, [*choices, *hints])}"
+    )
+
+
+def _build(cls: type[Any], name: str, settings: Mapping[str, Any]) -> Any:
+    op = typed.build(cls, settings, f"{name}.")
+    for key, problem in op.problems() if hasattr(op, "problems") else ():
+        raise InputError(f"recipe step {name}: {key} {problem}")
+    if getattr(op, "steps", 1) < 1 and cls is Finetune:
+        raise InputError(f"recipe step {name}: steps is {op.steps}: set it to 1 or more")
+    return op

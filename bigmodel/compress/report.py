@@ -1,0 +1,240 @@
+"""What each stage of a recipe costs and keeps: measured where it can be, labelled where it is modelled."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bigmodel import evaluate, hardware, log
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.compress import trained
+from bigmodel.compress.trained import Trained
+from bigmodel.plan import flops
+from bigmodel.plan.receipt import quantity, size
+
+BATCHES = (1, 32)  # examples whose latency is measured
+ROUNDS, ROUND_S = 7, 0.15  # interleaved over the stages, so that a busy moment of the machine hits all alike
+CORE_WATTS = 6.0  # of a busy server core with its memory: what is assumed where nothing can be measured
+RAPL = pathlib.Path("/sys/class/powercap")  # Intel's and AMD's energy counters, on Linux
+Row = dict[str, Any]
+
+
+def describe(name: str, model: Trained) -> Row:
+    """A stage's row, without what must be timed: see `time_all`."""
+    state = {"params": model.params, "rest": model.rest}
+    values = evaluate.run(model.program, state, trained.eval_data(model))
+    weights, spec = _weights(model), model.program.model.whole_spec
+    return {
+        "stage": name,
+        "metrics": values,
+        "params": sum(x.size for x in jax.tree.leaves(spec)),
+        "nonzero_params": _nonzero(model),
+        "disk_bytes": _disk_bytes(weights),
+        "memory_bytes": sum(x.nbytes for x in jax.tree.leaves(weights)),
+        "flops_per_example": flops.forward_flops(model.program) / model.config.batch_size,
+    }
+
+
+def _weights(model: Trained) -> dict[str, Any]:
+    """What inference holds."""
+    return {"params": model.params, "rest": model.rest}
+
+
+def _nonzero(model: Trained) -> int:
+    """Parameters that are not zero, quantized ones as they dequantize."""
+
+    @jax.jit
+    def count(params: Any, rest: Any) -> Any:
+        held = {part: rest[part] for part in model.program.model.held}
+        whole = model.program.model.unpack(params, held)
+        leaves = jax.tree.leaves(whole, is_leaf=lambda x: hasattr(x, "astype"))
+        return [(w.astype(np.float32) != 0).sum() for w in leaves]
+
+    return sum(int(n) for n in count(model.params, model.rest))
+
+
+def _disk_bytes(weights: Any) -> int:
+    """Of a checkpoint that holds the parameters and the rest alone, written to be measured."""
+    with tempfile.TemporaryDirectory() as directory:
+        with Checkpoints(directory, async_save=False) as checkpoints:
+            checkpoints.save(0, weights, {})
+        return sum(path.stat().st_size for path in pathlib.Path(directory).rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------- timing
+
+
+def time_all(rows: Sequence[Row], models: Sequence[Trained]) -> None:
+    """Adds latency, throughput and energy to the rows: a forward pass on one device, of each batch size."""
+    device = jax.devices()[0]
+    for row in rows:
+        row |= {"latency_s": {}, "examples_per_s": {}, "joules_per_example": {}, "peak_bytes": {}}
+    for n in BATCHES:
+        calls = [_forward(model, n, device) for model in models]
+        seconds, joules = _interleaved([call for call, _ in calls])
+        for row, (_, peak), s, energy in zip(rows, calls, seconds, joules, strict=True):
+            row["latency_s"][str(n)], row["examples_per_s"][str(n)] = s, n / s
+            row["peak_bytes"][str(n)] = peak
+            watts, how = _watts(device)
+            row["joules_per_example"][str(n)] = energy / n if energy is not None else s * watts / n
+            row["joules_from"] = "measured: RAPL, the whole package" if energy is not None else how
+            row["latency_from"] = f"measured: median of {ROUNDS} rounds, one {device.device_kind} device"
+
+
+def _forward(model: Trained, n: int, device: jax.Device) -> tuple[Callable[[], Any], int]:
+    """-> (a call that runs `n` held-out examples to the end, the bytes that it takes at its peak)."""
+    first = trained.eval_data(model)[0]
+    rows = np.arange(n) % max(int(first["mask"].sum()), 1)
+    batch = jax.device_put({name: x[rows] for name, x in first.items()}, device)
+    params, rest = jax.device_put((model.params, model.rest), device)
+
+    def forward(params: Any, rest: Any, batch: Any) -> Any:
+        return model.program.model.apply(params, rest, batch, key=None, train=False)[0]
+
+    compiled = jax.jit(forward).lower(params, rest, batch).compile(dict(model.config.compiler_options))
+    memory: Any = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return (lambda: jax.block_until_ready(compiled(params, rest, batch))), int(peak)
+
+
+def _interleaved(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], list[float | None]]:
+    """-> (seconds a call, joules a call where a counter can be read): medians over the rounds."""
+    for call in calls:
+        call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    joules: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS):
+        for index, call in enumerate(calls):
+            before, began, count = _energy_j(), time.perf_counter(), 0
+            while time.perf_counter() - began < ROUND_S or not count:
+                call()
+                count += 1
+            seconds[index].append((time.perf_counter() - began) / count)
+            after = _energy_j()
+            if before is not None and after is not None and after > before:
+                joules[index].append((after - before) / count)
+    return (
+        [statistics.median(times) for times in seconds],
+        [statistics.median(used) if used else None for used in joules],
+    )
+
+
+def _energy_j(root: pathlib.Path | None = None) -> float | None:
+    """Joules that the CPU packages have used since some moment; None where no counter can be read."""
+    counters = list((root or RAPL).glob("intel-rapl:*[0-9]/energy_uj"))
+    packages = [path for path in counters if path.parent.name.count(":") == 1]
+    try:
+        return sum(int(path.read_text()) for path in packages) / 1e6 if packages else None
+    except OSError:
+        return None
+
+
+def _watts(device: jax.Device) -> tuple[float, str]:
+    chip = hardware.chip(device)
+    if chip is not None and chip.watts:
+        return chip.watts, f"modelled: latency x {chip.watts:g} W of a chip under load"
+    cores = len(os.sched_getaffinity(0))
+    return cores * CORE_WATTS, f"modelled: latency x {CORE_WATTS:g} W x {cores} CPU cores, an assumption"
+
+
+# ------------------------------------------------------------------------------------------------ telling
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows for a terminal, dense first."""
+    names = main_metrics(rows[0]["metrics"])
+    head = ["stage", *names, "params", "nonzero", "disk", "memory", "FLOP/ex", *(f"ms b{n}" for n in BATCHES)]
+    head += [f"ex/s b{BATCHES[-1]}", f"mJ/ex b{BATCHES[-1]}"]
+    lines = [head]
+    for row in rows:
+        last = str(BATCHES[-1])
+        lines.append([
+            row["stage"], *(f"{row['metrics'][name]:.4f}" for name in names), quantity(row["params"]),
+            quantity(row["nonzero_params"]), size(row["disk_bytes"]), size(row["memory_bytes"]),
+            quantity(row["flops_per_example"]), *(f"{1e3 * row['latency_s'][str(n)]:.3g}" for n in BATCHES),
+            f"{row['examples_per_s'][last]:.3g}", f"{1e3 * row['joules_per_example'][last]:.3g}",
+        ])  # fmt: skip
+    wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    pad = [str.ljust, *[str.rjust] * len(wide)]  # the first column is text, the others are numbers
+    text = ["  ".join(p(cell, w) for p, cell, w in zip(pad, line, wide, strict=False)) for line in lines]
+    return [*text, f"latency {rows[0]['latency_from']}; joules {rows[0]['joules_from']}", *notes(rows)]
+
+
+def main_metrics(metrics: dict[str, float]) -> list[str]:
+    """The one or two that people read first."""
+    known = ("bits_per_byte", "accuracy", "exact_match", "mae", "r2")
+    return [name for name in known if name in metrics][:2] or sorted(metrics)[:2]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Says plainly which choices did not make the model faster here, and why."""
+    dense, said = rows[0], []
+    for row in rows[1:]:
+        gains = [dense["latency_s"][str(n)] / row["latency_s"][str(n)] for n in BATCHES]
+        if max(gains) >= 1.05:
+            continue
+        sparse = row["nonzero_params"] < 0.95 * row["params"]
+        why = "it does the same work"
+        if row["memory_bytes"] < 0.9 * dense["memory_bytes"]:
+            why = "its products run on floats that are dequantized first, which saves bytes, not time"
+        elif sparse:
+            why = "a dense unit multiplies zeros like any other number"
+        said.append(
+            f"{row['stage']}: not faster than dense here ({', '.join(f'{g:.2f}x' for g in gains)}): {why}"
+        )
+    return said
+
+
+def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Quality against bytes and against latency; stages that no other beats in both are joined."""
+    from matplotlib.figure import Figure
+
+    name = main_metrics(rows[0]["metrics"])[0]
+    up = name in ("accuracy", "exact_match", "r2")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    quality = [row["metrics"][name] for row in rows]
+    last = str(BATCHES[-1])
+    costs = {
+        "memory, MiB": [row["memory_bytes"] / 2**20 for row in rows],
+        f"latency of {last} examples, ms": [1e3 * row["latency_s"][last] for row in rows],
+    }
+    for axes, (label, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
+        front = sorted(pareto(cost, [-q if up else q for q in quality]), key=lambda i: cost[i])
+        axes.plot([cost[i] for i in front], [quality[i] for i in front], color="#b0b7bf", zorder=1)
+        axes.scatter(
+            cost, quality, color=["#1f4e79" if i in front else "#b0b7bf" for i in range(len(rows))], zorder=2
+        )
+        for i, row in enumerate(rows):
+            inward = "right" if cost[i] > 0.6 * max(cost) else "left"
+            axes.annotate(
+                row["stage"], (cost[i], quality[i]), xytext=(0, 7), textcoords="offset points", fontsize=8,
+                horizontalalignment=inward,
+            )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.margins(0.15)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel(f"{name} ({'higher' if up else 'lower'} is better)")
+    figure.savefig(path, dpi=120)
+
+
+def pareto(cost: Sequence[float], loss: Sequence[float]) -> list[int]:
+    """Which points no other beats in one and equals or beats in the other."""
+    points = list(zip(cost, loss, strict=True))
+    return [
+        i for i, (c, q) in enumerate(points)
+        if not any(d <= c and r <= q and (d, r) != (c, q) for d, r in points)
+    ]  # fmt: skip
+
+
+def say(rows: Sequence[Row]) -> None:
+    for line in table(rows):
+        log.say(line)

@@ -1,0 +1,82 @@
+"""A workdir and a recipe -> a smaller workdir, and a report of every stage.
+
+Everything is made in OUT.partial, which takes OUT's name when all is done: bad input leaves OUT untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from dataclasses import replace
+
+from bigmodel import log, train, workdir
+from bigmodel.compress import quantize, recipe, report, trained
+from bigmodel.compress.recipe import Op, Stage
+from bigmodel.compress.trained import Trained
+from bigmodel.config import InputError
+
+
+def run(
+    directory: str | os.PathLike[str], stages: tuple[Stage, ...], out: str | os.PathLike[str]
+) -> list[report.Row]:
+    """Takes the run in `directory` through the recipe; writes `out`, report.json and report.png in it.
+
+    Raises:
+        InputError: `out` holds something, there is no good checkpoint, or a step does not fit the model.
+        train.NotFinite: training diverged.
+    """
+    log.show_logging()
+    target = pathlib.Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--out={target} exists and is not an empty directory; choose a new one")
+    model = trained.load(directory)
+    scratch = target.with_name(target.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--out={target}: {error.strerror}; choose a directory you can write") from error
+    try:
+        rows, models = [report.describe("dense", model)], [model]
+        for number, stage in enumerate(stages, 1):
+            for index, op in enumerate(stage.ops):
+                model = _apply(model, op, scratch / f"{number}-{index}")
+            log.say(f"stage     {stage.name}")
+            rows.append(report.describe(stage.name, model))
+            models.append(model)
+        report.time_all(rows, models)
+        made = scratch / "model"
+        trained.save(model, made)
+        workdir.write_json(made / "report.json", {"stages": rows})
+        report.draw(rows, made / "report.png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(made, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    report.say(rows)
+    return rows
+
+
+def _apply(model: Trained, op: Op, scratch: pathlib.Path) -> Trained:
+    """One step of a stage. What trains does so in `scratch`, a workdir of its own."""
+    if isinstance(op, recipe.Quantize):
+        return quantize.apply(model, op)
+    return finetune(model, op, scratch)
+
+
+def finetune(model: Trained, op: recipe.Finetune, scratch: pathlib.Path) -> Trained:
+    """Trains on: a run of its own, in the order of another seed."""
+    old = model.config
+    optim = replace(old.optim, lr=op.lr or old.optim.lr / 10)
+    log_ = replace(old.log, tensorboard=False)
+    rare = max(op.steps, 1)
+    config = old.replace(
+        seed=old.seed + 1, steps=op.steps, budget=0.0, optim=optim, log=log_,
+        eval=replace(old.eval, every_steps=rare), checkpoint=replace(old.checkpoint, every_steps=rare),
+    )  # fmt: skip
+    start = trained.changed(model, config, model.params, model.rest)
+    trained.save(start, scratch)
+    result = train.run(config, scratch)
+    params = result.state.get("ema", result.state["params"])
+    return Trained(result.program, params, result.state["rest"], scratch, result.state, result.step)

@@ -1,0 +1,101 @@
+"""A trained model on its way through a recipe: its Program, its parameters, and how it is written."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from bigmodel import data, infer, mesh, program, workdir
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.config import Config, InputError
+from bigmodel.program import Program
+
+# What `train` and `evaluate` make of a run; every other file of a workdir (a tokenizer) goes with the model.
+MADE = (
+    "config.json", "plan.json", "ledger.json", "metrics.jsonl", "loss.png", "evaluation.json", "report.json",
+    "report.png", ".lock",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model between two steps. `step` is that of `state` where training went on, else 0."""
+
+    program: Program
+    params: Any
+    rest: Any
+    source: pathlib.Path  # the workdir whose files (a tokenizer) go with it
+    state: Any = None  # the whole state, after training
+    step: int = 0
+
+    @property
+    def config(self) -> Config:
+        return self.program.config
+
+
+def load(directory: str | os.PathLike[str]) -> Trained:
+    """The newest checkpoint of a run; its moving average where it has one. Raises InputError."""
+    built, state = infer.load(directory)
+    return Trained(built, state["params"], state["rest"], pathlib.Path(directory))
+
+
+def build(config: Config, like: Program) -> Program:
+    """The Program of a changed config, on the devices that `like` is on."""
+    return program.build(config, like.mesh, data.batch_spec(config))
+
+
+def changed(model: Trained, config: Config, params: Any, rest: Any) -> Trained:
+    """`model` with another config and the arrays that go with it, which are laid out as its Program wants.
+
+    Raises:
+        InputError: they do not fit together, which is a fault of the step that made them.
+    """
+    built = build(config, model.program)
+    for name, tree in (("params", params), ("rest", rest)):
+        got, want = jax.tree.map(_shape, tree), jax.tree.map(_shape, built.state_spec[name])
+        if got != want:
+            raise InputError(f"compress: {name} no longer fit the config: {got} where {want} is needed")
+    sharding = {
+        name: jax.tree.map(lambda s: s.sharding, built.state_spec[name]) for name in ("params", "rest")
+    }
+    params = jax.device_put(params, sharding["params"])
+    return Trained(built, params, jax.device_put(rest, sharding["rest"]), model.source)
+
+
+def _shape(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def save(model: Trained, directory: pathlib.Path) -> None:
+    """Writes an ordinary workdir: config.json, the model's own files and a checkpoint that training goes on
+    from, at step 0 unless training made it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in model.source.iterdir():
+        if path.is_file() and path.name not in MADE:
+            shutil.copyfile(path, directory / path.name)
+    workdir.write_config(directory, model.config)
+    pipeline = data.make_pipeline(model.config, "train", directory, **_rows(model.program))
+    state = model.state
+    if state is None:
+        state = program.start(model.program, model.params, model.rest, jax.random.key(model.config.seed))
+    with Checkpoints(directory / "checkpoints", async_save=False) as checkpoints:
+        checkpoints.save(model.step, state, {"pipeline": pipeline.fingerprint()})
+
+
+def eval_data(model: Trained) -> data.Pipeline:
+    """The held-out split of the model's config."""
+    return data.make_pipeline(model.config, "eval", model.source, **_rows(model.program))
+
+
+def train_data(model: Trained) -> data.Pipeline:
+    """The training split of the model's config."""
+    return data.make_pipeline(model.config, "train", model.source, **_rows(model.program))
+
+
+def _rows(built: Program) -> dict[str, int]:
+    return mesh.host_rows(built.mesh, built.config.batch_size)

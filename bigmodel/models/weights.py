@@ -1,0 +1,214 @@
+"""Weights that are no plain arrays: quantized ones, and those that are quantized in training or observed.
+
+A layer asks for `product(x, w)`, `rows(w, ids)` or `w.astype(dtype)` of whatever its parameter holds. So a
+quantized model is dequantized where it is used, inside the scanned block, and never as a whole.
+
+int4 is packed here, two codes a byte: `jnp.int4` (and with it qwix's QArray, whose way of giving a scale to
+a group of inputs this follows) takes a byte for each number, in memory and on disk.
+
+Legend: I inputs, O outputs, G groups of inputs that share a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from bigmodel import mesh
+from bigmodel.models import ops
+
+# By kind: the largest code (they are symmetric, so zero stays zero), and the dtype that is stored.
+LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+STORED = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
+SHRINKS = tuple(1 - 0.04 * step for step in range(16))  # of the largest weight: where clipping is tried
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantized:
+    """codes x scale; `scale` has the codes' rank, and along each axis their size, or G of it, or 1.
+
+    `activation`, if there is one, is the scale of the layer's inputs, which are then quantized too.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    activation: jax.Array | None
+    kind: str = field(metadata={"static": True})
+    size: int = field(metadata={"static": True})  # of the last axis, which int4 halves
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.size)
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    def __getitem__(self, index: Any) -> Self:
+        assert index is ...
+        return self
+
+    def astype(self, dtype: Any) -> jax.Array:
+        codes = unpack(self.codes, self.size) if self.kind == "int4" else self.codes
+        return (codes.astype(jnp.float32) * spread(self.scale, codes.shape)).astype(dtype)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [..., I] @ w [I, O]; of int8 or float8 operands where the inputs have a scale."""
+        if self.activation is None:
+            return ops.dense(x, self.astype(x.dtype))
+        x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
+        exact = jnp.int32 if self.kind == "int8" else jnp.float32
+        y = jax.lax.dot_general(
+            x_q, self.codes, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=exact
+        )
+        return (y.astype(jnp.float32) * (self.activation * self.scale[0])).astype(x.dtype)
+
+    def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        taken = replace(self, codes=_whole_rows(self.codes)[ids], scale=_whole_rows(self.scale)[ids])
+        return taken.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rounded:
+    """Floats that are rounded to what `quantize` would keep of them, wherever they are used; the gradient
+    passes straight through (Bengio et al. 2013; Jacob et al. 2018)."""
+
+    value: jax.Array
+    sums: tuple[int, ...] = field(metadata={"static": True})
+    kind: str = field(metadata={"static": True})
+    group: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
+
+    def __getitem__(self, index: Any) -> Self:
+        assert index is ...
+        return self
+
+    def astype(self, dtype: Any) -> jax.Array:
+        held = quantize(jax.lax.stop_gradient(self.value), self.sums, self.kind, self.group)
+        off = held.astype(self.value.dtype) - jax.lax.stop_gradient(self.value)
+        return (self.value + off).astype(dtype)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        return ops.dense(x, self.astype(x.dtype))
+
+    def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        return _whole_rows(self.astype(dtype))[ids]
+
+
+def product(x: jax.Array, w: Any) -> jax.Array:
+    """x [..., I] @ w [I, O] -> [..., O] in x's dtype."""
+    return ops.dense(x, w.astype(x.dtype)) if isinstance(w, jax.Array) else w.product(x)
+
+
+def rows(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table [V, D] at `ids` [...] -> [..., D]."""
+    if isinstance(table, jax.Array):
+        return _whole_rows(table.astype(dtype))[ids]
+    return table.rows(ids, dtype)
+
+
+def _whole_rows(table_VD: jax.Array) -> jax.Array:
+    """Rows whole before a lookup: XLA cannot cut a gather's result by width and by batch at once."""
+    return mesh.shard(table_VD, "tensor", None)
+
+
+def quantize(w: jax.Array, sums: Sequence[int], kind: str, group: int = 0, search: bool = False) -> Quantized:
+    """w -> codes with a scale for each output, or each `group` of inputs of an output.
+
+    Args:
+        sums: the axes, counted from the end, that a product sums over; the last of them is cut into groups.
+        group: must divide that axis, or be larger; 0: one scale for all inputs.
+        search: try scales that clip the largest weights, and keep each group's of the least squared error.
+    """
+    wide = w.astype(jnp.float32)
+    largest = spans(jnp.abs(wide), sums, group).max(_reduced(w.ndim, sums))
+    scale = _scale_shape(largest, w.ndim, sums) / LARGEST[kind]
+    if search:
+        scale = _least_error(wide, scale, sums, kind, group)
+    return encode(wide, scale, kind)
+
+
+def encode(w: jax.Array, scale: jax.Array, kind: str) -> Quantized:
+    """w and scales as `quantize` shapes them -> the nearest codes. A scale of 0 has only zeros to hold."""
+    wide = spread(scale, w.shape)
+    codes = round_to(jnp.where(wide > 0, w.astype(jnp.float32) / jnp.where(wide > 0, wide, 1.0), 0.0), kind)
+    return Quantized(pack(codes) if kind == "int4" else codes, scale, None, kind, w.shape[-1])
+
+
+def round_to(x: jax.Array, kind: str) -> jax.Array:
+    """Numbers in units of the scale -> codes, one each (int4: as int8)."""
+    x = jnp.clip(x, -LARGEST[kind], LARGEST[kind])
+    return x.astype(STORED["fp8"]) if kind == "fp8" else jnp.round(x).astype(jnp.int8)
+
+
+def pack(codes: jax.Array) -> jax.Array:
+    """int8 codes in -8..7 [..., O] -> uint8 [..., O / 2 up], the even ones in the low halves."""
+    odd = codes.shape[-1] % 2
+    if odd:
+        codes = jnp.concatenate([codes, jnp.zeros((*codes.shape[:-1], 1), codes.dtype)], -1)
+    pairs = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
+    low = pairs[..., 0] & jnp.uint8(15)
+    return low | (pairs[..., 1] << jnp.uint8(4))
+
+
+def unpack(packed: jax.Array, size: int) -> jax.Array:
+    """The inverse of `pack`: uint8 [..., O / 2 up] -> int8 [..., O]."""
+    signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
+    low = (signed << jnp.int8(4)) >> jnp.int8(4)
+    both = jnp.stack([low, signed >> jnp.int8(4)], -1)
+    return both.reshape(*packed.shape[:-1], -1)[..., :size]
+
+
+def spans(w: jax.Array, sums: Sequence[int], group: int) -> jax.Array:
+    """w with its last summed axis [I] cut into [G, I / G]."""
+    axis = w.ndim + max(sums)
+    size = w.shape[axis]
+    group = min(group or size, size)
+    return w.reshape(*w.shape[:axis], size // group, group, *w.shape[axis + 1 :])
+
+
+def _reduced(ndim: int, sums: Sequence[int]) -> tuple[int, ...]:
+    """The axes of what `spans` gave over which a scale is shared."""
+    last = ndim + max(sums)
+    return (*(axis for axis in (ndim + s for s in sums) if axis != last), last + 1)
+
+
+def _scale_shape(x: jax.Array, ndim: int, sums: Sequence[int]) -> jax.Array:
+    """What is left after a reduction over `_reduced` -> ndim axes again, those that were summed of size 1."""
+    last = ndim + max(sums)
+    return jnp.expand_dims(x, tuple(axis for axis in (ndim + s for s in sums) if axis != last))
+
+
+def spread(scale: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """A scale of `quantize` -> one that multiplies codes of `shape`, its groups repeated."""
+    for axis, size in enumerate(shape):
+        if 1 < scale.shape[axis] < size:
+            scale = jnp.repeat(scale, size // scale.shape[axis], axis, total_repeat_length=size)
+    return scale
+
+
+def _least_error(w: jax.Array, scale: jax.Array, sums: Sequence[int], kind: str, group: int) -> jax.Array:
+    def error(scale: jax.Array) -> jax.Array:
+        off = jnp.square(encode(w, scale, kind).astype(jnp.float32) - w)
+        return _scale_shape(spans(off, sums, group).sum(_reduced(w.ndim, sums)), w.ndim, sums)
+
+    def step(best: tuple[jax.Array, jax.Array], shrink: jax.Array) -> tuple[Any, None]:
+        found = error(scale * shrink)
+        better = found < best[1]
+        return (jnp.where(better, scale * shrink, best[0]), jnp.where(better, found, best[1])), None
+
+    (scale, _), _ = jax.lax.scan(step, (scale, error(scale)), jnp.asarray(SHRINKS[1:], jnp.float32))
+    return scale

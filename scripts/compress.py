@@ -1,0 +1,42 @@
+"""Makes a trained model small, in stages, and prices each: accuracy, bytes, FLOPs, latency, joules.
+
+    python scripts/compress.py --workdir=runs/mnist --recipe=prune:0.5+finetune:200,quantize:int8 \\
+        --out=runs/small
+
+A recipe's stages are parted by commas, the steps of one joined by +, a step's settings follow it after
+colons; or it is a YAML file (bigmodel/compress/recipe.py). OUT is a workdir as train.py makes it, with
+report.json and report.png: evaluate.py, generate.py, train.py and compress.py read it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import cli
+
+from bigmodel.config import InputError
+
+
+def main() -> int:
+    flags = cli.parser(__doc__)
+    flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
+    flags.add_argument(
+        "--recipe", required=True, help="e.g. prune:0.5+finetune:200,quantize:int8, or FILE.yaml"
+    )
+    flags.add_argument("--out", required=True, help="a new directory")
+    args, rest = cli.parse(flags)
+    if rest:
+        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    from bigmodel import train
+    from bigmodel.compress import recipe, stages
+
+    try:
+        stages.run(args.workdir, recipe.parse(args.recipe), args.out)
+    except train.NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return train.NOT_FINITE
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
