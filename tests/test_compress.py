@@ -178,14 +178,17 @@ def test_a_compressed_workdir_is_a_workdir(dense, tmp_path):
 
 def test_a_language_model_shrinks_on_disk_too(gpt, tmp_path):
     rows = stages.run(gpt, recipe.parse("quantize:int4:group=16"), tmp_path / "out")
-    disk = {row["stage"]: row["disk_bytes"] for row in rows}
-    held = rows[1]["memory_bytes"]
-    assert held < 0.3 * rows[0]["memory_bytes"]
-    assert (
-        disk["quantize:int4:group=16"] - held < disk["dense"] - rows[0]["memory_bytes"] + 10_000
-    )  # file names
+    assert rows[1]["memory_bytes"] < 0.3 * rows[0]["memory_bytes"]
+    assert rows[1]["disk_bytes"] < rows[0]["disk_bytes"]
     ran = run_script("generate.py", f"--workdir={tmp_path / 'out'}", "--length=3", "--prompt=mesh")
     assert ran.code == 0, ran
+
+
+def test_codes_take_their_true_size_on_disk():
+    w = jax.random.normal(jax.random.key(0), (512, 1024))
+    for kind, share in (("int8", 1 / 4), ("int4", 1 / 8)):
+        held = jax.jit(weights.quantize, static_argnums=(1, 2))(w, (-2,), kind)
+        assert report._disk_bytes({"codes": held.codes, "scale": held.scale}) < 1.03 * share * w.nbytes
 
 
 def test_pareto_keeps_what_nothing_beats():
@@ -226,8 +229,7 @@ def test_bad_workdirs_are_one_line_and_exit_code_2(dense, tmp_path):
         code, _, err = finish(process)
         assert code == 2, err
         assert said in err
-        assert err.strip().splitlines()[-1].startswith("error: ")
-        assert "Traceback" not in err
+        assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
     assert not pathlib.Path(tmp_path / "out").exists()
 
 

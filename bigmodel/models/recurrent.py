@@ -9,7 +9,7 @@ Legend: B batch, L length, I inputs, H width, G gates, V vocabulary, E embedding
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ CELLS: dict[str, tuple[Cell, int, int]] = {"lstm": (lstm, 4, 2), "gru": (gru, 3,
 
 class Gates(nnx.Module):
     """x [..., I] -> all gates' sums [..., G, H]; the kernel [I, G, H] keeps H apart, to be cut."""
+
+    SUMS: ClassVar[layers.Sums] = {"kernel": (-3,)}
 
     def __init__(self, i: int, gates: int, h: int, *, dtype: str, rngs: nnx.Rngs, bias: bool):
         self.kernel = nnx.Param(i**-0.5 * jax.random.normal(rngs.params(), (i, gates, h), dtype))
