@@ -14,7 +14,16 @@ import pytest
 from bigmodel import config as config_lib
 from bigmodel import tasks
 from bigmodel.config import InputError
-from bigmodel.data import balance, batch_spec, images, make_pipeline, open_source, randaugment, transforms
+from bigmodel.data import (
+    balance,
+    batch_spec,
+    images,
+    labels,
+    make_pipeline,
+    open_source,
+    randaugment,
+    transforms,
+)
 from bigmodel.data.builders import prepare
 
 ALL = "crop:2,flip:0.5,randaugment:2:9,erase:0.5"
@@ -228,9 +237,10 @@ class Broken:
         return {**batch, "label": np.where(np.isin(indices, 7), 99, batch["label"])}
 
 
-def records(digits: str, max_skipped: int) -> images.Records:
+def records(digits: str, max_skipped: int) -> labels.Records:
     source = Broken(open_source("digits", "train", digits))
-    return images.Records(source, config(digits, max_skipped=max_skipped), "data.name='digits' split 'train'")
+    where = "split 'train' record {}".format
+    return labels.Records(source, config(digits, max_skipped=max_skipped), where)
 
 
 def test_bad_records_are_named(digits):

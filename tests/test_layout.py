@@ -21,7 +21,7 @@ ORDER = """
     data/builders/prepare | data/files
     data/sources | data/randaugment
     data/transforms
-    data/text | data/objectives | data/balance
+    data/text | data/objectives | data/balance | data/labels
     data/images
     data/batches
     data/pipeline

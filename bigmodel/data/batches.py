@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bigmodel.config import Config, Data, InputError
-from bigmodel.data import balance, images, objectives, sources, text, transforms
-from bigmodel.data.images import Shapes
+from bigmodel.data import balance, images, labels, objectives, sources, text, transforms
+from bigmodel.data.labels import Shapes
 from bigmodel.families import IMAGE_TASKS
 
 
@@ -167,27 +167,52 @@ def _seq2seq_shapes(config: Config) -> Shapes:
     }
 
 
+def _labelled(
+    config: Config,
+    train: bool,
+    source: sources.Source,
+    where: labels.Where,
+    prepare: Callable[[np.ndarray | None], transforms.Transform],
+    label_of: Callable[[], np.ndarray],
+) -> Parts:
+    """Examples with one output each, rare classes drawn more often or weighed more as the config asks.
+
+    Args:
+        prepare: class weights or None -> what makes a batch of records.
+        label_of: the class of every training example, int (n,).
+    """
+    d, weigh = config.data, config.task.class_weights != "none"
+    records, facts = labels.Records(source, config, where), {"source": source.fingerprint}
+    if not train or (d.balance == "none" and not weigh):
+        return Parts(records, prepare(None), facts)
+    label_N = label_of()
+    counts = np.bincount(label_N, minlength=labels.classes_of(config))
+    order = None if d.balance == "none" else balance.order(d.balance, label_N, config.seed)
+    facts |= {"balance": d.balance} if order else {}
+    return Parts(records, prepare(balance.class_weights(counts) if weigh else None), facts, order=order)
+
+
 def _images(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
     d = config.data
     keys = tuple(filter(None, ("image", d.label, d.group)))
     source = sources.open_source(d.name, split, d.data_dir, keys=keys, cache=d.cache)
     images.check(config, source.features)
-    balanced, weigh = d.balance != "none" and train, config.task.class_weights != "none" and train
-    labels = images.labels(config, split) if balanced or weigh else np.zeros(0, np.int64)
-    weights = balance.class_weights(np.bincount(labels, minlength=images.classes_of(config)))
-    records = images.Records(source, config, f"data.name={d.name!r} split {split!r}")
-    facts: dict[str, Any] = {"source": source.fingerprint}
+
+    def label_of() -> np.ndarray:  # without decoding an image
+        alone = sources.open_source(d.name, split, d.data_dir, keys=(d.label,), cache=False)
+        return labels.column(alone, d.label).astype(np.int64)
+
+    def where(index: int) -> str:
+        return f"data.name={d.name!r} split {split!r} record {index}"
+
+    prepare = functools.partial(images.Prepare, config, train)
+    parts = _labelled(config, train, source, where, prepare, label_of)
     if not train:
-        return Parts(records, images.Prepare(config, train, None), facts)
-    keys = ("image_size", "augment", "mixup", "cutmix", "balance")
-    facts |= {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
-    return Parts(
-        records,
-        images.Prepare(config, train, weights if weigh else None),
-        facts,
-        images.mixer(config) if images.mixes(config) else None,
-        balance.order(d.balance, labels, config.seed) if balanced else None,
-    )
+        return parts
+    keys = ("image_size", "augment", "mixup", "cutmix")
+    more = {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
+    mix = images.mixer(config) if images.mixes(config) else None
+    return parts._replace(facts=parts.facts | more, mix=mix)
 
 
 class Kind(NamedTuple):

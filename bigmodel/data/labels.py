@@ -1,0 +1,183 @@
+"""Labels of examples that have one output each, whatever the example is: checked, skipped, counted, weighed.
+
+A batch gets `label`: int32 [B] of one class, float32 [B, K] for several (multilabel) or for numbers
+(regress); as the config asks, `weight` (task.class_weights) and `group` (data.group).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config import Config, InputError
+from bigmodel.data import sources
+from bigmodel.data.transforms import Batch
+
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape after the batch's dimension, dtype)
+Where = Callable[[int], str]  # an example's index -> where it stands, for messages
+
+log = logging.getLogger("bigmodel")
+
+CHUNK = 4096  # labels read at once
+
+
+class Records:
+    """A source's records, each checked; at most `max_skipped` that are bad are replaced and masked.
+
+    A bad record's row holds the next good one, with `mask` 0: it counts for nothing, and neither the loss nor
+    a metric sees it twice. Which are bad depends on the data alone, so batches stay pure.
+    """
+
+    def __init__(self, source: sources.Source, config: Config, where: Where) -> None:
+        self.source, self._where, self._label = source, where, config.data.label
+        self._classes = classes_of(config) if config.task.name != "regress" else sys.maxsize
+        self._max_skipped, self.skipped = config.data.max_skipped, dict[int, str]()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Raises InputError for a bad record too many; the message names it."""
+        known = {index: self._good_after(index) for index in self.skipped.keys() & set(indices.tolist())}
+        at = np.array([known.get(index, index) for index in indices.tolist()], np.int64)
+        try:
+            batch = self.source.read(at)
+            self._check(batch, at)
+        except InputError:
+            if not self._max_skipped or not self._find_bad(at):
+                raise
+            return self.read(indices)
+        mask = np.array([index not in known for index in indices.tolist()], np.float32)
+        return {**batch, "mask": mask}
+
+    def _check(self, batch: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
+        column = batch[self._label]
+        if column.dtype.kind in "iu" and ((column >= 0) & (column < self._classes)).all():
+            return
+        for index, label in zip(indices, column, strict=True):
+            if (label.dtype.kind in "iu") and ((label < 0) | (label >= self._classes)).any():
+                raise InputError(
+                    f"{self._where(index)} has label {label}, not one of 0..{self._classes - 1}; set "
+                    "model.num_classes, choose a split with labels, or skip it by data.max_skipped"
+                )
+            if label.dtype.kind == "f" and not np.isfinite(label).all():
+                raise InputError(
+                    f"{self._where(index)} has {self._label} {label}, no finite number; prepare it "
+                    "again, or skip it by data.max_skipped"
+                )
+
+    def _find_bad(self, indices: np.ndarray) -> bool:
+        """Reads one by one, and notes what is bad. -> whether anything new was found."""
+        before = len(self.skipped)
+        for index in np.unique(indices).tolist():
+            self._is_good(index)
+        return len(self.skipped) > before
+
+    def _is_good(self, index: int) -> bool:
+        if index in self.skipped:
+            return False
+        try:
+            one = np.array([index])
+            self._check(self.source.read(one), one)
+        except InputError as error:
+            if len(self.skipped) >= self._max_skipped:
+                raise InputError(
+                    f"{error}; data.max_skipped={self._max_skipped} are skipped already"
+                ) from None
+            self.skipped[index] = str(error)
+            log.warning("skipped %d of at most %d: %s", len(self.skipped), self._max_skipped, error)
+            return False
+        return True
+
+    def _good_after(self, index: int) -> int:
+        count = len(self)
+        following = ((index + step) % count for step in range(1, count))
+        good = next((other for other in following if self._is_good(other)), None)
+        if good is None:
+            raise InputError(f"{self._where(index)} is bad, as all others are; prepare the data again")
+        return good
+
+
+def shapes(config: Config) -> Shapes:
+    """What `finish` gives."""
+    task = config.task.name
+    out: Shapes = {"label": ((), np.int32) if task == "classify" else ((classes_of(config),), np.float32)}
+    if config.task.class_weights != "none":
+        out["weight"] = ((), np.float32)
+    if config.data.group:
+        out["group"] = ((), np.int32)
+    return out
+
+
+def finish(config: Config, batch: Mapping[str, np.ndarray], weights: np.ndarray | None) -> Batch:
+    """Raw records -> `label`, `mask`, and `weight` (by class) and `group` as the config asks."""
+    label = batch[config.data.label]
+    out = {"label": _label(label, config.task.name, classes_of(config)), "mask": batch["mask"]}
+    if config.task.class_weights != "none":
+        out["weight"] = np.ones(len(label), np.float32) if weights is None else weights[label]
+    if config.data.group:
+        out["group"] = batch[config.data.group].astype(np.int32)
+    return out
+
+
+def _label(label: np.ndarray, task: str, classes: int) -> np.ndarray:
+    if task == "classify":
+        return label.astype(np.int32)
+    if label.dtype != object:  # numbers, or 0 and 1 for each class
+        return label.reshape(len(label), -1).astype(np.float32)
+    out = np.zeros((len(label), classes), np.float32)
+    for row, ids in enumerate(label):
+        out[row, ids] = 1
+    return out
+
+
+def require(config: Config, features: Mapping[str, sources.Feature], *needed: str) -> None:
+    """Raises InputError where a feature that is needed, or the label or group that the config names, lacks."""
+    d, name, task = config.data, config.data.name, config.task.name
+    missing = ({*needed, d.label, *([d.group] if d.group else [])}) - set(features)
+    if missing:
+        raise InputError(
+            f"data.name={name!r} has no feature {min(missing)!r}, which task.name={task} needs; "
+            f"set data.label or data.group to one of {', '.join(features)}, or choose another dataset"
+        )
+
+
+def check(config: Config, label: sources.Feature) -> None:
+    """Raises InputError for a label that does not suit the task or the model."""
+    name, task, classes = config.data.name, config.task.name, classes_of(config)
+    if task == "classify" and (label.shape or not label.dtype.startswith(("int", "uint"))):
+        raise InputError(
+            f"data.label={config.data.label!r} of data.name={name!r} is not one class an example; set "
+            "task.name to multilabel or regress, or data.label to another feature"
+        )
+    if task != "regress" and (label.num_classes or 0) > classes:
+        raise InputError(
+            f"model.num_classes is too small for data.name={name!r}: set it to {label.num_classes}"
+        )
+    width = 1 if not label.shape else label.shape[0]
+    if task != "classify" and width is not None and width != classes:
+        raise InputError(
+            f"model.num_classes is {classes}, but data.label has {width} numbers: set it to that"
+        )
+    if task != "classify" and config.task.class_weights != "none":
+        raise InputError(f"task.class_weights needs task.name=classify, not {task}; set it to none")
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """What the dataset calls its classes; nothing where it has no names for them."""
+    features = sources.features_of(config.data.name, config.data.data_dir)
+    return features[config.data.label].names
+
+
+def classes_of(config: Config) -> int:
+    return getattr(config.model, "num_classes", sys.maxsize)
+
+
+def column(source: sources.Source, key: str) -> np.ndarray:
+    """One feature of every record."""
+    ends = range(0, len(source), CHUNK)
+    return np.concatenate([source.read(np.arange(i, min(i + CHUNK, len(source))))[key] for i in ends])
