@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs the linters and the default test suite; arguments go to pytest.
-#   bash scripts/test.sh            under 8 minutes on 2 cores
-#   bash scripts/test.sh -m slow    likewise: -m fault, -m gpu
+#   bash scripts/test.sh                 under 8 minutes on 2 cores, two test files at a time
+#   bash scripts/test.sh -m slow         likewise: -m fault
+#   bash scripts/test.sh -m gpu -n 0     one at a time, as they share the GPU's memory
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -9,4 +10,4 @@ setup_venv test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n 2 --dist=loadfile "$@"

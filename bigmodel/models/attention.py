@@ -69,7 +69,7 @@ def pick(length: int, head_dim: int, dtype: jnp.dtype, platform: str) -> str:
         return "splash"
     if platform == "gpu" and dtype != jnp.float32 and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "blocks" if platform == "cpu" and length > BLOCK else "xla"
+    return "blocks" if platform == "cpu" else "xla"
 
 
 def visible(
@@ -166,7 +166,8 @@ def attend_blocks(
 ) -> jax.Array:
     """The form for CPUs: blocks of queries, each multiplied only with the keys it can reach.
 
-    The backward pass computes the weights again, so nothing of size L x S outlives a block.
+    The backward pass of several blocks computes the weights again, so nothing of size L x S outlives a block;
+    that of one block finds them saved.
 
     Args:
         segments_BL: as in `attend`.
@@ -241,23 +242,29 @@ def _attend_fwd(
         top = s.max(-1, keepdims=True)
         e = jnp.exp(s - top)
         total = e.sum(-1, keepdims=True)
-        out.append(_matmul((e / total).astype(v.dtype), vg[:, :, keys], (1, 0)))
+        weights = e / total
+        out.append(_matmul(weights.astype(v.dtype), vg[:, :, keys], (1, 0)))
         norms.append(top + jnp.log(total))
     o = _by_token(jnp.concatenate(out, 2).reshape(qg.shape))
-    return o, (q, k, v, segments, o, jnp.concatenate(norms, 2).reshape(*qg.shape[:4], 1))
+    norm = jnp.concatenate(norms, 2).reshape(*qg.shape[:4], 1)
+    return o, (q, k, v, segments, o, weights if len(out) == 1 else norm)
 
 
 def _attend_bwd(
     causal: bool, block: int, residuals: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, segments, o, norm = residuals
+    q, k, v, segments, o, kept = residuals  # kept: one block's weights, or several blocks' norms
     f32, scale = jnp.float32, q.shape[-1] ** -0.5
     inner = _by_group((g.astype(f32) * o.astype(f32)).sum(-1, keepdims=True), k.shape[2])
     qg, gg = _by_group(q, k.shape[2]), _by_group(g, k.shape[2])
     kg, vg = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     dq, dk, dv = [], jnp.zeros_like(kg), jnp.zeros_like(vg)
-    for rows, keys in _spans(causal, block, qg, kg):
-        p = jnp.exp(_scores(causal, segments, qg, kg, rows, keys) - _rows(norm, rows))
+    spans = _spans(causal, block, qg, kg)
+    for rows, keys in spans:
+        if len(spans) == 1:
+            p = kept
+        else:
+            p = jnp.exp(_scores(causal, segments, qg, kg, rows, keys) - _rows(kept, rows))
         dp = _matmul(_rows(gg, rows), vg[:, :, keys], (1, 1), f32)
         ds = (p * (dp - _rows(inner, rows)) * scale).astype(q.dtype)
         dq.append(_matmul(ds, kg[:, :, keys], (1, 0)))

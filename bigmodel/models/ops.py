@@ -36,8 +36,11 @@ def _outer(x: Array, g: Array) -> Array:
 
 
 def _outer_flat(x: Array, g: Array) -> Array:
-    """`_outer` with one contracted axis: twice as fast a training step on a CPU."""
-    return _outer(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
+    """`_outer` with one contracted axis and the wider result's rows short: a CPU's fastest form."""
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    if x.shape[1] <= g.shape[1]:
+        return _outer(x, g)
+    return lax.optimization_barrier(_outer(g, x)).T  # without the barrier XLA turns it back
 
 
 def _dense_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

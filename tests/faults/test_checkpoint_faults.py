@@ -191,7 +191,7 @@ for attempt in (lambda: checkpoints.save(3, make_state(3), {}), lambda: checkpoi
     try:
         attempt()
     except InputError as error:
-        print("ERROR:", error)
+        print(f"\\nERROR: {error}", flush=True)  # one write: Orbax's threads write to the same pipe
 print("STEPS:", checkpoints.steps())
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(2, make_state(2), {})
@@ -219,7 +219,7 @@ for step in (2, 3, 4, 5):
         checkpoints.save(step, make_state(step, rows=1024, columns=1024), {})
         checkpoints.wait()
     except InputError as error:
-        print("ERROR:", error)
+        print(f"\\nERROR: {error}", flush=True)  # one write: Orbax's threads write to the same pipe
         break
 checkpoints.close()
 got, _, _ = Checkpoints(sys.argv[1], read_only=True).restore(spec_of(make_state(1)), 1)
