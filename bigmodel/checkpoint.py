@@ -211,6 +211,20 @@ class Checkpoints:
             return dict(manifest["meta"])
         return {}
 
+    def spec(self, part: str, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the newest step holds of a subtree such as "params": a flat {path inside it: spec}.
+
+        Raises: InputError if there is no step, CorruptCheckpoint.
+        """
+        if (step := self.latest()) is None:
+            raise InputError(f"{self.directory}: no checkpoint to restore; check --workdir")
+        arrays = _read_manifest(self.directory / str(step))["arrays"]
+        return {
+            path.removeprefix(f"{part}/"): jax.ShapeDtypeStruct(x["shape"], x["dtype"], sharding=sharding)
+            for path, x in arrays.items()
+            if path.startswith(f"{part}/")
+        }
+
     def meta(self, step: int) -> dict[str, Any]:
         """The meta saved with a step. Raises InputError if there is no such step, CorruptCheckpoint."""
         return dict(_read_manifest(self.directory / str(self._require_step(step)))["meta"])

@@ -50,7 +50,8 @@ class Data:
     split: str = "train"
     eval_split: str = "test"
     data_dir: str | None = None  # None: TFDS's own default (~/tensorflow_datasets or $TFDS_DATA_DIR)
-    tokenizer: str = "bytes"  # bytes | bpe:VOCAB_SIZE (trained on the training split, kept in the workdir)
+    # bytes | bpe:VOCAB_SIZE (trained on the training split) | hf:DIR; the workdir keeps it
+    tokenizer: str = "bytes"
     shuffle: bool = True
     cache: bool = True  # keep decoded images in memory, and token files on disk, after the first read
     prefetch: int = 2  # batches made ready ahead of the step
@@ -225,10 +226,19 @@ def load(spec: str | pathlib.Path, overrides: Iterable[str] | Mapping[str, Any] 
     """
     path_text, _, arg = str(spec).partition(":")
     tree = _get_config(pathlib.Path(path_text), arg or None).to_dict()
+    return from_dict(_overridden(tree, overrides))
+
+
+def override(config: Config, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
+    """`config` with other values for some keys; `overrides` and errors as `load`."""
+    return from_dict(_overridden(to_dict(config), overrides))
+
+
+def _overridden(tree: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
     items = overrides.items() if isinstance(overrides, Mapping) else map(_split_override, overrides)
     for key, value in items:
         _set(tree, key.split("."), value)
-    return from_dict(tree)
+    return tree
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -333,8 +343,11 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
         yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in _group_problems(name, group))
     yield from ((f"quantize.{key}", problem) for key, problem in _quantize_problems(c.quantize))
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
-    if not re.fullmatch(r"bytes|bpe:\d+", c.data.tokenizer):
-        yield "data.tokenizer", f"is {c.data.tokenizer!r}: choose bytes or bpe:VOCAB_SIZE, e.g. bpe:8192"
+    if not re.fullmatch(r"bytes|bpe:\d+|hf:.+", c.data.tokenizer):
+        yield (
+            "data.tokenizer",
+            f"is {c.data.tokenizer!r}: choose bytes, bpe:VOCAB_SIZE such as bpe:8192, or hf:DIR",
+        )
 
 
 def _task_problems(c: Config) -> Iterable[tuple[str, str]]:

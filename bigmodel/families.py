@@ -177,6 +177,7 @@ class T5(Transformer):
     mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "relu"  # v1.1: geglu
     bias: bool = False
     tie_embeddings: bool = True  # v1.1: false
+    scale_output: bool = True  # a tied table's output is scaled by 1 / sqrt(width), as it is for the input
 
     def resolve(self) -> Self:
         resolved = super().resolve()

@@ -20,6 +20,7 @@ ORDER = """
     data/builders/__init__ | data/builders/python_source | data/builders/digits
     data/builders/prepare | data/files
     data/sources | data/randaugment
+    data/pretrained
     data/transforms
     data/text | data/objectives | data/balance | data/labels
     data/images
@@ -39,6 +40,10 @@ ORDER = """
     program
     digests
     checkpoint
+    huggingface/files | huggingface/layouts
+    huggingface/configs
+    huggingface/__init__
+    transfer
     plan/__init__
     plan/flops
     plan/hlo

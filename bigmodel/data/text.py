@@ -22,6 +22,7 @@ import numpy as np
 
 from bigmodel.config import Config, InputError
 from bigmodel.data.builders.prepare import locked, write_atomically
+from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.sources import Source, open_source
 
 log = logging.getLogger("bigmodel")
@@ -144,7 +145,8 @@ class BPE:
 def get_tokenizer(config: Config, workdir: pathlib.Path | None = None) -> Tokenizer:
     """The tokenizer of `config.data.tokenizer`; BPE is trained on the training split, once.
 
-    A trained one is kept as `tokenizer.json` in the workdir (and in the cache), and read from there later.
+    A trained one is kept as `tokenizer.json` in the workdir (and in the cache), and read from there later; of
+    another's (hf:DIR) the workdir keeps a copy.
 
     Raises:
         InputError: a workdir with a tokenizer of another size, or bad data.
@@ -152,7 +154,10 @@ def get_tokenizer(config: Config, workdir: pathlib.Path | None = None) -> Tokeni
     kind, _, size_text = config.data.tokenizer.partition(":")
     if kind == "bytes":
         return Bytes()
-    size, saved = int(size_text), workdir and pathlib.Path(workdir) / "tokenizer.json"
+    saved = workdir and pathlib.Path(workdir) / "tokenizer.json"
+    if kind == "hf":
+        return _pretrained(pathlib.Path(size_text), saved)
+    size = int(size_text)
     if size < 257:
         raise InputError(f"data.tokenizer='bpe:{size}' is too small: 256 bytes and a separator make 257")
     if saved and saved.is_file():
@@ -166,6 +171,16 @@ def get_tokenizer(config: Config, workdir: pathlib.Path | None = None) -> Tokeni
             log.warning("%s has %d tokens, fewer than %s", saved, tokenizer.vocab_size, config.data.tokenizer)
         return tokenizer
     tokenizer = _trained(config, size)
+    if saved:
+        tokenizer.save(saved)
+    return tokenizer
+
+
+def _pretrained(directory: pathlib.Path, saved: pathlib.Path | None) -> Pretrained:
+    """The workdir's copy, so that a run can be moved; at first what is copied."""
+    if saved and saved.is_file():
+        return Pretrained.load(saved)
+    tokenizer = Pretrained.load(directory / "tokenizer.json" if directory.is_dir() else directory)
     if saved:
         tokenizer.save(saved)
     return tokenizer

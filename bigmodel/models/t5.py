@@ -30,7 +30,7 @@ class T5(nnx.Module):
         del spec  # positions are relative: no size depends on the batch's
         c = config.model
         assert isinstance(c, families.T5)
-        self.config = config
+        self.config, self.scale_output = config, c.scale_output
         dtype, std = config.param_dtype, transformer.small(c)
         self.embed = layers.Embed(c.vocab_size, c.width, dtype=dtype, rngs=rngs, std=1.0)
 
@@ -63,9 +63,10 @@ class T5(nnx.Module):
         )  # fmt: skip
         y_BMD = self.embed(decoder_BM, config.compute_dtype)
         y_BMD, losses = self.decoder(config, y_BMD, sight, keys[2])
-        # A tied table is scaled for the input: the output undoes that.
-        head = self.head
-        logits_BMV = self.embed.attend(y_BMD * c.width**-0.5) if head is None else head(y_BMD)
+        if self.head is None:  # a tied table is scaled for the input: the output undoes that
+            logits_BMV = self.embed.attend(y_BMD * c.width**-0.5 if self.scale_output else y_BMD)
+        else:
+            logits_BMV = self.head(y_BMD)
         logits_BMV = layers.shard_hidden(logits_BMV)
         if not losses:
             return logits_BMV

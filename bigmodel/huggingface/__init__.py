@@ -1,0 +1,223 @@
+"""Models in Hugging Face's layout: config.json and safetensors <-> a config and parameters of ours.
+
+Read are GPT-2, Llama, Mixtral, BERT, T5 (v1.0, v1.1), ViT and ResNet. Every tensor's name, shape and dtype
+is checked against the model before any is read, and none is ignored in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401 -- so that numpy knows bfloat16 by name
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from bigmodel import config as config_lib
+from bigmodel.config import Config, InputError
+from bigmodel.huggingface import configs, layouts
+from bigmodel.huggingface.files import Tensors, new_directory, read_json, write
+from bigmodel.huggingface.layouts import Layout
+
+__all__ = [
+    "Pretrained",
+    "as_imported",
+    "new_directory",
+    "open_pretrained",
+    "tensors_of",
+    "write",
+    "write_config",
+    "write_unused",
+]
+
+NAMES, UNUSED = "tensors.json", "unused.safetensors"  # of an imported file, for its export
+FLOATS = ("float32", "bfloat16", "float16")
+Arrays = dict[str, np.ndarray]
+
+
+class Pretrained(NamedTuple):
+    """A model of Hugging Face's, before its parameters are read."""
+
+    directory: pathlib.Path
+    config: Config
+    hf: dict[str, Any]  # config.json
+    layout: Layout
+    tensors: Tensors
+    files: dict[str, str]  # name in the layout -> name in the file
+
+    def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+        """Parameters and statistics by our paths, in the file's dtypes.
+
+        Args:
+            shapes: of the arrays by path, a stack's with its leading [depth].
+
+        Raises:
+            InputError: a tensor that is missing, left over, or of another shape or dtype.
+        """
+        self._check(shapes)
+        out: Arrays = {}
+        for ours, theirs, index, form in self.layout.expand():
+            read = form.read(self.tensors.read(self.files[theirs]))
+            x = np.split(read, form.pieces, -1)[form.piece]
+            if not index:
+                out[ours] = np.array(x)
+                continue
+            if ours not in out:
+                out[ours] = np.empty(shapes[ours], x.dtype)
+            out[ours][index] = x
+        return out
+
+    def channels(self) -> int:
+        """Of an image."""
+        return configs.number(self.hf, "num_channels", 3, str(self.directory / "config.json"))
+
+    def unused(self) -> Arrays:
+        """The tensors that the model does not need, by their names in the file."""
+        return {n: self.tensors.read(n) for n in self.tensors.shapes if re.search(self.layout.unused, n)}
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        where, wanted = self.tensors.path, _shapes_there(self.layout, shapes)
+        missing_ours = shapes.keys() - {ours for ours, _, _, _ in self.layout.expand()}
+        if missing_ours:
+            raise InputError(f"{where}: no tensor of this layout holds {min(missing_ours)!r}")
+        for name, shape in wanted.items():
+            if name not in self.files:
+                raise InputError(f"{where} lacks the tensor {name!r} that its config.json asks for")
+            file = self.files[name]
+            if self.tensors.shapes[file] != shape:
+                has = list(self.tensors.shapes[file])
+                raise InputError(f"{where}: {file!r} is {has}, but its config.json makes it {list(shape)}")
+            if self.tensors.dtypes[file] not in FLOATS:
+                dtype = self.tensors.dtypes[file]
+                raise InputError(f"{where}: {file!r} is {dtype}; it must be one of {', '.join(FLOATS)}")
+        for name, file in self.files.items():
+            if name in self.layout.copies:
+                self._check_copy(file, self.layout.copies[name])
+            elif name not in wanted and not re.search(self.layout.unused, name):
+                raise InputError(
+                    f"{where}: no model here has a place for {file!r}; remove it, or read a file without it"
+                )
+
+    def _check_copy(self, file: str, first: str) -> None:
+        a, b = self.tensors.read(file), self.tensors.read(self.files[first])
+        if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
+            raise InputError(
+                f"{self.tensors.path}: {file!r} differs from {self.files[first]!r}, though config.json ties "
+                "them; set tie_word_embeddings to false there, or remove the former"
+            )
+
+
+def open_pretrained(directory: str | os.PathLike[str]) -> Pretrained:
+    """Reads config.json and the headers of the safetensors files; no tensor yet.
+
+    The config's `param_dtype` is the widest of the file's; `data` is what the directory's tokenizer asks for.
+
+    Raises:
+        InputError: see `configs.read` and `files.Tensors`.
+    """
+    path = pathlib.Path(directory)
+    where = str(path / "config.json")
+    hf, tensors = read_json(path / "config.json"), Tensors(path)
+    tree = configs.read(hf, set(tensors.shapes), where)
+    dtypes = [dtype for dtype in FLOATS if dtype in tensors.dtypes.values()]
+    tree |= {"param_dtype": "float32" if len(dtypes) > 1 else (dtypes or ["float32"])[0], "batch_size": 8}
+    if (path / "tokenizer.json").is_file():
+        tree["data"] = {**tree.get("data", {}), "tokenizer": f"hf:{path.absolute()}"}
+    depth = max(tree["model"].get(key, 0) for key in ("depth", "decoder_depth"))
+    if depth > len(tensors.shapes):
+        raise InputError(f"{where} asks for {depth} layers, but there are {len(tensors.shapes)} tensors")
+    config = config_lib.from_dict(tree)
+    layout = layouts.of(config)
+    if layout is None:
+        raise InputError(f"{where}: no model here has these settings")
+    return Pretrained(path, config, hf, layout, tensors, _files(layout, tensors))
+
+
+def _files(layout: Layout, tensors: Tensors) -> dict[str, str]:
+    """Name in the layout -> name in the file, which may lack the prefix, or have TensorFlow's old names."""
+    bare = not any(name.startswith(layout.prefix) for name in tensors.shapes)
+    known = {theirs for _, theirs, _, _ in layout.expand()} | layout.copies.keys()
+    out = {}
+    for file in tensors.shapes:
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", file)
+        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        out[layout.prefix + name if bare and name not in known else name] = file
+    return out
+
+
+def _shapes_there(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Their tensors' shapes, from those of ours."""
+
+    def empty(ours: str, index: tuple[int, ...]) -> np.ndarray:
+        return np.broadcast_to(np.float32(0), shapes[ours][len(index) :])
+
+    return {name: x.shape for name, x in _joined(layout, empty) if x is not None}
+
+
+def _joined(layout: Layout, array: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(their name, their tensor) from `array(our path, index)`; pieces follow each other in the rows."""
+    pieces: dict[str, list[np.ndarray]] = {}
+    for ours, theirs, index, form in layout.expand():
+        x = form.write(array(ours, index))
+        if form.pieces == 1:
+            yield theirs, x
+            continue
+        pieces.setdefault(theirs, []).append(x)
+        if len(pieces[theirs]) == form.pieces:
+            yield theirs, np.concatenate(pieces.pop(theirs), -1)
+
+
+def tensors_of(config: Config, arrays: Mapping[str, np.ndarray]) -> tuple[Layout | None, Arrays]:
+    """Parameters and statistics by our paths -> (the layout, tensors by Hugging Face's names).
+
+    A model that Hugging Face has no class for keeps our paths, with dots; its layout is None.
+    """
+    layout = layouts.of(config)
+    if layout is None:
+        return None, {path.replace("/", "."): x for path, x in arrays.items()}
+    out = dict(_joined(layout, lambda ours, index: arrays[ours][index]))
+    return layout, out
+
+
+def write_config(config: Config, layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The config.json of an export; `arrays` as for `tensors_of`."""
+    c, channels = config.model, 3
+    if config.model.name == "vit":
+        channels = arrays["embed/kernel"].shape[0] // getattr(c, "patch", 1) ** 2
+    elif config.model.name == "resnet":
+        channels = arrays["stem/conv/kernel"].shape[2]
+    return configs.write(config, layout, channels)
+
+
+# --------------------------------------------------------------------------------- what an import puts aside
+
+
+def write_unused(pretrained: Pretrained, directory: pathlib.Path) -> None:
+    """Keeps the file's names and dtypes, and the tensors that the model has no place for."""
+    dtypes, shapes = pretrained.tensors.dtypes, pretrained.tensors.shapes
+    names = {file: [name, dtypes[file], list(shapes[file])] for name, file in pretrained.files.items()}
+    (directory / NAMES).write_text(json.dumps({"param_dtype": pretrained.config.param_dtype, "names": names}))
+    if unused := pretrained.unused():
+        save_file(unused, directory / UNUSED, metadata={"format": "pt"})
+
+
+def as_imported(directory: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Config) -> Arrays:
+    """`tensors` under the names and in the dtypes of the file they came from, with what was put aside."""
+    kept = read_json(directory / NAMES)
+    aside = load_file(directory / UNUSED) if (directory / UNUSED).is_file() else {}
+    layout = layouts.of(config)
+    copies = layout.copies if layout else {}
+    same_dtype = kept["param_dtype"] == config.param_dtype
+    out = {}
+    for file, (name, dtype, _) in kept["names"].items():
+        x = aside.get(file, tensors.get(copies.get(name, name)))
+        if x is None:
+            raise InputError(
+                f"{directory / NAMES} names {file!r}, which this model has not; remove {directory}"
+            )
+        out[file] = x.astype(dtype) if same_dtype else x
+    return out

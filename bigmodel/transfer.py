@@ -1,0 +1,260 @@
+"""Parameters from elsewhere: another run's workdir, or Hugging Face's files; and back to safetensors.
+
+`load` fills a new run's state and reports what became of each array; `import_pretrained` makes a workdir that
+evaluation, generation and training take; `export_safetensors` writes one out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bigmodel import config as config_lib
+from bigmodel import data, huggingface, mesh, models, workdir
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.config import Config, InputError
+from bigmodel.families import IMAGE_TASKS
+from bigmodel.huggingface import Pretrained
+from bigmodel.models.module import Definition
+from bigmodel.program import Program, State
+
+Arrays = dict[str, Any]  # by path, "blocks/attention/q/kernel": parameters and statistics
+ORIGIN = "huggingface"  # in an imported workdir: the files that an export puts back as they were
+ORIGIN_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
+
+# Keys of config.model that may differ from the source's: what they change is shapes, or nothing that is
+# stored. Any other one would give the same arrays another meaning.
+FREE = {
+    "vocab_size", "num_classes", "head", "pooler", "token_types", "tie_embeddings", "dropout", "scan",
+    "attention_block", "balance_loss", "router_z_loss", "capacity_factor", "aux", "stem",
+}  # fmt: skip
+
+
+class Report(NamedTuple):
+    """What became of each array: `loaded`, `skipped` and `new` hold the run's paths, `left` the source's."""
+
+    source: str
+    loaded: list[str]
+    skipped: dict[str, str]  # path -> why; it starts out as the run's seed has it
+    new: list[str]
+    left: list[str]
+
+    def lines(self) -> list[str]:
+        counts = f"{len(self.loaded)} arrays loaded, {len(self.skipped)} skipped, {len(self.new)} new"
+        out = [f"init      from {self.source}: {counts}"]
+        out += [f"          skipped {path}: {why}" for path, why in self.skipped.items()]
+        out += [f"          new     {path}" for path in self.new]
+        return out + (
+            [f"          {len(self.left)} there are not used: {_some(self.left)}"] * bool(self.left)
+        )
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load(program: Program, state: State, directory: str, skip: str = "") -> tuple[State, Report]:
+    """Puts the parameters and statistics of `directory` into a state at step 0.
+
+    A table of positions that is longer there gives its first rows.
+
+    Args:
+        directory: a workdir, or one in Hugging Face's layout.
+        skip: regex on paths, such as "/head/kernel"; what it finds stays as it is. "": nothing.
+
+    Raises:
+        InputError: nothing is there, nothing fits, or config.model would read the arrays in another way.
+    """
+    config, arrays = read(directory)
+    _check_model(config, program.config, directory)
+    report = Report(str(directory), [], {}, [], [])
+    new: dict[str, Any] = {}
+    for part in ("params", "rest"):
+
+        def take(path: Any, x: jax.Array) -> jax.Array:
+            name = mesh.path_str(path)
+            value = _fitting(name, x, arrays, skip, report)
+            return x if value is None else _placed(value.astype(x.dtype), x.sharding)
+
+        new[part] = jax.tree_util.tree_map_with_path(take, state[part])
+    if not report.loaded:
+        raise InputError(f"init.from={directory} has no array that fits this model; check it, and init.skip")
+    report.left.extend(sorted(arrays.keys() - set(report.loaded) - report.skipped.keys()))
+    if "ema" in state:
+        new["ema"] = jax.tree.map(lambda p: p.astype("float32"), new["params"])
+    return {**state, **new}, report
+
+
+def _fitting(name: str, x: Any, arrays: Arrays, skip: str, report: Report) -> np.ndarray | None:
+    """The source's value for an array of the run's, and a line in the report."""
+    if name not in arrays:
+        report.new.append(name)
+        return None
+    value = arrays[name]
+    if skip and re.search(skip, "/" + name):
+        report.skipped[name] = "init.skip names it"
+        return None
+    if name.endswith("positions/table") and x.ndim == 2 and value.shape[0] > x.shape[0]:
+        value = value[: x.shape[0]]
+    if value.shape != x.shape:
+        report.skipped[name] = f"it is {list(value.shape)} there, {list(x.shape)} here"
+        return None
+    report.loaded.append(name)
+    return np.asarray(value)
+
+
+def _placed(value: np.ndarray, sharding: Any) -> jax.Array:
+    """Every process gives the shards that its devices hold."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _check_model(there: Config, here: Config, directory: str) -> None:
+    a, b = (dataclasses.asdict(config.model) for config in (there, here))
+    for key in ("name", *sorted((a.keys() | b.keys()) - FREE)):
+        if a.get(key) != b.get(key):
+            raise InputError(
+                f"init.from={directory} has model.{key}={a.get(key)}, this run {b.get(key)}: the same arrays "
+                f"would mean something else; set model.{key} to {a.get(key)}"
+            )
+
+
+def read(directory: str | os.PathLike[str]) -> tuple[Config, Arrays]:
+    """The config and arrays of a workdir (its moving average if it has one), or of Hugging Face's files.
+
+    Raises:
+        InputError: it is neither, or damaged.
+    """
+    path = pathlib.Path(directory)
+    if not (path / "checkpoints").is_dir():
+        pretrained = huggingface.open_pretrained(path)
+        return pretrained.config, pretrained.arrays(_shapes(_model(pretrained)))
+    config = workdir.read_config(path)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        arrays: Arrays = {}
+        step = None
+        for part in ("params", "ema", "rest"):
+            spec = checkpoints.spec(part, sharding)
+            saved, _, step = checkpoints.restore(spec, step, part=part)
+            arrays |= {name: np.asarray(x) for name, x in saved.items()}
+    return config, arrays
+
+
+def _model(pretrained: Pretrained) -> Definition:
+    """The model that a Hugging Face config describes; of images it needs no dataset."""
+    config = pretrained.config
+    if config.task.name not in IMAGE_TASKS:
+        return models.define(config, data.batch_spec(config))
+    size, channels = config.data.image_size, pretrained.channels()
+    image = jax.ShapeDtypeStruct((config.batch_size, size, size, channels), np.float32)
+    return models.define(config, {"image": image})
+
+
+def _shapes(model: Definition) -> dict[str, tuple[int, ...]]:
+    trees = by_path(model.params_spec), by_path(model.rest_spec)
+    return {name: x.shape for tree in trees for name, x in tree.items()}
+
+
+def by_path(tree: Any) -> Arrays:
+    """{"blocks/mlp/up/kernel": leaf}."""
+    return {mesh.path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[Any, Any]:
+    """The inverse of `by_path`; digits are a list's indices, as the modules' are."""
+    out: dict[Any, Any] = {}
+    for path, x in arrays.items():
+        *parents, last = (int(part) if part.isdigit() else part for part in path.split("/"))
+        inner = out
+        for part in parents:
+            inner = inner.setdefault(part, {})
+        inner[last] = x
+    return out
+
+
+# ---------------------------------------------------------------------------------- to and from Hugging Face
+
+
+def import_pretrained(
+    directory: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+) -> Config:
+    """Hugging Face's files -> a new workdir that evaluate, generate and train take. -> its config.
+
+    Its checkpoint of step 0 holds parameters and statistics alone.
+
+    Args:
+        overrides: as `config.load` takes them, over the config that the files imply.
+
+    Raises:
+        InputError: the files are not sound (see `huggingface`); nothing is then written.
+    """
+    pretrained = huggingface.open_pretrained(directory)
+    config = config_lib.override(pretrained.config, overrides)
+    if config.model != pretrained.config.model:
+        raise InputError(f"--config.model: what shapes the model comes from {directory}; leave it out")
+    model = _model(pretrained._replace(config=config))
+    arrays = pretrained.arrays(_shapes(model))
+
+    def stored(spec: Any) -> dict[Any, Any]:
+        return nested(
+            {name: jax.device_put(arrays[name].astype(x.dtype)) for name, x in by_path(spec).items()}
+        )
+
+    state = {"params": stored(model.params_spec), "rest": stored(model.rest_spec)}
+    with huggingface.new_directory(target, "--workdir") as path:
+        workdir.write_config(path, config)
+        origin = path / ORIGIN
+        origin.mkdir()
+        for name in (name for name in ORIGIN_FILES if (pretrained.directory / name).is_file()):
+            shutil.copyfile(pretrained.directory / name, origin / name)
+        if (origin / "tokenizer.json").is_file():
+            shutil.copyfile(origin / "tokenizer.json", path / "tokenizer.json")
+        huggingface.write_unused(pretrained, origin)
+        with Checkpoints(path / "checkpoints", async_save=False) as checkpoints:
+            checkpoints.save(0, {"step": jax.numpy.int32(0), **state}, {"imported": str(directory)})
+    return config
+
+
+def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
+    """A workdir -> a new directory of safetensors, in Hugging Face's layout where there is one.
+
+    An imported model that was not trained comes out bit for bit as it went in, config.json included.
+
+    -> what was written: the layout's name and the files.
+
+    Raises:
+        InputError: no run, no checkpoint, or `target` is in the way.
+    """
+    path = pathlib.Path(directory)
+    config, arrays = read(path)
+    layout, tensors = huggingface.tensors_of(config, arrays)
+    origin = path / ORIGIN if (path / ORIGIN / "config.json").is_file() else None
+    with huggingface.new_directory(target, "--out") as out:
+        if origin is not None:
+            tensors = huggingface.as_imported(origin, tensors, config)
+            for file in origin.iterdir():
+                if file.name in ORIGIN_FILES:
+                    shutil.copyfile(file, out / file.name)
+        if (path / "tokenizer.json").is_file():
+            shutil.copyfile(path / "tokenizer.json", out / "tokenizer.json")
+        huggingface.write(out, tensors)
+        if layout is None:
+            workdir.write_config(out, config)
+        elif origin is None:
+            workdir.write_json(out / "config.json", huggingface.write_config(config, layout, arrays))
+        files = sorted(file.name for file in out.iterdir())
+    return [layout.architecture if layout else "names of this package", *files]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
