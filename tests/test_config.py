@@ -116,7 +116,7 @@ BAD = [  # override -> what the message must name: the key, and the fix
     ("model.kv_heads=3", ["model.kv_heads is 3", "model.heads=4"]),
     ("model.depth=0", ["model.depth is 0", "1 or more"]),
     ("model.dropout=1", ["model.dropout is 1", "dropout < 1"]),
-    ("data.tokenizer=words", ["data.tokenizer is 'words'", "bytes or bpe"]),
+    ("data.tokenizer=words", ["data.tokenizer is 'words'", "bpe:8192"]),
     ("mesh.fsdp=0", ["mesh.fsdp is 0", "1 or more"]),
     ("mesh.fsdp=-1", ["mesh.fsdp is -1", "mesh.data", "only one axis"]),
     ("mesh.pipe=2", ["mesh.pipe is 2", "set it to 1"]),
