@@ -49,6 +49,7 @@ class Transformer:
     norm_order: Literal["pre", "post"] = "pre"  # x + f(norm(x)), or norm(x + f(x))
     position: Literal["learned", "rope", "relative"] = "learned"
     rope_theta: float = 10_000.0
+    window: int = 0  # a token sees itself and so many before it, less one; 0: all (Beltagy et al. 2020)
     scale_attention: bool = True  # scores times 1 / sqrt(head_dim)
     mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu"  # gelu: the tanh approximation
     experts: int = 0  # mixture of experts in place of each MLP; 0: none
@@ -90,6 +91,8 @@ class Transformer:
             )
         if self.position == "rope" and self.head_dim % 2:
             yield "head_dim", f"is {self.head_dim}: rope needs an even one"
+        if self.window < 0 or (self.window and self.name != "gpt"):
+            yield "window", f"is {self.window}: set it to 0, or for model.name=gpt to 1 or more"
         yield from _rate(self)
         yield from self._expert_problems()
 

@@ -1,38 +1,58 @@
-"""A trained model at work: loading it from a workdir, and sampling text.
+"""A trained model at work: loading it from a workdir, and generating text with a cache of keys and values.
 
-Each token takes a full forward pass over a window of `seq_len`.
+A prompt is read in one pass (prefill); then every token costs one pass over itself alone, several of them in
+one compiled loop. Rows of a batch may be of any lengths: each lies at the start of its cache row, and nothing
+that a row computes depends on the others.
+
+Legend: B rows, L length of the longest prompt, S slots of a cache row, V vocabulary, N steps.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, mesh, program, tasks, workdir
+from bigmodel import data, mesh, program, sampling, workdir
 from bigmodel.checkpoint import Checkpoints
-from bigmodel.config import Mesh
+from bigmodel.config import Config, InputError, Mesh
+from bigmodel.data.text import Tokenizer
+from bigmodel.models import cache as cache_lib
+from bigmodel.models import module
 from bigmodel.program import Program, State
+from bigmodel.sampling import GREEDY, Sampling
+
+CHUNK = 16  # tokens decoded in one compiled loop, between looks at what has ended
+UNROLLED = 64  # layers; a deeper stack is scanned, which copies its cache at every token but compiles faster
+
+Params = Any
 
 
-def load(directory: str | os.PathLike[str], step: int | None = None) -> tuple[Program, State]:
+def load(
+    directory: str | os.PathLike[str], step: int | None = None, axes: Mesh | None = None
+) -> tuple[Program, State]:
     """The run in `directory` and what inference needs of its state: params (or ema) and rest.
 
     Restores onto the devices at hand, whatever mesh trained it.
 
     Args:
         step: a checkpoint's step; None: the newest good one.
+        axes: of the mesh, over all devices; None: as many devices as divide the batch, over `data`.
 
     Raises:
         InputError: no run or no checkpoint there.
     """
     path = pathlib.Path(directory)
-    config = workdir.read_config(path).replace(mesh=Mesh())
-    devices = jax.devices()[: np.gcd(len(jax.devices()), config.batch_size)]
+    config = workdir.read_config(path).replace(mesh=axes or Mesh())
+    devices = jax.devices()
+    if axes is None:
+        devices = devices[: np.gcd(len(devices), config.batch_size)]
     built = program.build(config, mesh.make_mesh(config, devices), data.batch_spec(config))
     part = "ema" if "ema" in built.state_spec else "params"
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
@@ -41,58 +61,293 @@ def load(directory: str | os.PathLike[str], step: int | None = None) -> tuple[Pr
     return built, {part: params, "params": params, "rest": rest}
 
 
-def sample(
-    program: Program,
-    state: State,
-    prompt: np.ndarray,
-    length: int,
-    *,
-    temperature: float = 0.8,
-    top_k: int = 40,
-    seed: int = 0,
-) -> np.ndarray:
-    """Continues `prompt` (int ids, at least one) by `length` ids; int32 [length].
+def context(config: Config) -> int:
+    """Tokens that one answer's prompt and text may have together."""
+    return config.task.target_len or config.seq_len
 
-    Args:
-        temperature: 0 is greedy.
-        top_k: only the k likeliest ids are drawn from (Fan et al. 2018); 0: all.
 
-    Past `seq_len` the window slides by halves, so every id sees at least half a window.
+# -------------------------------------------------------------------------------------------- the decoder
+
+
+class Decoder:
+    """A language model's compiled prefill and decode. Its state is a dict of arrays, donated at every call:
+
+    `cache`; `token`, `at`, `left`, `drawn` int32 [B]: the last id (not yet in the cache), its position, how
+    many more may follow, how many were drawn; `seen` bool [B, V]; `draw`, the rows' sampling settings.
     """
-    window = program.config.seq_len
-    params = state.get("ema", state["params"])
-    step = _next_id(program, temperature, top_k)
-    ids = [int(i) for i in prompt]
-    start = max(len(ids) - window // 2, 0) if len(ids) >= window else 0
-    key = jax.random.key(seed)
-    for index in range(length):
-        if len(ids) - start >= window:
-            start = len(ids) - window // 2
-        tokens = np.zeros((1, window), np.int32)
-        tokens[0, : len(ids) - start] = ids[start:]
-        at = jnp.int32(len(ids) - start - 1)
-        ids.append(int(step(params, state["rest"], tokens, at, jax.random.fold_in(key, index))))
-    return np.asarray(ids[len(ids) - length :], np.int32)
+
+    def __init__(
+        self, built: Program, state: State, *, end: int | None = None, slots: int = 0, cache_dtype: str = ""
+    ) -> None:
+        """
+        Args:
+            end: the id that ends an answer; None: none does.
+            slots: of a cache row; 0: as many as the context, or the window if that is narrower.
+            cache_dtype: the compute dtype's, or int8.
+
+        Raises:
+            InputError: the model generates no text.
+        """
+        self.program, self.end = built, -1 if end is None else end
+        config = built.config
+        if config.task.name not in READERS:
+            raise InputError(
+                f"model.name={config.model.name} with task.name={config.task.name} generates no text; "
+                f"use a run whose task is one of {', '.join(READERS)}"
+            )
+        model: Any = config.model
+        self.slots = slots or min(context(config), model.window or context(config))
+        self.cache_dtype = cache_dtype or config.compute_dtype
+        self.depth = getattr(model, "decoder_depth", model.depth)
+        self.params = for_decoding(config, state.get("ema", state["params"]))
+        self.rest = state["rest"]
+        read = functools.partial(READERS[config.task.name], self)
+        self._prefill = self._jit(read, donate=(2,))
+        self._decode = self._jit(self._decoded, donate=(2,))
+
+    def _jit(self, function: Callable[..., Any], donate: tuple[int, ...] = ()) -> Any:
+        def on_mesh(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
+                return function(*args)
+
+        return jax.jit(on_mesh, donate_argnums=donate)
+
+    def empty_cache(self, rows: int, slots: int | None = None) -> Any:
+        """Zeros, laid out over the mesh: rows over the batch axes, heads over tensor."""
+        model: Any = self.program.config.model
+        spec = cache_lib.spec(model, self.depth, rows, slots or self.slots, self.cache_dtype)
+
+        axes: tuple[mesh.Axes, ...] = (None, mesh.BATCH, "tensor", None, None)
+
+        def zeros(s: jax.ShapeDtypeStruct) -> Any:
+            stacked = self.depth > UNROLLED
+            shape, spread = (s.shape, axes) if stacked else (s.shape[1:], axes[1:])
+            where = mesh.sharding(self.program.mesh, shape, *spread[: len(shape)])
+            if stacked:
+                return jnp.zeros(shape, s.dtype, device=where)
+            return module.Layers(jnp.zeros(shape, s.dtype, device=where) for _ in range(self.depth))
+
+        return {name: zeros(s) for name, s in spec.items()}
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        settings: Sequence[Sampling],
+        drawn: Any = 0,
+    ) -> dict[str, Any]:
+        """Reads prompts (int ids, at least one each) and draws the first id of each answer -> the state.
+
+        Args:
+            lengths: how many ids each answer may have.
+            drawn: how many ids of each answer were drawn before.
+
+        Prompts are padded to a power of two, so that few shapes are compiled.
+        """
+        rows = len(prompts)
+        longest = max(map(len, prompts))
+        room = self.program.config.seq_len
+        tokens_BL = np.zeros((rows, min(1 << max(longest - 1, 7).bit_length(), room)), np.int32)
+        seen_BV = np.zeros((rows, self._vocabulary), bool)
+        for row, ids in enumerate(prompts):
+            tokens_BL[row, : len(ids)] = ids
+            seen_BV[row, ids] = True
+        state = {
+            "token": np.zeros(rows, np.int32), "at": np.array([len(ids) for ids in prompts], np.int32),
+            "left": np.asarray(lengths, np.int32), "drawn": np.zeros(rows, np.int32) + np.int32(drawn),
+            "seen": seen_BV, "draw": sampling.draw(settings), "cache": self.empty_cache(rows),
+        }  # fmt: skip
+        return self._prefill(self.params, self.rest, state, tokens_BL)
+
+    def decode(self, state: dict[str, Any], steps: int) -> tuple[dict[str, Any], jax.Array]:
+        """-> (state, ids int32 [B, CHUNK]: -1 where none was drawn). `steps` is at most CHUNK."""
+        return self._decode(self.params, self.rest, state, np.int32(steps))
+
+    @property
+    def _vocabulary(self) -> int:
+        model: Any = self.program.config.model
+        return model.vocab_size
+
+    def apply(self, params: Params, rest: Any, batch: dict[str, Any]) -> tuple[jax.Array | None, Any]:
+        """-> (logits, cache); to be traced."""
+        outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
+        return outputs.get("logits"), outputs["cache"]
+
+    def follow(self, logits_BV: jax.Array, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with the ids that these logits give; a row with nothing left stays. To be traced."""
+        active_B = state["left"] > 0
+        token_B = sampling.pick(logits_BV, state["seen"], state["draw"], state["drawn"])
+        token_B = jnp.where(active_B, token_B, state["token"])
+        rows = jnp.arange(token_B.shape[0], dtype=jnp.int32)
+        left_B = jnp.where(active_B & (token_B != self.end), state["left"] - 1, 0)
+        return {
+            **state, "token": token_B, "left": left_B,
+            "drawn": state["drawn"] + active_B.astype(jnp.int32),
+            "seen": state["seen"].at[rows, token_B].set(True),
+        }  # fmt: skip
+
+    def step(self, params: Params, rest: Any, state: dict[str, Any]) -> dict[str, Any]:
+        """One more id for every row that has any left. To be traced."""
+        active_B = state["left"] > 0
+        at_B1 = jnp.where(active_B, state["at"], -1)[:, None]
+        name = "decoder_tokens" if "segments" in state else "tokens"
+        batch = {name: state["token"][:, None], "positions": at_B1, "cache": state["cache"]}
+        batch |= {key: state[key] for key in ("segments", "pages") if key in state}
+        logits_B1V, cache = self.apply(params, rest, batch)
+        assert logits_B1V is not None
+        return self.follow(
+            logits_B1V[:, 0], {**state, "cache": cache, "at": state["at"] + active_B.astype(jnp.int32)}
+        )
+
+    def _decoded(
+        self, params: Params, rest: Any, state: dict[str, Any], steps: jax.Array
+    ) -> tuple[dict[str, Any], jax.Array]:
+        def more(carry: tuple[jax.Array, dict[str, Any], jax.Array]) -> jax.Array:
+            return (carry[0] < steps) & (carry[1]["left"] > 0).any()
+
+        def one(carry: tuple[jax.Array, dict[str, Any], jax.Array]) -> Any:
+            index, state, ids_BN = carry
+            active_B = state["left"] > 0
+            state = self.step(params, rest, state)
+            return index + 1, state, ids_BN.at[:, index].set(jnp.where(active_B, state["token"], -1))
+
+        none_BN = jnp.full((state["token"].shape[0], CHUNK), -1, jnp.int32)
+        _, state, ids_BN = jax.lax.while_loop(more, one, (jnp.int32(0), state, none_BN))
+        return state, ids_BN
 
 
-def _next_id(program: Program, temperature: float, top_k: int) -> Any:
-    """jitted (params, rest, tokens [1, L], position of the last id, key) -> id."""
+def _read_lm(
+    decoder: Decoder, params: Params, rest: Any, state: dict[str, Any], tokens_BL: jax.Array
+) -> dict[str, Any]:
+    """Prompts into the cache; `at` comes in as their lengths, which is where the first drawn ids will lie."""
+    length_B = state["at"]
+    at_L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)
+    batch = {
+        "tokens": tokens_BL, "positions": jnp.broadcast_to(at_L, tokens_BL.shape), "cache": state["cache"],
+        "segments": (at_L < length_B[:, None]).astype(jnp.int32), "read_at": length_B[:, None] - 1,
+    }  # fmt: skip
+    logits_B1V, cache = decoder.apply(params, rest, batch)
+    assert logits_B1V is not None
+    return decoder.follow(logits_B1V[:, 0], {**state, "cache": cache})
 
-    @jax.jit
-    def step(params: Any, rest: Any, tokens: jax.Array, at: jax.Array, key: jax.Array) -> jax.Array:
-        length = tokens.shape[1]
-        batch = {
-            "tokens": tokens,
-            "segments": jnp.ones_like(tokens),
-            "positions": jnp.arange(length, dtype=jnp.int32)[None],
-        }
-        outputs, _ = program.model.apply(params, rest, batch, key=None, train=False)
-        logits = tasks.logits(outputs)[0, at].astype(jnp.float32)
-        if temperature == 0:
-            return logits.argmax()
-        if top_k:
-            least = jax.lax.top_k(logits, min(top_k, logits.shape[0]))[0][-1]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits / temperature)
 
-    return step
+def _read_seq2seq(
+    decoder: Decoder, params: Params, rest: Any, state: dict[str, Any], tokens_BL: jax.Array
+) -> dict[str, Any]:
+    """Inputs through the encoder; the decoder starts from the end id, as it did in training."""
+    at_L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)
+    segments_BL = (at_L < state["at"][:, None]).astype(jnp.int32)
+    batch = {"tokens": tokens_BL, "segments": segments_BL, "cache": state["cache"]}
+    _, cache = decoder.apply(params, rest, batch)
+    start_B = jnp.full_like(state["token"], max(decoder.end, 0))
+    state = {**state, "cache": cache, "segments": segments_BL, "token": start_B}
+    return decoder.step(params, rest, {**state, "at": jnp.zeros_like(start_B)})
+
+
+READERS: dict[str, Callable[..., dict[str, Any]]] = {"lm": _read_lm, "seq2seq": _read_seq2seq}
+
+
+def for_decoding(config: Config, params: Params) -> Params:
+    """Parameters as decoding reads them: matrices in the compute dtype, a stack's layers apart."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype == config.param_dtype else x
+
+    depths = [config.model.depth, getattr(config.model, "decoder_depth", 0)]  # type: ignore[union-attr]
+    split = max(depths) <= UNROLLED
+    return jax.jit(lambda p: module.unstack(jax.tree.map(cast, p)) if split else jax.tree.map(cast, p))(
+        params
+    )
+
+
+# ------------------------------------------------------------------------------------------- generating
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    length: int | Sequence[int],
+    settings: Sampling | Sequence[Sampling] = GREEDY,
+    ended: Callable[[int, list[int]], bool] | None = None,
+) -> list[np.ndarray]:
+    """Continues every prompt (int ids, at least one) by up to `length` ids -> int32 arrays.
+
+    An answer stops after the decoder's end id, which it then holds, or when `ended(row, ids)` says so; that
+    is asked every CHUNK ids.
+
+    Past `seq_len` the window slides by halves, so every id sees at least half a window. Raises InputError
+    where a model of inputs and targets is asked for more than its targets hold.
+    """
+    config, rows = decoder.program.config, range(len(prompts))
+    window = context(config)
+    lengths = [length] * len(prompts) if isinstance(length, int) else list(length)
+    each = [settings] * len(prompts) if isinstance(settings, Sampling) else list(settings)
+    texts = [[int(i) for i in ids] for ids in prompts]
+    answers: list[list[int]] = [[] for _ in rows]
+    slides = config.task.name == "lm"
+    if not slides and max(lengths) > window:
+        raise InputError(f"length is {max(lengths)}, but targets have {window} ids; set it to that or less")
+    left, starts = list(lengths), [0] * len(prompts)
+    while any(left):
+        for row in rows:
+            if slides and len(texts[row]) - starts[row] >= window:
+                starts[row] = len(texts[row]) - window // 2
+        tails = [ids[first:] for ids, first in zip(texts, starts, strict=True)]
+        state = decoder.prefill(tails, left, each, [len(ids) for ids in answers])
+        new_BN = np.where(np.asarray(left) > 0, np.asarray(state["token"]), -1)[:, None]
+        filled = [len(ids) for ids in tails]
+        while True:
+            for row in rows:
+                ids = [int(i) for i in new_BN[row] if i >= 0]
+                answers[row] += ids
+                texts[row] += ids if slides else []
+                filled[row] += len(ids)
+                left[row] -= len(ids)
+                if ids and (ids[-1] == decoder.end or (ended is not None and ended(row, answers[row]))):
+                    left[row] = 0
+            active = [filled[row] for row in rows if left[row]]
+            room = window - max(active, default=window) if slides else CHUNK
+            if not active or room <= 0:
+                break
+            state["left"] = jnp.asarray(np.array(left, np.int32))
+            state, ids_BN = decoder.decode(state, min(CHUNK, room))
+            new_BN = np.asarray(ids_BN)
+    return [np.asarray(ids, np.int32) for ids in answers]
+
+
+class Writer:
+    """A decoder and its tokenizer: text in, text out."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.continues = decoder.program.config.task.name == "lm"  # else it answers
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], step: int | None = None, **options: Any) -> Writer:
+        """The run in `directory`; `options` as `Decoder` takes them. Raises InputError as `load`."""
+        built, state = load(directory, step)
+        tokenizer = data.get_tokenizer(built.config, pathlib.Path(directory))
+        return cls(Decoder(built, state, end=tokenizer.separator, **options), tokenizer)
+
+    def encode(self, text: str) -> np.ndarray:
+        """A prompt's ids as in training: a separator stands before a document, and after an input."""
+        ids, end = self.tokenizer.encode(text), [self.tokenizer.separator]
+        if self.continues:
+            return np.concatenate([end, ids]).astype(np.int32)
+        return np.append(ids[: self.decoder.program.config.seq_len - 1], end).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray, stop: Sequence[str] = ()) -> tuple[str, bool]:
+        """-> (the answer's text up to its end id or the first of `stop`, whether either is there)."""
+        ids = list(ids)
+        ended = self.decoder.end in ids
+        text = self.tokenizer.decode(ids[: ids.index(self.decoder.end)] if ended else ids)
+        places = [at for at in (text.find(word) for word in stop) if at >= 0]
+        return (text[: min(places)], True) if places else (text, ended)
+
+    def write(
+        self, prompts: Sequence[str], length: int, settings: Sampling = GREEDY, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """The text that follows each prompt, or answers it."""
+        ended = (lambda row, ids: self.decode(ids, stop)[1]) if any(stop) else None
+        answers = generate(self.decoder, [self.encode(text) for text in prompts], length, settings, ended)
+        return [self.decode(ids, stop)[0] for ids in answers]

@@ -151,6 +151,11 @@ def shard(x: jax.Array, *axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
 
 
+def sharding(mesh: Mesh, shape: tuple[int, ...], *axes: Axes) -> NamedSharding:
+    """Where an array that `shard` would pin lies on `mesh`."""
+    return NamedSharding(mesh, _fit(axes, shape, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples over the axes of `BATCH`, every other dimension whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

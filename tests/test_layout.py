@@ -29,7 +29,7 @@ ORDER = """
     data/__init__
     models/module | models/ops
     models/weights
-    models/layers | models/attention | models/held
+    models/layers | models/attention | models/cache | models/held
     models/moe | models/vision | models/resnet | models/recurrent
     models/transformer | models/inception
     models/gpt | models/bert | models/t5 | models/vit
@@ -54,6 +54,7 @@ ORDER = """
     plan/planner | plan/timeline
     ledger
     log
+    sampling
     infer | pictures
     evaluate
     train

@@ -239,13 +239,16 @@ def test_plain_attention_is_that_of_jax(groups, causal):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("groups", "causal"), [(4, False), (2, True)])
-def test_attention_in_blocks_is_plain_attention(groups, causal):
+@pytest.mark.parametrize(("groups", "causal", "window"), [(4, False, 0), (2, True, 0), (2, True, 7)])
+def test_attention_in_blocks_is_plain_attention(groups, causal, window):
     q, k, v, segments = heads(groups, length=24, dim=8)
-    mask = attention.visible(jnp.asarray(segments), 24, 24, causal)
+    mask = attention.visible(jnp.asarray(segments), 24, 24, causal, window=window)
+    if window:
+        seen = np.asarray(attention.visible(None, 24, 24, True, window=window))[0, 0]
+        assert (seen.sum(1) == np.minimum(np.arange(24) + 1, window)).all()
     plain = out_and_grads(lambda *qkv: attention.attend_xla(*qkv, mask), q, k, v)
     blocks = out_and_grads(
-        lambda *qkv: attention.attend_blocks(*qkv, jnp.asarray(segments), causal, block=10), q, k, v
+        lambda *qkv: attention.attend_blocks(*qkv, jnp.asarray(segments), causal, window, block=10), q, k, v
     )
     for a, b in zip(blocks, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -4,12 +4,14 @@ TPU: the Pallas splash-attention kernel. GPU: cuDNN's flash attention, through `
 queries. Elsewhere, and where a kernel does not take the shape or dtype: plain XLA. All give equal values
 within rounding.
 
-Legend: B batch, L queries, S keys, H heads, G key/value heads, R = H / G, K head dim.
+Legend: B batch, L queries, S keys or slots of a cache, H heads, G key/value heads, R = H / G, K head dim.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ def attend(
     *,
     segments_BL: jax.Array | None = None,
     causal: bool = True,
+    window: int = 0,
     block: int = 0,
     key_segments_BS: jax.Array | None = None,
     bias_HLS: jax.Array | None = None,
@@ -40,6 +43,7 @@ def attend(
     Args:
         segments_BL: int; a query sees only keys of its own segment. None: all.
         causal: a query sees only keys at its own position or before.
+        window: causal, and no further back than so many keys, its own among them; 0: all the way.
         block: rows of the TPU kernel's blocks; 0: SPLASH_BLOCK. Large ones want more VMEM.
         key_segments_BS: the keys' segments, where they are not the queries' own; plain XLA computes it.
         bias_HLS: float32, added to the scores; plain XLA computes it.
@@ -48,19 +52,52 @@ def attend(
     if scale is not None:
         q_BLHK = q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
     if key_segments_BS is not None or bias_HLS is not None:
-        mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, key_segments_BS)
+        mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, key_segments_BS, window)
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
     kernel = pick(q_BLHK.shape[1], q_BLHK.shape[-1], q_BLHK.dtype, mesh.platform())
     if kernel == "splash":
-        return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block)
+        return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block, window)
     if kernel == "cudnn":
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
         return jax.nn.dot_product_attention(
-            q_BLHK, k_BSGK, v_BSGK, mask=mask, is_causal=causal, implementation="cudnn"
-        )
+            q_BLHK, k_BSGK, v_BSGK, mask=mask, is_causal=causal, implementation="cudnn",
+            local_window_size=(window - 1, 0) if window else None,
+        )  # fmt: skip
     if kernel == "blocks":
-        return attend_blocks(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal)
-    return attend_xla(q_BLHK, k_BSGK, v_BSGK, visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal))
+        return attend_blocks(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, window)
+    mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, window=window)
+    return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask)
+
+
+def attend_cached(
+    q_BLHK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    at_BL: jax.Array,
+    *,
+    window: int = 0,
+    bias: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Queries at positions `at` over a cache that already holds their own keys -> [B, L, H, K].
+
+    Slot s of a row holds the key at the last position that is s modulo S, up to the row's largest query; a
+    query sees what is there at its own position or before, no further back than `window` (0: all).
+
+    Args:
+        at_BL: int32; -1: no query, whose answer means nothing.
+        bias: (query positions [B, L], key positions [B, S]) -> float32 [B, H, L, S], added to the scores.
+    """
+    slots = k_BGSK.shape[2]
+    last_B1 = at_BL.max(1, keepdims=True)
+    at_BS = last_B1 - (last_B1 - jnp.arange(slots, dtype=jnp.int32)) % slots
+    mask_BLS = (at_BS[:, None] <= at_BL[..., None]) & (at_BS >= 0)[:, None]
+    if window:
+        mask_BLS &= at_BS[:, None] > at_BL[..., None] - window
+    if scale is not None:
+        q_BLHK = q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
+    bias_BHLS = None if bias is None else bias(at_BL, at_BS)
+    return _attend_by_head(q_BLHK, k_BGSK, v_BGSK, mask_BLS[:, None], bias_BHLS)
 
 
 def pick(length: int, head_dim: int, dtype: jnp.dtype, platform: str) -> str:
@@ -78,11 +115,14 @@ def visible(
     keys: int,
     causal: bool,
     key_segments_BS: jax.Array | None = None,
+    window: int = 0,
 ) -> jax.Array | None:
     """bool [B or 1, 1, L, S]: which keys a query may see; None when it may see all."""
     mask = None
     if causal:
         mask = jnp.tril(jnp.ones((queries, keys), bool), keys - queries)[None, None]
+        if window:
+            mask = mask & ~jnp.tril(mask, keys - queries - window)
     if segments_BL is not None:
         key_segments_BS = segments_BL if key_segments_BS is None else key_segments_BS
         same = (segments_BL[:, :, None] == key_segments_BS[:, None, :])[:, None]
@@ -98,18 +138,29 @@ def attend_xla(
     bias_HLS: jax.Array | None = None,
 ) -> jax.Array:
     """The plain form, softmax in float32; `mask` as `visible` makes it."""
-    b, length, heads, dim = q_BLHK.shape
-    groups = k_BSGK.shape[2]
     # Heads before positions: XLA on a CPU multiplies contiguous matrices a third faster.
+    return _attend_by_head(q_BLHK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), mask, bias_HLS)
+
+
+def _attend_by_head(
+    q_BLHK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    mask: jax.Array | None,
+    bias_HLS: jax.Array | None = None,
+) -> jax.Array:
+    """`attend_xla` of keys and values that have their heads before their positions; the bias may have a B."""
+    b, length, heads, dim = q_BLHK.shape
+    groups = k_BGSK.shape[1]
     q_BGRLK = q_BLHK.reshape(b, length, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
-    k_BGSK, v_BGSK = k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
     scores = jnp.einsum("BGRLK,BGSK->BGRLS", q_BGRLK, k_BGSK, preferred_element_type=jnp.float32)
     scores = scores * dim**-0.5
     if bias_HLS is not None:
-        scores = scores + bias_HLS.reshape(groups, heads // groups, *bias_HLS.shape[1:])
+        lead, of_one = bias_HLS.shape[:-3], bias_HLS.shape[-2:]
+        scores = scores + bias_HLS.reshape(*lead, groups, heads // groups, *of_one)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
     y_BGRLK = jnp.einsum("BGRLS,BGSK->BGRLK", weights, v_BGSK)
     return y_BGRLK.transpose(0, 3, 1, 2, 4).reshape(b, length, heads, dim)
 
@@ -121,6 +172,7 @@ def attend_splash(
     segments_BL: jax.Array | None,
     causal: bool,
     block: int = 0,
+    window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """The Pallas TPU kernel, on each device's own examples and heads; `interpret` runs it on any backend."""
@@ -130,7 +182,11 @@ def attend_splash(
         segments_BL = jnp.ones((q_BLHK.shape[0], length), jnp.int32)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        head_mask = splash_mask.CausalMask((length, keys)) if causal else splash_mask.FullMask((length, keys))
+        head_mask: Any = splash_mask.FullMask((length, keys))
+        if causal:
+            head_mask = splash_mask.CausalMask((length, keys))
+        if window:
+            head_mask = splash_mask.LocalMask((length, keys), (window - 1, 0), 0)
         rows = next(b for b in (block or SPLASH_BLOCK, 512, 256, 128) if length % b == 0 and keys % b == 0)
         sizes = splash_kernel.BlockSizes(
             block_q=rows, block_kv=rows, block_kv_compute=rows, block_q_dkv=rows, block_kv_dkv=rows,
@@ -162,6 +218,7 @@ def attend_blocks(
     v: jax.Array,
     segments_BL: jax.Array | None = None,
     causal: bool = True,
+    window: int = 0,
     block: int = 0,
 ) -> jax.Array:
     """The form for CPUs: blocks of queries, each multiplied only with the keys it can reach.
@@ -170,10 +227,11 @@ def attend_blocks(
     that of one block finds them saved.
 
     Args:
-        segments_BL: as in `attend`.
+        segments_BL, window: as in `attend`.
         block: queries in a block; 0: 64, or a sixteenth of a long L (the blocks are unrolled).
     """
-    return _attend(causal, block or max(BLOCK, q.shape[1] // 16), q, k, v, segments_BL)
+    reach = Reach(causal, window, block or max(BLOCK, q.shape[1] // 16))
+    return _attend(reach, q, k, v, segments_BL)
 
 
 def _matmul(
@@ -202,43 +260,52 @@ def _rows(x: jax.Array, span: slice) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _spans(causal: bool, block: int, q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
+class Reach(NamedTuple):
+    """How far a query sees, and in blocks of how many queries that is computed."""
+
+    causal: bool
+    window: int
+    block: int
+
+
+def _spans(reach: Reach, q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
     """The query rows of each block, and the keys it may reach; q [B, G, L, R, K], k [B, G, S, K]."""
     n, s = q.shape[2], k.shape[2]
-    ends = [(i, min(i + block, n)) for i in range(0, n, block)]
-    return [(slice(i, j), slice(0, max(1, j + s - n) if causal else s)) for i, j in ends]
+    ends = [(i, min(i + reach.block, n)) for i in range(0, n, reach.block)]
+    first = {i: max(i + s - n - reach.window + 1, 0) if reach.window else 0 for i, _ in ends}
+    return [(slice(i, j), slice(first[i], max(1, j + s - n) if reach.causal else s)) for i, j in ends]
 
 
 def _scores(
-    causal: bool, segments: jax.Array | None, q: jax.Array, k: jax.Array, rows: slice, keys: slice
+    reach: Reach, segments: jax.Array | None, q: jax.Array, k: jax.Array, rows: slice, keys: slice
 ) -> jax.Array:
     """Masked float32 scores [B, G, rows * R, keys] of one block."""
     s = _matmul(_rows(q, rows), k[:, :, keys], (1, 1), jnp.float32) * q.shape[-1] ** -0.5
     # Compared block by block: a mask of all L x S would be read from memory once for every head.
     seen = None if segments is None else segments[:, rows, None] == segments[:, None, keys]
-    if causal:
+    if reach.causal:
         position = jnp.arange(rows.start, rows.stop) + (k.shape[2] - q.shape[2])
-        past = position[:, None] >= jnp.arange(keys.stop)
+        past = position[:, None] >= jnp.arange(keys.start, keys.stop)
+        if reach.window:
+            past &= position[:, None] - reach.window < jnp.arange(keys.start, keys.stop)
         seen = past[None] if seen is None else seen & past
     if seen is None:
         return s
     return jnp.where(jnp.repeat(seen, q.shape[3], 1)[:, None], s, jnp.finfo(jnp.float32).min)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
-) -> jax.Array:
-    return _attend_fwd(causal, block, q, k, v, segments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(reach: Reach, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    return _attend_fwd(reach, q, k, v, segments)[0]
 
 
 def _attend_fwd(
-    causal: bool, block: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+    reach: Reach, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     qg, kg, vg = _by_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out, norms = [], []
-    for rows, keys in _spans(causal, block, qg, kg):
-        s = _scores(causal, segments, qg, kg, rows, keys)
+    for rows, keys in _spans(reach, qg, kg):
+        s = _scores(reach, segments, qg, kg, rows, keys)
         top = s.max(-1, keepdims=True)
         e = jnp.exp(s - top)
         total = e.sum(-1, keepdims=True)
@@ -251,7 +318,7 @@ def _attend_fwd(
 
 
 def _attend_bwd(
-    causal: bool, block: int, residuals: tuple[jax.Array, ...], g: jax.Array
+    reach: Reach, residuals: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segments, o, kept = residuals  # kept: one block's weights, or several blocks' norms
     f32, scale = jnp.float32, q.shape[-1] ** -0.5
@@ -259,16 +326,16 @@ def _attend_bwd(
     qg, gg = _by_group(q, k.shape[2]), _by_group(g, k.shape[2])
     kg, vg = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     dq, dk, dv = [], jnp.zeros_like(kg), jnp.zeros_like(vg)
-    spans = _spans(causal, block, qg, kg)
+    spans = _spans(reach, qg, kg)
     for rows, keys in spans:
         if len(spans) == 1:
             p = kept
         else:
-            p = jnp.exp(_scores(causal, segments, qg, kg, rows, keys) - _rows(kept, rows))
+            p = jnp.exp(_scores(reach, segments, qg, kg, rows, keys) - _rows(kept, rows))
         dp = _matmul(_rows(gg, rows), vg[:, :, keys], (1, 1), f32)
         ds = (p * (dp - _rows(inner, rows)) * scale).astype(q.dtype)
         dq.append(_matmul(ds, kg[:, :, keys], (1, 0)))
-        rest = ((0, 0), (0, 0), (0, k.shape[1] - keys.stop), (0, 0))
+        rest = ((0, 0), (0, 0), (keys.start, k.shape[1] - keys.stop), (0, 0))
         dk += jnp.pad(_matmul(ds, _rows(qg, rows), (0, 0)), rest)
         dv += jnp.pad(_matmul(p.astype(v.dtype), _rows(gg, rows), (0, 0)), rest)
     whole_dq = _by_token(jnp.concatenate(dq, 2).reshape(qg.shape))

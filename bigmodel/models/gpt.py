@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel import families
@@ -22,6 +23,9 @@ class GPT(nnx.Module):
 
     batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V] in the compute dtype; with
     experts {"logits", "losses": {name: float32 [B, L]}}.
+
+    With a `cache` (see `transformer.run_cached`), and `pages` if it is paged -> {"logits", "cache"}; with
+    `read_at` [B, N] the logits of these places alone.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -43,9 +47,24 @@ class GPT(nnx.Module):
         x_BLD = self.embed(batch["tokens"], self.config.compute_dtype)
         if self.positions is not None:
             x_BLD = x_BLD + self.positions(batch["positions"], self.config.compute_dtype)
+        if "cache" in batch:
+            return self._cached(x_BLD, batch)
         sight = transformer.Sight(batch["segments"], batch["positions"], causal=True)
         key = key if train and c.dropout else None
         x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key)
-        logits_BLV = self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)
-        logits_BLV = layers.shard_hidden(logits_BLV)
+        logits_BLV = self._logits(x_BLD)
         return {"logits": logits_BLV, "losses": losses} if losses else logits_BLV
+
+    def _cached(self, x_BLD: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
+        sight = transformer.Sight(
+            batch.get("segments"), batch["positions"], causal=True, pages_BT=batch.get("pages")
+        )
+        x_BLD, cache = transformer.run_cached(
+            self.config, self.blocks, self.norm, x_BLD, sight, batch["cache"]
+        )
+        if "read_at" in batch:
+            x_BLD = jnp.take_along_axis(x_BLD, batch["read_at"][..., None], 1)
+        return {"logits": self._logits(x_BLD), "cache": cache}
+
+    def _logits(self, x_BLD: jax.Array) -> jax.Array:
+        return layers.shard_hidden(self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD))

@@ -86,26 +86,78 @@ def stack(construct: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rng
     return nnx.vmap(lambda key: construct(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
+@jax.tree_util.register_pytree_node_class
+class Layers(tuple[Any, ...]):
+    """A stack's array as one array for each layer, in place of one with a leading [depth].
+
+    Decoding reads every parameter once a token: cutting a layer out of a stack would read it twice.
+    """
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> Layers:
+        return cls(children)
+
+
+def unstack(tree: Tree, name: str = "blocks") -> Tree:
+    """The dicts called `name`, wherever in `tree`, with `Layers` as their leaves."""
+
+    def cut(x: jax.Array) -> Layers:
+        return Layers(x[index] for index in range(x.shape[0]))
+
+    return {
+        key: jax.tree.map(cut, value)
+        if key == name
+        else unstack(value, name)
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+    }
+
+
+def depth(stacked: nnx.Module) -> int:
+    """How many layers a `stack` has."""
+    leaf = jax.tree.leaves(_params(stacked), is_leaf=_is_layers)[0]
+    return len(leaf) if _is_layers(leaf) else leaf.shape[0]
+
+
 def scan(
     stacked: nnx.Module,
-    call: Callable[[nnx.Module, Any, Any], Any],
+    call: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: Any = None,
     *,
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body,
     unroll: bool = False,
-) -> Any:
-    """carry = call(layer, carry, x) for every layer of a `stack`, compiled once (or unrolled).
+) -> tuple[Any, Any]:
+    """carry, y = call(layer, carry, x) for each layer of a `stack`, compiled once or unrolled -> (carry, ys).
 
     Args:
-        xs: a pytree with a leading [depth], or None.
+        xs: a pytree with a leading [depth], or of `Layers`, or None; ys are of the same kind.
         wrap: around the body, e.g. `jax.checkpoint`.
     """
-    graph, params = nnx.split(stacked)
+    graph, _ = nnx.split(stacked)
+    params = _params(stacked)
 
-    def body(carry: Any, layer: tuple[Tree, Any]) -> tuple[Any, None]:
+    def body(carry: Any, layer: tuple[Tree, Any]) -> tuple[Any, Any]:
         params, x = layer
-        return call(nnx.merge(graph, params), carry, x), None
+        return call(nnx.merge(graph, params), carry, x)
 
-    carry, _ = jax.lax.scan(wrap(body), carry, (nnx.to_pure_dict(params), xs), unroll=unroll)
-    return carry
+    if not any(map(_is_layers, jax.tree.leaves((params, xs), is_leaf=_is_layers))):
+        return jax.lax.scan(wrap(body), carry, (params, xs), unroll=unroll)
+    ys = []
+    for index in range(depth(stacked)):
+        layer = jax.tree.map(lambda x, index=index: x[index], (params, xs), is_leaf=_is_layers)
+        carry, y = wrap(body)(carry, layer)
+        ys.append(y)
+    return carry, jax.tree.map(lambda *y: Layers(y), *ys)
+
+
+def _params(stacked: nnx.Module) -> Tree:
+    return nnx.to_pure_dict(nnx.split(stacked)[1])
+
+
+def _is_layers(x: Any) -> bool:
+    return isinstance(x, Layers)

@@ -24,6 +24,9 @@ class T5(nnx.Module):
 
     batch: `tokens`, `segments` int32 [B, L]; `decoder_tokens`, `decoder_segments` int32 [B, M] -> logits
     [B, M, V] in the compute dtype; with experts as GPT's, a target token bearing its input's mean too.
+
+    With a `cache` of the decoder: `tokens` -> {"cache"}, which holds the encoder's answer; `decoder_tokens`,
+    `positions` int32 [B, M], and the input's `segments` -> {"logits", "cache"}.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -46,28 +49,28 @@ class T5(nnx.Module):
         head = functools.partial(layers.Dense, c.width, c.vocab_size, std=std, dtype=dtype, bias=False)
         self.head = None if c.tie_embeddings else head(rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
+    def __call__(self, batch: Mapping[str, Any], *, key: jax.Array | None, train: bool) -> Any:
         c, config = transformer.transformer(self.config), self.config
-        tokens_BL, decoder_BM = batch["tokens"], batch["decoder_tokens"]
-        segments_BL, decoder_segments_BM = batch["segments"], batch["decoder_segments"]
+        if "cache" in batch and "decoder_tokens" in batch:
+            return self._decode(batch)
+        tokens_BL, segments_BL = batch["tokens"], batch["segments"]
         keys: Any = (None, None, None)
         if key is not None and train and c.dropout:
             keys = jax.random.split(key, 3)
         x_BLD = self.embed(tokens_BL, config.compute_dtype)
-        sight = Sight(segments_BL, bias_HLL=self.encoder_bias(tokens_BL.shape[1]))
+        sight = Sight(segments_BL, bias=self.encoder_bias.within(tokens_BL.shape[1]))
         memory_BLD, encoder_losses = self.encoder(config, x_BLD, sight, keys[0])
+        if "cache" in batch:
+            return {"cache": self.decoder.read_memory(memory_BLD, batch["cache"])}
+        decoder_BM, decoder_segments_BM = batch["decoder_tokens"], batch["decoder_segments"]
         memory_BLD = layers.dropout(memory_BLD, c.dropout, keys[1])
         sight = Sight(
-            decoder_segments_BM, causal=True, bias_HLL=self.decoder_bias(decoder_BM.shape[1]),
+            decoder_segments_BM, causal=True, bias=self.decoder_bias.within(decoder_BM.shape[1]),
             memory_BSD=memory_BLD, memory_segments_BS=segments_BL,
         )  # fmt: skip
         y_BMD = self.embed(decoder_BM, config.compute_dtype)
         y_BMD, losses = self.decoder(config, y_BMD, sight, keys[2])
-        if self.head is None:  # a tied table is scaled for the input: the output undoes that
-            logits_BMV = self.embed.attend(y_BMD * c.width**-0.5 if self.scale_output else y_BMD)
-        else:
-            logits_BMV = self.head(y_BMD)
-        logits_BMV = layers.shard_hidden(logits_BMV)
+        logits_BMV = self._logits(y_BMD)
         if not losses:
             return logits_BMV
         real_BL = (segments_BL > 0).astype(jnp.float32)
@@ -76,3 +79,22 @@ class T5(nnx.Module):
             for k, x in encoder_losses.items()
         }
         return {"logits": logits_BMV, "losses": {k: x + means[k] for k, x in losses.items()}}
+
+    def _decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        sight = Sight(
+            positions_BL=batch["positions"], causal=True, bias=self.decoder_bias,
+            memory_segments_BS=batch["segments"],
+        )  # fmt: skip
+        y_BMD = self.embed(batch["decoder_tokens"], self.config.compute_dtype)
+        stack = self.decoder
+        y_BMD, cache = transformer.run_cached(
+            self.config, stack.blocks, stack.norm, y_BMD, sight, batch["cache"]
+        )
+        return {"logits": self._logits(y_BMD), "cache": cache}
+
+    def _logits(self, y_BMD: jax.Array) -> jax.Array:
+        if self.head is not None:
+            return layers.shard_hidden(self.head(y_BMD))
+        # A tied table is scaled for the input: the output undoes that.
+        y_BMD = y_BMD * y_BMD.shape[-1] ** -0.5 if self.scale_output else y_BMD
+        return layers.shard_hidden(self.embed.attend(y_BMD))

@@ -1,6 +1,7 @@
 """The Transformer stack that GPT, BERT, T5 and ViT are settings of (see `families.Transformer`).
 
-Legend: B batch, L length, S memory's length, D width, H heads, G key/value heads, K head dim, F hidden units.
+Legend: B batch, L length, S keys of a memory or a cache, D width, H heads, G key/value heads, K head dim, F
+hidden units.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from bigmodel import mesh
 from bigmodel.config import Config
 from bigmodel.families import Transformer
+from bigmodel.models import cache as cache_lib
 from bigmodel.models import layers, module, moe, ops
-from bigmodel.models.attention import attend
+from bigmodel.models.attention import attend, attend_cached
 
 UNROLLED_ON_CPU = 12  # layers; on a CPU a scan copies what it saves, 10-25 % of the step, and compiles faster
 PROJECTIONS = ("q", "k", "v", "attention_out", "up", "gate", "mlp_out")  # names that remat policies save
@@ -34,15 +36,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 GATED = ("swiglu", "geglu")
 
 
+Cache = cache_lib.Cache  # a whole stack's, or one layer's
+
+
 class Sight(NamedTuple):
     """What every layer of a stack sees beside the stream."""
 
     segments_BL: jax.Array | None = None  # a position sees its own segment only; 0 is padding
-    positions_BL: jax.Array | None = None  # for rope
+    positions_BL: jax.Array | None = None  # for rope, and a token's place in a cache
     causal: bool = False
-    bias_HLL: jax.Array | None = None  # added to self-attention's scores
+    bias: Any = None  # float32 [H, L, L], added to self-attention's scores; with a cache: (positions) -> it
     memory_BSD: jax.Array | None = None  # what cross-attention reads
     memory_segments_BS: jax.Array | None = None
+    pages_BT: jax.Array | None = None  # where a paged cache holds each sequence
 
 
 class Stack(nnx.Module):
@@ -57,6 +63,14 @@ class Stack(nnx.Module):
         self, config: Config, x_BLD: jax.Array, sight: Sight, key: jax.Array | None
     ) -> tuple[jax.Array, moe.Losses]:
         return run(config, self.blocks, self.norm, x_BLD, sight, key)
+
+    def read_memory(self, memory_BSD: jax.Array, cache: Cache) -> Cache:
+        """The cache with what cross-attention will read of the memory, each layer's own."""
+
+        def call(block: Any, carry: None, cache: Cache) -> tuple[None, Cache]:
+            return carry, cache_lib.keep_memory(cache, *block.cross.keys(memory_BSD))
+
+        return module.scan(self.blocks, call, None, cache)[1]
 
 
 def run(
@@ -73,8 +87,27 @@ def run(
         blocks: a `module.stack` of `Block`.
         key: for dropout, of the input too; None: no dropout.
     """
+    return _run(config, blocks, last_norm, x_BLD, sight, key, None)[:2]
+
+
+def run_cached(
+    config: Config, blocks: nnx.Module, last_norm: nnx.Module | None, x_BLD: jax.Array, sight: Sight,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """As `run`, and x goes into the cache (of `models/cache.py`) of these blocks -> (y [B, L, D], cache).
+
+    With `sight.segments_BL` x is all that there is; without, x goes on from what the cache holds.
+    """
+    y_BLD, _, cache = _run(config, blocks, last_norm, x_BLD, sight, None, cache)
+    return y_BLD, cache
+
+
+def _run(
+    config: Config, blocks: nnx.Module, last_norm: nnx.Module | None, x_BLD: jax.Array, sight: Sight,
+    key: jax.Array | None, cache: Cache | None,
+) -> tuple[jax.Array, moe.Losses, Any]:  # fmt: skip
     c = transformer(config)
-    depth: int = jax.tree.leaves(nnx.state(blocks, nnx.Param))[0].shape[0]
+    depth = module.depth(blocks)
     keys = None
     if key is not None:
         x_BLD = layers.dropout(x_BLD, c.dropout, jax.random.fold_in(key, depth))
@@ -82,20 +115,20 @@ def run(
     zero_BL = jnp.zeros(x_BLD.shape[:2], jnp.float32) if c.experts else None
     losses = dict.fromkeys(moe.LOSSES, zero_BL) if c.experts else {}
 
-    def call(block: Any, carry: Any, key: jax.Array | None) -> Any:
+    def call(block: Any, carry: Any, x: tuple[jax.Array | None, Cache | None]) -> Any:
         x_BLD, losses = carry
-        x_BLD, more = block(x_BLD, sight, key)
-        return x_BLD, {name: value + more[name] / depth for name, value in losses.items()}
+        x_BLD, more, cache = block(x_BLD, sight, *x)
+        return (x_BLD, {name: value + more[name] / depth for name, value in losses.items()}), cache
 
-    x_BLD, losses = module.scan(
+    (x_BLD, losses), cache = module.scan(
         blocks,
         call,
         (layers.shard_width(x_BLD, c.STREAM_OVER_TENSOR), losses),
-        keys,
+        (keys, cache),
         wrap=_remat(config.remat),
         unroll=not c.scan or (mesh.platform() == "cpu" and depth <= UNROLLED_ON_CPU),
     )
-    return (x_BLD if last_norm is None else last_norm(x_BLD)), losses
+    return (x_BLD if last_norm is None else last_norm(x_BLD)), losses, cache
 
 
 class Block(nnx.Module):
@@ -114,7 +147,9 @@ class Block(nnx.Module):
         self.mlp_norm = norm(c, dtype)
         self.mlp: Any = _experts(config, rngs) if c.experts else MLP(config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, sight: Sight, key: jax.Array | None) -> tuple[jax.Array, moe.Losses]:
+    def __call__(
+        self, x_BLD: jax.Array, sight: Sight, key: jax.Array | None, cache: Cache | None = None
+    ) -> tuple[jax.Array, moe.Losses, Cache | None]:
         x_BLD = checkpoint_name(x_BLD, "layer_input")
         count = 2 if self.cross is None else 3
         keys = [None] * count if key is None else list(jax.random.split(key, count))
@@ -123,15 +158,20 @@ class Block(nnx.Module):
         def mlp(x_BLD: jax.Array) -> jax.Array:
             if not self.c.experts:
                 return self.mlp(x_BLD)
-            y_BLD, more = self.mlp(x_BLD, sight.segments_BL)
+            segments_BL = sight.segments_BL
+            if cache is not None and segments_BL is None and sight.positions_BL is not None:
+                segments_BL = (sight.positions_BL >= 0).astype(jnp.int32)
+            y_BLD, more = self.mlp(x_BLD, segments_BL)
             losses.update(more)
             return y_BLD
 
-        x_BLD = self._step(x_BLD, self.attention_norm, lambda x: self.attention(x, sight), keys[0])
+        if cache is not None:
+            cache = dict(cache)  # attention writes into it
+        x_BLD = self._step(x_BLD, self.attention_norm, lambda x: self.attention(x, sight, cache), keys[0])
         if self.cross is not None:
             cross = self.cross
-            x_BLD = self._step(x_BLD, self.cross_norm, lambda x: cross.over_memory(x, sight), keys[1])
-        return self._step(x_BLD, self.mlp_norm, mlp, keys[-1]), losses
+            x_BLD = self._step(x_BLD, self.cross_norm, lambda x: cross.over_memory(x, sight, cache), keys[1])
+        return self._step(x_BLD, self.mlp_norm, mlp, keys[-1]), losses, cache
 
     def _step(
         self, x_BLD: jax.Array, norm: Any, f: Callable[[jax.Array], jax.Array], key: jax.Array | None
@@ -154,33 +194,55 @@ class Attention(nnx.Module):
         self.v = dense(c.width, c.kv_heads * c.head_dim, std=small(c))
         self.out = dense(c.heads * c.head_dim, c.width, std=_last(c))
 
-    def __call__(self, x_BLD: jax.Array, sight: Sight) -> jax.Array:
-        c = self.c
-        q_BLHK, k_BLGK, v_BLGK = self._project(x_BLD, x_BLD)
-        if c.position == "rope" and sight.positions_BL is not None:
-            q_BLHK = layers.rope(q_BLHK, sight.positions_BL, c.rope_theta)
-            k_BLGK = layers.rope(k_BLGK, sight.positions_BL, c.rope_theta)
+    def __call__(self, x_BLD: jax.Array, sight: Sight, cache: Cache | None = None) -> jax.Array:
+        """x [B, L, D] over itself, and over what `cache` holds; x's own keys go into it, in place."""
+        c, at_BL = self.c, sight.positions_BL
+        q_BLHK = self._queries(x_BLD)
+        k_BLGK, v_BLGK = self.keys(x_BLD)
+        if c.position == "rope" and at_BL is not None:
+            q_BLHK = layers.rope(q_BLHK, at_BL, c.rope_theta)
+            k_BLGK = layers.rope(k_BLGK, at_BL, c.rope_theta)
+        scale = None if c.scale_attention else 1.0
+        if cache is not None:
+            assert at_BL is not None
+            real_BL = at_BL >= 0 if sight.segments_BL is None else sight.segments_BL > 0
+            cache.update(cache_lib.write(cache, k_BLGK, v_BLGK, at_BL, real_BL, sight.pages_BT))
+            if sight.segments_BL is None:
+                kv = cache_lib.read(cache, q_BLHK.dtype, sight.pages_BT)
+                y_BLHK = attend_cached(q_BLHK, *kv, at_BL, window=c.window, bias=sight.bias, scale=scale)
+                return self._merge(y_BLHK)
+        bias_HLL = sight.bias if cache is None or sight.bias is None else sight.bias(at_BL, at_BL)
         y_BLHK = attend(
-            q_BLHK, k_BLGK, v_BLGK, segments_BL=sight.segments_BL, causal=sight.causal,
-            bias_HLS=sight.bias_HLL, scale=None if c.scale_attention else 1.0, block=c.attention_block,
+            q_BLHK, k_BLGK, v_BLGK, segments_BL=sight.segments_BL, causal=sight.causal, window=c.window,
+            bias_HLS=bias_HLL, scale=scale, block=c.attention_block,
         )  # fmt: skip
         return self._merge(y_BLHK)
 
-    def over_memory(self, x_BLD: jax.Array, sight: Sight) -> jax.Array:
-        """Queries from x [B, L, D], keys and values from the memory [B, S, D]."""
-        assert sight.memory_BSD is not None
-        q_BLHK, k_BSGK, v_BSGK = self._project(x_BLD, sight.memory_BSD)
+    def over_memory(self, x_BLD: jax.Array, sight: Sight, cache: Cache | None = None) -> jax.Array:
+        """Queries from x [B, L, D], keys and values from the memory [B, S, D] or what `cache` keeps of it."""
+        q_BLHK = self._queries(x_BLD)
+        if cache is not None:
+            k_BSGK, v_BSGK = cache_lib.memory(cache)
+        else:
+            assert sight.memory_BSD is not None
+            k_BSGK, v_BSGK = self.keys(sight.memory_BSD)
+        segments_BL = sight.segments_BL
+        if segments_BL is None:
+            segments_BL = jnp.ones(x_BLD.shape[:2], jnp.int32)
         y_BLHK = attend(
-            q_BLHK, k_BSGK, v_BSGK, segments_BL=sight.segments_BL, causal=False,
+            q_BLHK, k_BSGK, v_BSGK, segments_BL=segments_BL, causal=False,
             key_segments_BS=sight.memory_segments_BS, scale=None if self.c.scale_attention else 1.0,
         )  # fmt: skip
         return self._merge(y_BLHK)
 
-    def _project(self, x_BLD: jax.Array, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BLHK = self._heads(checkpoint_name(self.q(x_BLD), "q"), self.c.heads)
-        k_BSGK = self._heads(checkpoint_name(self.k(memory_BSD), "k"), self.c.kv_heads)
-        v_BSGK = self._heads(checkpoint_name(self.v(memory_BSD), "v"), self.c.kv_heads)
-        return q_BLHK, k_BSGK, v_BSGK
+    def keys(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """-> keys and values [B, S, G, K]."""
+        k_BSGK = self._heads(checkpoint_name(self.k(x_BSD), "k"), self.c.kv_heads)
+        v_BSGK = self._heads(checkpoint_name(self.v(x_BSD), "v"), self.c.kv_heads)
+        return k_BSGK, v_BSGK
+
+    def _queries(self, x_BLD: jax.Array) -> jax.Array:
+        return self._heads(checkpoint_name(self.q(x_BLD), "q"), self.c.heads)
 
     def _merge(self, y_BLHK: jax.Array) -> jax.Array:
         return checkpoint_name(self.out(y_BLHK.reshape(*y_BLHK.shape[:2], -1)), "attention_out")
@@ -231,12 +293,17 @@ class RelativeBias(nnx.Module):
         self.distance, self.bidirectional = distance, bidirectional
         self.buckets = nnx.Param(std * jax.random.normal(rngs.params(), (buckets, heads), dtype))
 
-    def __call__(self, length: int) -> jax.Array:
-        """-> float32 [H, L, L], for queries by keys."""
-        at_L = jnp.arange(length, dtype=jnp.int32)
+    def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Their positions [..., L], [..., S] -> float32 [..., H, L, S]."""
+        offset = keys[..., None, :] - queries[..., :, None]
         table = self.buckets[...].astype(jnp.float32)
-        bucket_LL = bucket(at_L[None] - at_L[:, None], table.shape[0], self.distance, self.bidirectional)
-        return table[bucket_LL].transpose(2, 0, 1)
+        of = bucket(offset, table.shape[0], self.distance, self.bidirectional)
+        return jnp.moveaxis(table[of], -1, -3)
+
+    def within(self, length: int) -> jax.Array:
+        """-> float32 [H, L, L], of a stream over itself."""
+        at_L = jnp.arange(length, dtype=jnp.int32)
+        return self(at_L, at_L)
 
 
 def bucket(offset: jax.Array, buckets: int, distance: int, bidirectional: bool) -> jax.Array:

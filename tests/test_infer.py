@@ -1,0 +1,205 @@
+"""Generation: the cache changes nothing, nor do a row's neighbours; each setting does what it says."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import build, mesh_keys, start, tiny
+
+from bigmodel import infer, sampling
+from bigmodel.config import InputError
+from bigmodel.sampling import Sampling
+
+LLAMA = {
+    "model__position": "rope", "model__kv_heads": 2, "model__norm": "rmsnorm", "model__mlp": "swiglu",
+    "model__mlp_width": 64, "model__bias": False, "model__tie_embeddings": False,
+}  # fmt: skip
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "learned": ("gpt", {}),
+    "llama": ("gpt", LLAMA),
+    "window": ("gpt", {**LLAMA, "model__window": 5}),
+    "scanned": ("gpt", {"model__scan": True}),
+    "moe": ("moe", {"model__capacity_factor": 4.0}),
+    "t5": ("t5", {}),
+}
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
+
+
+@functools.cache
+def decoder(name: str) -> tuple[infer.Decoder, Any, Any]:
+    """-> (a decoder, its program and state), made once for all tests."""
+    family, keys = SETTINGS[name]
+    built = build(tiny(family, seq_len=32, **keys))
+    state = start(built)
+    # Random weights of some size, so that the answers are not one id again and again.
+    state["params"] = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, state["params"])
+    return infer.Decoder(built, state), built, state
+
+
+@functools.cache
+def by_full_forward(name: str, prompt: tuple[int, ...], length: int) -> list[int]:
+    """Greedy, each id by a pass over everything before it."""
+    _, built, state = decoder(name)
+
+    @jax.jit
+    def logits(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        outputs, _ = built.model.apply(params, {}, batch, key=None, train=False)
+        return outputs["logits"] if isinstance(outputs, dict) else outputs
+
+    def row(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        real = (np.arange(32) < len(ids))[None].astype(np.int32)
+        return np.pad(ids, (0, 32 - len(ids)))[None].astype(np.int32), real
+
+    answer: list[int] = []
+    for _ in range(length):
+        text = [*prompt, *answer]
+        batch = dict(zip(("tokens", "segments"), row(text), strict=True))
+        if built.config.task.name == "seq2seq":
+            text = [0, *answer]
+            batch = dict(zip(("tokens", "segments"), row(list(prompt)), strict=True))
+            batch |= dict(zip(("decoder_tokens", "decoder_segments"), row(text), strict=True))
+        batch["positions"] = np.arange(32, dtype=np.int32)[None]
+        answer.append(int(logits(state["params"], batch)[0, len(text) - 1].argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("name", ["learned", "llama", "window", "t5"])
+def test_the_cache_changes_no_token(name):
+    made, _, _ = decoder(name)
+    answers = infer.generate(made, PROMPTS, 20)
+    for prompt, ids in zip(PROMPTS, answers, strict=True):
+        assert ids.tolist() == by_full_forward(name, tuple(prompt), 20)
+    assert len({i for ids in answers for i in ids.tolist()}) > 4
+
+
+def test_a_row_does_not_see_its_neighbours():
+    made, _, _ = decoder("llama")
+    each = [Sampling(temperature=1.0, top_k=5, seed=7), Sampling(temperature=0.8, top_p=0.9), Sampling()]
+    together = infer.generate(made, PROMPTS, [12, 3, 20], each)
+    assert [len(ids) for ids in together] == [12, 3, 20]
+    alone = infer.generate(made, [PROMPTS[0], [1], [1]], [12, 1, 1], each[0])
+    assert alone[0].tolist() == together[0].tolist()
+    other = infer.generate(made, PROMPTS, 12, Sampling(temperature=1.0, top_k=5, seed=8))
+    assert other[0].tolist() != alone[0].tolist()
+
+
+def test_past_the_window_half_of_it_is_kept():
+    made, _, _ = decoder("learned")
+    answers = infer.generate(made, PROMPTS, 40)
+    first = by_full_forward("learned", tuple(PROMPTS[0]), 27)  # with the prompt 32 ids: a full window
+    half = tuple([*PROMPTS[0], *first][-16:])
+    assert answers[0].tolist() == first + by_full_forward("learned", half, 13)
+
+
+def test_an_answer_ends_with_the_end_id_or_when_told():
+    made, _, _ = decoder("learned")
+    ids = infer.generate(made, PROMPTS, 20)[0].tolist()
+    told = infer.generate(made, PROMPTS, 20, ended=lambda row, ids: row == 0 and len(ids) > 2)
+    assert told[0].tolist() == ids[: len(told[0])]
+    assert 2 < len(told[0]) <= 1 + infer.CHUNK
+    assert len(told[1]) == 20
+    made = infer.Decoder(*decoder("learned")[1:], end=ids[6])
+    assert infer.generate(made, PROMPTS, 20)[0].tolist() == ids[: ids.index(ids[6]) + 1]
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}])
+def test_a_mesh_changes_no_token(axes):
+    made, _, state = decoder("llama")
+    sharded = build(tiny("gpt", seq_len=32, **LLAMA, **mesh_keys(axes)))
+    placed = jax.tree.map(lambda s: s.sharding, sharded.state_spec["params"])
+    params = jax.device_put(jax.device_get(state["params"]), placed)
+    over = infer.Decoder(sharded, {"params": params, "rest": {}})
+    k = over.empty_cache(4)["k"][0]
+    assert k.sharding.shard_shape(k.shape) == (2, 1, 32, 8)
+    expected = infer.generate(made, PROMPTS, 20)
+    for a, b in zip(infer.generate(over, [*PROMPTS, [7, 7]], 20), expected, strict=False):
+        assert a.tolist() == b.tolist()
+
+
+def test_an_int8_cache_is_small_and_near():
+    made, built, state = decoder("llama")
+    small = infer.Decoder(built, state, cache_dtype="int8")
+    bytes_of = [sum(x.nbytes for x in jax.tree.leaves(d.empty_cache(4))) for d in (made, small)]
+    assert bytes_of[1] < 0.4 * bytes_of[0]  # heads of 8: a byte each, and a scale of four
+    answers = [infer.generate(d, PROMPTS, 12) for d in (made, small)]
+    same = [(a[:4] == b[:4]).all() for a, b in zip(*answers, strict=True)]
+    assert sum(same) >= 2
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def shares(logits: np.ndarray, settings: Sampling, seen: np.ndarray | None = None) -> np.ndarray:
+    row = jnp.asarray(logits, jnp.float32)[None]
+    seen_BV = jnp.zeros(row.shape, bool) if seen is None else jnp.asarray(seen)[None]
+    return np.asarray(jax.jit(sampling.probabilities)(row, seen_BV, sampling.draw([settings]))[0])
+
+
+def test_each_setting_keeps_what_it_says():
+    logits = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05]))
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    np.testing.assert_allclose(shares(logits, Sampling(temperature=1.0)), np.exp(logits), **close)
+    assert shares(logits, Sampling()).tolist() == [1, 0, 0, 0, 0]
+    top_k = shares(logits, Sampling(temperature=1.0, top_k=2))
+    np.testing.assert_allclose(top_k, np.array([4, 3, 0, 0, 0]) / 7, **close)
+    top_p = shares(logits, Sampling(temperature=1.0, top_p=0.75))
+    np.testing.assert_allclose(top_p, np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85, **close)
+    both = shares(logits, Sampling(temperature=1.0, top_k=3, top_p=0.8))  # 0.7 / 0.85 of the three
+    np.testing.assert_allclose(both, np.array([4, 3, 0, 0, 0]) / 7, **close)
+    min_p = shares(logits, Sampling(temperature=1.0, min_p=0.3))
+    np.testing.assert_allclose(min_p, np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85, **close)
+    heat = shares(logits, Sampling(temperature=0.5))
+    np.testing.assert_allclose(heat, np.exp(2 * logits) / np.exp(2 * logits).sum(), **close)
+    seen = shares(
+        np.array([2.0, -1.0, 0.5]),
+        Sampling(temperature=1.0, repetition_penalty=2.0),
+        np.array([True, True, False]),
+    )
+    x = np.exp([1.0, -2.0, 0.5])
+    np.testing.assert_allclose(seen, x / x.sum(), **close)
+
+
+def test_the_largest_are_found_without_sorting():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 501)).astype(np.float32) * [[1], [30], [1e-6]]
+    for k in (1, 7, 500, 501):
+        rows = [Sampling(temperature=1.0, top_k=k)] * 3
+        kept = np.isfinite(jax.jit(sampling.filtered)(logits.astype(np.float32), sampling.draw(rows)))
+        assert (kept.sum(1) == k).all()
+        assert (np.where(kept, logits, np.inf).min(1) >= np.where(kept, -np.inf, logits).max(1)).all()
+
+
+def test_what_is_drawn_follows_the_probabilities():
+    logits = np.tile(np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32)), (20_000, 1))
+    settings = sampling.draw([Sampling(temperature=1.0, seed=3)] * len(logits))
+    ids = jax.jit(sampling.pick)(
+        logits, np.zeros(logits.shape, bool), settings, np.arange(20_000, dtype=np.int32)
+    )
+    counts = np.bincount(np.asarray(ids), minlength=4)
+    expected = 20_000 * np.exp(logits[0])
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees: 1 in 1,000
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature is nan: give a finite number"),
+        ({"top_p": 0.0}, "top_p is 0.0: choose a value above 0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ],
+)
+def test_bad_settings_are_named(keys, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**keys).check()
+
+
+def test_a_model_without_text_is_refused():
+    built = build(tiny("mlp"))
+    with pytest.raises(InputError, match=r"model\.name=mlp with task\.name=classify generates no text"):
+        infer.Decoder(built, {"params": {}, "rest": {}})
