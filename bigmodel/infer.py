@@ -9,6 +9,7 @@ Legend: B rows, L length of the longest prompt, S slots of a cache row, V vocabu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -25,6 +26,7 @@ from bigmodel.config import Config, InputError, Mesh
 from bigmodel.data.text import Tokenizer
 from bigmodel.models import cache as cache_lib
 from bigmodel.models import module
+from bigmodel.models.module import Definition
 from bigmodel.program import Program, State
 from bigmodel.sampling import GREEDY, Sampling
 
@@ -99,8 +101,7 @@ class Decoder:
         self.slots = slots or min(context(config), model.window or context(config))
         self.cache_dtype = cache_dtype or config.compute_dtype
         self.depth = getattr(model, "decoder_depth", model.depth)
-        self.params = for_decoding(config, state.get("ema", state["params"]))
-        self.rest = state["rest"]
+        self.model, self.params, self.rest = for_decoding(built, state)
         read = functools.partial(READERS[config.task.name], self)
         self._prefill = self._jit(read, donate=(2,))
         self._decode = self._jit(self._decoded, donate=(2,))
@@ -170,7 +171,7 @@ class Decoder:
 
     def apply(self, params: Params, rest: Any, batch: dict[str, Any]) -> tuple[jax.Array | None, Any]:
         """-> (logits, cache); to be traced."""
-        outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
+        outputs, _ = self.model.apply(params, rest, batch, key=None, train=False)
         return outputs.get("logits"), outputs["cache"]
 
     def follow(self, logits_BV: jax.Array, state: dict[str, Any]) -> dict[str, Any]:
@@ -247,17 +248,23 @@ def _read_seq2seq(
 READERS: dict[str, Callable[..., dict[str, Any]]] = {"lm": _read_lm, "seq2seq": _read_seq2seq}
 
 
-def for_decoding(config: Config, params: Params) -> Params:
-    """Parameters as decoding reads them: matrices in the compute dtype, a stack's layers apart."""
+def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]:
+    """The model, its parameters and its rest as decoding reads them: quantized weights in their places,
+    matrices in the compute dtype, a stack's layers apart."""
+    config, model = built.config, built.model
+    c: Any = config.model
 
     def cast(x: jax.Array) -> jax.Array:
         return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype == config.param_dtype else x
 
-    depths = [config.model.depth, getattr(config.model, "decoder_depth", 0)]  # type: ignore[union-attr]
-    split = max(depths) <= UNROLLED
-    return jax.jit(lambda p: module.unstack(jax.tree.map(cast, p)) if split else jax.tree.map(cast, p))(
-        params
-    )
+    def arrange(params: Params, held: Any) -> Params:
+        params = jax.tree.map(cast, model.unpack(params, held))
+        return module.unstack(params) if max(c.depth, getattr(c, "decoder_depth", 0)) <= UNROLLED else params
+
+    held = {part: state["rest"][part] for part in model.held}
+    rest = {part: value for part, value in state["rest"].items() if part not in held}
+    params = jax.jit(arrange)(state.get("ema", state["params"]), held)
+    return dataclasses.replace(model, held=(), unpack=lambda params, held: params), params, rest
 
 
 # ------------------------------------------------------------------------------------------- generating
