@@ -136,7 +136,7 @@ def _label(label: np.ndarray, task: str, classes: int) -> np.ndarray:
 
 
 def require(config: Config, features: Mapping[str, sources.Feature], *needed: str) -> None:
-    """Raises InputError where a feature that is needed, or the label or group that the config names, lacks."""
+    """Raises InputError where a feature that is needed, or the label or group of the config, is missing."""
     d, name, task = config.data, config.data.name, config.task.name
     missing = ({*needed, d.label, *([d.group] if d.group else [])}) - set(features)
     if missing:
