@@ -28,7 +28,7 @@ Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
 
 @dataclass(frozen=True)
 class Task:
-    name: Literal["lm", "mlm", "seq2seq", "classify", "multilabel", "regress"] = "lm"
+    name: Literal["lm", "mlm", "seq2seq", "classify", "multilabel", "regress", "gan"] = "lm"
     label_smoothing: float = 0.0
     mask_rate: float = 0.15  # mlm, and seq2seq on plain text: the share of tokens to be predicted
     mean_span: float = 3.0  # seq2seq on plain text: tokens in a corrupted span
@@ -40,6 +40,8 @@ class Task:
     aux_weight: float = 0.3  # of each auxiliary classifier's loss, for models that have them
     huber_delta: float = 0.0  # regress: squared error up to here, absolute beyond; 0: squared everywhere
     top_k: int = 5  # classify: also counts a label among so many likeliest; 1: does not
+    gan_loss: Literal["non-saturating", "hinge", "wgan-gp"] = "non-saturating"
+    gradient_penalty: float = 10.0  # wgan-gp: the weight of (slope - 1)^2 (Gulrajani et al. 2017)
 
 
 @dataclass(frozen=True)
@@ -364,9 +366,11 @@ def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
         yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
     if task.next_sentence and not getattr(c.model, "pooler", False):
         yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
-    for key in ("focal_gamma", "aux_weight", "huber_delta"):
+    for key in ("focal_gamma", "aux_weight", "huber_delta", "gradient_penalty"):
         if getattr(task, key) < 0:
             yield key, f"is {getattr(task, key)}: set it to 0 or more"
+    if task.gan_loss == "wgan-gp" and getattr(c.model, "norm", "") == "batch":
+        yield "gan_loss", "is wgan-gp, whose penalty is an example's own; set model.norm to none or spectral"
     if task.top_k < 1:
         yield "top_k", f"is {task.top_k}: set it to 1 or more"
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from bigmodel import mesh, metrics, pictures, tasks
+from bigmodel import infer, mesh, metrics, models, pictures, tasks
+from bigmodel.config import Config, InputError, Task
 from bigmodel.data import Pipeline, Prefetch
+from bigmodel.families import CNN
 from bigmodel.metrics import Sums
 from bigmodel.program import Program, State
 
+Examples = dict[str, np.ndarray]  # arrays [N, ...] of all examples
+Features = Callable[[np.ndarray], np.ndarray]  # images [N, H, W, C] as the model sees them -> [N, D]
+
 
 def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None) -> dict[str, float]:
-    """One pass over `pipeline` -> {name: value}; where words are predicted also `perplexity`.
+    """One pass over `pipeline` -> {name: value}; where words are predicted also `perplexity`, and
+    what needs all examples at once (`WHOLE`).
 
     The parameters' moving average is evaluated when the state has one. The last batch is padded and masked.
 
@@ -37,48 +43,155 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
     values = sums.values()
     if "bits_per_byte" in values:
         values["perplexity"] = math.exp(min(values["loss"], 700.0))
+    if whole := WHOLE.get(program.config.task.name):
+        values |= whole(program, collect(program, state, pipeline))
     return values
 
 
-def collect(program: Program, state: State, pipeline: Pipeline) -> dict[str, np.ndarray]:
-    """The outputs of every example of a split, once each and in order, on every host.
+BESIDE = {
+    "gan": ("image",)
+}  # task -> what of a batch `collect` keeps beside the predictions, where it is not:
+LABELS = ("label", "group")
 
-    -> {"output": float32 [N, ...], "label": [N, ...], and "group": [N] if the config names one}.
+
+def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
+    """What the task keeps of every example of a split, once each and in order, on every host.
+
+    -> {"output": float32 [N, ...], "label": [N, ...], and "group": [N] if the config names one}; for tasks
+    whose predictions are not their logits, what tasks.PREDICTIONS says.
     """
-    parts: list[dict[str, np.ndarray]] = []
-    names = [name for name in ("label", "group", "mask") if name in program.batch_spec]
-
-    def outputs(params: Any, rest: Any, batch: Any) -> dict[str, jax.Array]:
-        with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
-            out, _ = program.model.apply(params, rest, batch, key=None, train=False)
-        return {"output": tasks.logits(out).astype("float32")} | {name: batch[name] for name in names}
-
-    predict = jax.jit(outputs, out_shardings=mesh.replicated(program.mesh))
-    params = state.get("ema", state["params"])
+    parts: list[Examples] = []
+    wanted = (*BESIDE.get(program.config.task.name, LABELS), "mask")
+    names = [name for name in wanted if name in program.batch_spec]
+    everywhere = jax.jit(lambda columns: columns, out_shardings=mesh.replicated(program.mesh))
     with Prefetch(pipeline, 0, program.put, program.config.data.prefetch) as batches:
         for _, batch, _ in batches:
-            got = jax.device_get(predict(params, state["rest"], batch))
+            beside = everywhere({name: batch[name] for name in names})
+            got = jax.device_get({**program.predict(state, batch), **beside})
             there = got.pop("mask") > 0
             parts.append({name: value[there] for name, value in got.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def shown(program: Program, state: State, pipeline: Pipeline) -> dict[str, np.ndarray]:
+    """What the task draws of the first batch: {name: uint8 [H, W, 3]}; nothing for most tasks."""
+    draw = pictures.SHOWN.get(program.config.task.name)
+    if draw is None:
+        return {}
+    batch = program.put(pipeline[0])
+    everywhere = jax.jit(lambda columns: columns, out_shardings=mesh.replicated(program.mesh))
+    kept, beside = jax.device_get((program.predict(state, batch), everywhere(batch)))
+    return draw(program.config, kept, beside)
+
+
 def report(
-    program: Program, examples: dict[str, np.ndarray], directory: pathlib.Path, names: Sequence[str] = ()
+    program: Program,
+    examples: Examples,
+    directory: pathlib.Path,
+    names: Sequence[str] = (),
+    features: Features | None = None,
 ) -> dict[str, Any]:
-    """What `collect` gave -> the metrics that need all examples; draws a classifier's pictures.
+    """What `collect` gave -> the metrics that need all examples; draws the task's pictures.
 
     Args:
         directory: where the pictures go.
         names: of the classes; none: their numbers.
+        features: of images, for distances between sets of them; see `classifier_features`.
     """
-    output, label = examples["output"], examples["label"]
-    task = program.config.task
-    if task.name == "regress":
-        return metrics.regression(output, label)
+    return REPORTS[program.config.task.name](program, examples, directory, names, features)
+
+
+def _classified(
+    program: Program, examples: Examples, directory: pathlib.Path, names: Sequence[str], _: Features | None
+) -> dict[str, Any]:
+    output, label, task = examples["output"], examples["label"], program.config.task
     score_NK = np.asarray(jax.nn.softmax(output) if task.name == "classify" else jax.nn.sigmoid(output))
     out = metrics.classification(score_NK, label, examples.get("group"), task.top_k)
     is_NK = np.eye(score_NK.shape[1], dtype=bool)[label] if label.ndim == 1 else label > 0.5
     titles = [*names, *map(str, range(len(names), score_NK.shape[1]))]
     paths = pictures.draw(directory, is_NK, score_NK, out, titles)
     return out | {"pictures": [str(path) for path in paths]}
+
+
+def _drawn(
+    program: Program,
+    examples: Examples,
+    directory: pathlib.Path,
+    names: Sequence[str],
+    features: Features | None,
+) -> dict[str, Any]:
+    """Of a GAN: distances between real images and fakes, and grids of both."""
+    out = {"examples": len(examples["image"]), **_distances(program, examples)}
+    if features is not None:
+        real_NK, fake_NK = (features(examples[key]) for key in ("image", "fake"))
+        out["frechet_logits"] = metrics.frechet(real_NK, fake_NK)
+        for key, logits_NK in (("real", real_NK), ("fake", fake_NK)):
+            out[f"class_share_{key}"] = np.bincount(
+                logits_NK.argmax(1), minlength=logits_NK.shape[1]
+            ).tolist()
+    grids = {key: pictures.grid(pictures.pixels(program.config, examples[key])) for key in ("image", "fake")}
+    return out | {"pictures": pictures.save(directory, grids)}
+
+
+REPORTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "classify": _classified,
+    "multilabel": _classified,
+    "regress": lambda program, examples, *_: metrics.regression(examples["output"], examples["label"]),
+    "gan": _drawn,
+}
+
+
+# ------------------------------------------------------------------------------------- distances of images
+
+
+def _distances(program: Program, examples: Examples) -> dict[str, float]:
+    """`frechet_random`: the Frechet distance between the features of real images and of fakes that a small
+    CNN of fixed random weights sees. For comparing runs on one dataset; 0 for equal sets."""
+    features = _random_features(examples["image"].shape[1:])
+    return {"frechet_random": metrics.frechet(features(examples["image"]), features(examples["fake"]))}
+
+
+def _random_features(shape: tuple[int, ...]) -> Features:
+    net = CNN(channels=(32, 64), width=128, num_classes=64)
+    config = Config(model=net, task=Task(name="classify"))
+    model = models.define(config, {"image": jax.ShapeDtypeStruct((1, *shape), np.float32)})
+    params, rest = jax.jit(model.init)(jax.random.key(0))
+    run = jax.jit(lambda image: model.apply(params, rest, {"image": image}, key=None, train=False)[0])
+    return lambda image_NHWC: in_pieces(run, image_NHWC)
+
+
+def classifier_features(directory: str, program: Program) -> Features:
+    """The logits of the classifier that was trained in a workdir.
+
+    Raises:
+        InputError: no run there, one of another task, or one for other images than the program's.
+    """
+    built, state = infer.load(directory)
+    ours, theirs = program.config.data, built.config.data
+    same = program.batch_spec["image"].shape[1:] == built.batch_spec["image"].shape[1:]
+    if built.config.task.name != "classify" or not same or (ours.mean, ours.std) != (theirs.mean, theirs.std):
+        raise InputError(
+            f"--features={directory}: it takes a classifier of images of the same size, channels and "
+            f"normalisation, {program.batch_spec['image'].shape[1:]}; train one on data.name={ours.name}"
+        )
+    params, rest = state["params"], state["rest"]
+    run = jax.jit(
+        lambda image: tasks.logits(
+            built.model.apply(params, rest, {"image": image}, key=None, train=False)[0]
+        ).astype(np.float32)
+    )
+    return lambda image_NHWC: in_pieces(run, image_NHWC)
+
+
+def in_pieces(run: Any, image_NHWC: np.ndarray, size: int = 256) -> np.ndarray:
+    """`run` on as many images at once as `size`; the last piece is filled up, so that it compiles once."""
+    out = []
+    for start in range(0, len(image_NHWC), size):
+        piece = image_NHWC[start : start + size]
+        padded = np.pad(piece, ((0, size - len(piece)), (0, 0), (0, 0), (0, 0)))
+        out.append(np.asarray(run(padded))[: len(piece)])
+    return np.concatenate(out)
+
+
+# Task -> what `run` adds, of all examples at once.
+WHOLE: dict[str, Callable[[Program, Examples], dict[str, float]]] = {"gan": _distances}

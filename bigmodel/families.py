@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 IMAGE_TASKS = ("classify", "multilabel", "regress")  # of one output an example
+TOKEN_TASKS = ("lm", "mlm", "seq2seq")  # on sequences of seq_len tokens
 
 
 def _positive(model: object, *keys: str) -> Iterable[tuple[str, str]]:
@@ -253,7 +254,7 @@ class RNN:
 class ImageModel:
     """An image classifier (or regressor) without derived sizes, whose sizes suit any mesh."""
 
-    TASKS = IMAGE_TASKS
+    TASKS: ClassVar[tuple[str, ...]] = IMAGE_TASKS
 
     def resolve(self) -> Self:
         return self
@@ -381,4 +382,25 @@ class Inception(ImageModel):
         yield from _rate(self)
 
 
-Model = GPT | BERT | T5 | RNN | ViT | CNN | MLP | AlexNet | VGG | ResNet | Inception
+@dataclass(frozen=True)
+class GAN(ImageModel):
+    """DCGAN (Radford et al. 2015), or a ResNet GAN (Miyato et al. 2018): a generator and a discriminator."""
+
+    TASKS = ("gan",)
+    name: str = "gan"
+    arch: Literal["dcgan", "resnet"] = "dcgan"
+    latent: int = 100  # numbers that an image is made from
+    width: int = 64  # generator's channels: dcgan's last ones, doubled at each coarser size; resnet's all
+    discriminator_width: int = 64  # likewise, dcgan's first ones
+    norm: Literal["batch", "spectral", "none"] = "batch"  # of the discriminator; spectral: Miyato et al. 2018
+    num_classes: int = 0  # above 0: both networks are told the class
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "latent", "width", "discriminator_width")
+        if self.num_classes < 0:
+            yield "num_classes", f"is {self.num_classes}: set it to 0 or more"
+        if self.arch == "resnet" and self.norm == "batch":
+            yield "norm", "is batch, which model.arch=resnet has no place for; set it to spectral or none"
+
+
+Model = GPT | BERT | T5 | RNN | ViT | CNN | MLP | AlexNet | VGG | ResNet | Inception | GAN

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -76,6 +77,18 @@ class Writer:
             for name, value in values.items():
                 if value is not None:  # tensorboardX would complain on stderr
                     self._tensorboard.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """uint8 [H, W, 3] -> pictures/<name>-<step>.png in the workdir, and TensorBoard."""
+        if self._file is None:
+            return
+        import cv2
+
+        path = pathlib.Path(self._file.name).parent / "pictures" / f"{name}-{step:07}.png"
+        path.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), image_HWC[..., ::-1])
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
 
     def __enter__(self) -> Writer:
         return self

@@ -179,3 +179,14 @@ def regression(value_NK: np.ndarray, label_NK: np.ndarray) -> dict[str, Any]:
         "mae": float(np.abs(error_NK).mean()),
         "r2": float(r2.mean()),
     }
+
+
+def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
+    """The Frechet distance of two sets of features as if each were Gaussian (Heusel et al. 2017, eq. 6),
+    in units of the standard deviations of `a`: |m - n|^2 + tr(C + D - 2 (C D)^1/2)."""
+    scale = np.maximum(a_ND.std(0, dtype=np.float64), 1e-6)
+    (m, c), (n, d) = ((x.mean(0), np.cov(x.T)) for x in (a_ND / scale, b_ND / scale))
+    values, vectors = np.linalg.eigh(c)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ d @ root), 0)).sum()
+    return float(np.square(m - n).sum() + np.trace(c) + np.trace(d) - 2 * shared)

@@ -1,4 +1,4 @@
-"""The pictures people look at after an evaluation: ROC, precision-recall, confusion matrix, calibration.
+"""The pictures people look at: ROC, precision-recall, confusion matrix, calibration; grids of images.
 
 Legend: N examples, K classes.
 """
@@ -6,16 +6,20 @@ Legend: N examples, K classes.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from bigmodel.config import Config
 
 MOST_CURVES = 10  # more classes than this: the worst ones are drawn, and named
 MOST_CELLS = 20  # more classes than this: the confusion matrix goes without numbers
 ENLARGE_ABOVE = 0.99  # an area like this hugs the corner
 FEW = 10  # predictions: a bin with fewer says little
 INK, FAINT = "#1f4e79", "#b0b7bf"
+GRID = 64  # images in a grid, at most
+SEEN_PIXELS = 56  # a small image is enlarged to about this size, a whole number of times
 
 
 def draw(
@@ -150,3 +154,44 @@ def _calibration(bins: dict[str, Any]) -> Any:
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
     return figure
+
+
+# ------------------------------------------------------------------------------------------ grids of images
+
+
+def pixels(config: Config, image_NHWC: np.ndarray) -> np.ndarray:
+    """What the model sees -> uint8 [N, H, W, 3] as people do: `data.mean` and `data.std` undone."""
+    mean, std = (np.asarray(x or (0.5,), np.float32) for x in (config.data.mean, config.data.std))
+    out = np.clip(np.rint((image_NHWC * std + mean) * 255), 0, 255).astype(np.uint8)
+    return np.repeat(out, 3, -1) if out.shape[-1] == 1 else out[..., :3]
+
+
+def grid(image_NHWC: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> one image of at most `GRID` of them, enlarged where they are small."""
+    image_NHWC = image_NHWC[:GRID]
+    times = max(round(SEEN_PIXELS / image_NHWC.shape[1]), 1)
+    big = image_NHWC.repeat(times, 1).repeat(times, 2)
+    across = int(np.ceil(len(big) ** 0.5))
+    down = -(-len(big) // across)
+    tiles = np.zeros((down * across, big.shape[1] + 2, big.shape[2] + 2, 3), np.uint8)
+    tiles[: len(big), 1:-1, 1:-1] = big
+    rows = tiles.reshape(down, across, *tiles.shape[1:]).swapaxes(1, 2)
+    return rows.reshape(down * tiles.shape[1], across * tiles.shape[2], 3)
+
+
+def save(directory: pathlib.Path, images: Mapping[str, np.ndarray]) -> list[str]:
+    """Writes each image as <name>.png -> the paths."""
+    import cv2
+
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"{name}.png" for name in images]
+    for path, image_HWC in zip(paths, images.values(), strict=True):
+        cv2.imwrite(str(path), image_HWC[..., ::-1])
+    return [str(path) for path in paths]
+
+
+Batch = Mapping[str, np.ndarray]
+# Task -> what is drawn at each evaluation, from the config, what the task keeps, and the batch.
+SHOWN: dict[str, Callable[[Config, Batch, Batch], dict[str, np.ndarray]]] = {
+    "gan": lambda config, kept, batch: {"fakes": grid(pixels(config, kept["fake"]))},
+}

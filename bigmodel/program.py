@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from bigmodel import mesh as mesh_lib
 from bigmodel import models, optim, tasks
 from bigmodel.config import Config, InputError
-from bigmodel.families import IMAGE_TASKS
+from bigmodel.families import TOKEN_TASKS
 from bigmodel.metrics import Metrics
 from bigmodel.models.module import Definition
 
@@ -38,6 +38,7 @@ class Program:
     init: Callable[[jax.Array], State]  # jitted straight into its sharding
     train_step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
     eval_step: Any  # jitted (state, batch) -> Metrics; reads only params (or ema) and rest
+    predict: Any  # jitted (state, batch) -> what the task keeps of each example, [B, ...] on every device
 
     def compile(self) -> Any:
         """The train step, compiled: call it, or read its `cost_analysis`, `memory_analysis`, `as_text`."""
@@ -84,10 +85,15 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         return update(config, model, task, tx, pieces, state, batch)
 
-    def eval_step(state: State, batch: Batch) -> Metrics:
+    def outputs(state: State, batch: Batch) -> Any:
         params = state["ema"] if "ema" in state else state["params"]
-        outputs, _ = model.apply(params, state["rest"], batch, key=None, train=False)
-        return task.terms(outputs, batch, False)
+        return model.apply(params, state["rest"], batch, key=None, train=False)[0]
+
+    def eval_step(state: State, batch: Batch) -> Metrics:
+        return task.terms(outputs(state, batch), batch, False)
+
+    def predict(state: State, batch: Batch) -> dict[str, jax.Array]:
+        return task.predictions(outputs(state, batch))
 
     return Program(
         config=config,
@@ -103,12 +109,13 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
             donate_argnums=0,
         ),
         eval_step=jax.jit(on_mesh(eval_step), in_shardings=(None, batch_sharding), out_shardings=everywhere),
+        predict=jax.jit(on_mesh(predict), in_shardings=(None, batch_sharding), out_shardings=everywhere),
     )
 
 
 def microbatches(config: Config, mesh: Mesh) -> int:
     """`config.microbatches`, or the default: on a CPU, pieces of about 1,024 tokens, which halve the memory;
-    elsewhere, and for images, 1.
+    elsewhere, and where there are no tokens, 1.
 
     Raises:
         InputError: the pieces do not divide over the mesh.
@@ -122,7 +129,7 @@ def microbatches(config: Config, mesh: Mesh) -> int:
                 f"{config.batch_size // ways}"
             )
         return config.microbatches
-    if mesh.devices.flat[0].platform != "cpu" or config.task.name in IMAGE_TASKS:
+    if mesh.devices.flat[0].platform != "cpu" or config.task.name not in TOKEN_TASKS:
         return 1
     small = max(1024 // config.seq_len, 1)
     most = max(config.batch_size // max(small, ways), 1)

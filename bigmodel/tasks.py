@@ -27,6 +27,10 @@ Batch = Mapping[str, jax.Array]
 class Task:
     weight: Callable[[Batch], jax.Array]  # batch -> scalar: what the loss is divided by
     terms: Callable[[Any, Batch, bool], Metrics]  # outputs, batch, train -> metrics as sums
+    predictions: Callable[
+        [Any], dict[str, jax.Array]
+    ]  # outputs of evaluation -> what to keep of each example
+    passes_many: bool = False  # a training step is not one forward pass and its transpose: see plan/flops.py
 
 
 def logits(outputs: Any) -> jax.Array:
@@ -219,6 +223,34 @@ def _regress(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metri
     return _with(metrics, _auxiliary(outputs), weight_B, train)
 
 
+def _gan(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
+    """Both networks' losses and their sum; where each one's gradient stops is the model's business."""
+    real_B, fake_B = (outputs[name].astype(jnp.float32) for name in ("real", "fake"))
+    judged_B = outputs.get("judged", outputs["fake"]).astype(jnp.float32)
+    on_real, on_fake, on_judged = GAN_LOSSES[task.gan_loss]
+    losses = {"discriminator": on_real(real_B) + on_fake(fake_B), "generator": on_judged(judged_B)}
+    if "slope" in outputs:
+        losses["penalty"] = task.gradient_penalty * jnp.square(outputs["slope"] - 1)
+    told_apart_B = ((real_B > 0).astype(jnp.float32) + (fake_B < 0).astype(jnp.float32)) / 2
+    values = {f"{name}_loss": value for name, value in losses.items()}
+    values |= {"loss": sum(losses.values(), jnp.float32(0)), "told_apart": told_apart_B}
+    values |= {"real_logit": real_B, "fake_logit": fake_B}
+    mask_B = batch["mask"]
+    return {name: ((value * mask_B).sum(), mask_B.sum()) for name, value in values.items()}
+
+
+Loss = Callable[[jax.Array], jax.Array]
+# Of the discriminator's logits: its loss on real images, on fakes; the generator's loss.
+GAN_LOSSES: dict[str, tuple[Loss, Loss, Loss]] = {
+    # Goodfellow et al. 2014, eq. 1, with the generator's other loss that section 3 gives
+    "non-saturating": (lambda x: jax.nn.softplus(-x), jax.nn.softplus, lambda x: jax.nn.softplus(-x)),
+    # Lim and Ye 2017; Miyato et al. 2018, eqs. 16 and 17
+    "hinge": (lambda x: jax.nn.relu(1 - x), lambda x: jax.nn.relu(1 + x), lambda x: -x),
+    # Arjovsky et al. 2017; the penalty of Gulrajani et al. 2017, eq. 3, comes on top
+    "wgan-gp": (lambda x: -x, lambda x: x, lambda x: -x),
+}
+
+
 Terms = Callable[[Any, Batch, bool, TaskConfig], Metrics]
 TASKS: dict[str, tuple[Callable[[Batch], jax.Array], Terms]] = {  # what weighs each target; the metrics
     "lm": (_lm_weight, _lm),
@@ -227,13 +259,27 @@ TASKS: dict[str, tuple[Callable[[Batch], jax.Array], Terms]] = {  # what weighs 
     "classify": (_weight, _classify),
     "multilabel": (_weight, _multilabel),
     "regress": (_weight, _regress),
+    "gan": (_weight, _gan),
 }
+
+
+def _logits_alone(outputs: Any, task: TaskConfig) -> dict[str, jax.Array]:
+    return {"output": logits(outputs).astype(jnp.float32)}
+
+
+PREDICTIONS: dict[str, Callable[[Any, TaskConfig], dict[str, jax.Array]]] = {  # where it is not the logits
+    "gan": lambda outputs, task: {"fake": outputs["image"].astype(jnp.float32)},
+}
+PASS_MANY = ("gan",)
 
 
 def make(config: Config) -> Task:
     """The task that `config.task` names."""
     weight, terms = TASKS[config.task.name]
+    keep = PREDICTIONS.get(config.task.name, _logits_alone)
     return Task(
         weight=lambda batch: weight(batch).sum(),
         terms=lambda outputs, batch, train: terms(outputs, batch, train, config.task),
+        predictions=lambda outputs: keep(outputs, config.task),
+        passes_many=config.task.name in PASS_MANY,
     )

@@ -288,6 +288,8 @@ class _Loop:
         split = self.config.data.eval_split
         self.eval_metrics = {f"eval/{split}/{name}": value for name, value in values.items()}
         self.writer.write(step, self.eval_metrics)
+        for name, image in evaluate.shown(self.run_.program, self.state, self.run_.eval_data).items():
+            self.writer.picture(step, name, image)
         log.say(
             f"eval      step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         )

@@ -2,8 +2,9 @@
 
 python scripts/evaluate.py --workdir=runs/toy
 
-For a model with one output an example, WORKDIR/evaluation.json also gets what needs all examples at once (per
-class, curves, calibration, gaps between groups), and a classifier's pictures go to WORKDIR/evaluation/.
+Where the task has metrics that need all examples at once (per class, curves, calibration, gaps between
+groups; distances between real images and a GAN's), WORKDIR/evaluation.json gets these too, and pictures go
+to WORKDIR/evaluation/.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ def main() -> int:
     flags = cli.parser(__doc__)
     flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
     flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    flags.add_argument("--features", metavar="DIR", help="of a GAN: a classifier's run, for distances by it")
     args, rest = cli.parse(flags)
     if rest:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
     from bigmodel import data, evaluate, infer, mesh, workdir
-    from bigmodel.families import IMAGE_TASKS
 
     program, state = infer.load(args.workdir, args.step)
     rows = mesh.host_rows(program.mesh, program.config.batch_size)
     path = pathlib.Path(args.workdir)
     pipeline = data.make_pipeline(program.config, "eval", path, **rows)
     values = evaluate.run(program, state, pipeline)
-    if program.config.task.name in IMAGE_TASKS:
+    if program.config.task.name in evaluate.REPORTS:
         examples = evaluate.collect(program, state, pipeline)
         names = data.class_names(program.config)
-        whole = evaluate.report(program, examples, path / "evaluation", names)
+        features = evaluate.classifier_features(args.features, program) if args.features else None
+        whole = evaluate.report(program, examples, path / "evaluation", names, features)
         workdir.write_json(path / "evaluation.json", values | whole)
     print(json.dumps(values, indent=2))
     return 0

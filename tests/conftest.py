@@ -81,6 +81,7 @@ TINY: dict[str, dict[str, Any]] = {
     "alexnet": {"model.channels": (4, 8, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
     "vgg": {"model.depth": 11, "model.channels": (4, 4, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
     "inception": {"model.multiplier": 0.05, "model.dropout": 0.0},
+    "gan": {"model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "data.name": "digits"},
 }  # fmt: skip
 MESHES: list[dict[str, int]] = [
     {"data": 8},
@@ -158,6 +159,11 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     if config.task.name in IMAGE_TASKS:
         image = rng.normal(size=(n, *image_shape(config))).astype(np.float32)
         return {"image": image, "label": rng.integers(0, 10, n).astype(np.int32), "mask": mask}
+    if config.task.name == "gan":
+        spec = batch_spec(config)
+        image = np.tanh(rng.normal(size=spec["image"].shape)).astype(np.float32)
+        label = {"label": rng.integers(0, 10, n).astype(np.int32)} if "label" in spec else {}
+        return {"image": image, "serial": np.arange(n, dtype=np.int32) + n * seed, **label, "mask": mask}
     words = config.model.vocab_size - 16  # what is above are special ids
     ids = rng.integers(0, words, (n, length + 1)).astype(np.int32)
     if config.task.name == "seq2seq":

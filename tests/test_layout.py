@@ -30,7 +30,7 @@ ORDER = """
     models/module | models/ops
     models/weights
     models/layers | models/attention | models/cache | models/held
-    models/moe | models/vision | models/resnet | models/recurrent
+    models/moe | models/vision | models/resnet | models/gan | models/recurrent
     models/transformer | models/inception
     models/gpt | models/bert | models/t5 | models/vit
     models/__init__

@@ -194,7 +194,7 @@ def _labelled(
 
 def _images(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
     d = config.data
-    keys = tuple(filter(None, ("image", d.label, d.group)))
+    keys = tuple(filter(None, ("image", labels.name_of(config), d.group)))
     source = sources.open_source(d.name, split, d.data_dir, keys=keys, cache=d.cache)
     images.check(config, source.features)
 
@@ -215,6 +215,20 @@ def _images(config: Config, split: str, workdir: pathlib.Path | None, train: boo
     return parts._replace(facts=parts.facts | more, mix=mix)
 
 
+def _gan(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    """Images, each with its serial number, from which evaluation draws the latent of the fake beside it."""
+    parts = _images(config, split, workdir, train)
+
+    def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
+        return {**parts.finish(batch, serials), "serial": (serials % 2**31).astype(np.int32)}
+
+    return parts._replace(finish=finish)
+
+
+def _gan_shapes(config: Config) -> Shapes:
+    return {**images.shapes(config), "serial": ((), np.int32)}
+
+
 class Kind(NamedTuple):
     """How a task's batches are made, from (config, split, workdir, train), and their shapes."""
 
@@ -227,6 +241,7 @@ KINDS = {
     "mlm": Kind(_mlm, _mlm_shapes),
     "seq2seq": Kind(_seq2seq, _seq2seq_shapes),
     **dict.fromkeys(IMAGE_TASKS, Kind(_images, images.shapes)),
+    "gan": Kind(_gan, _gan_shapes),
 }
 
 

@@ -105,7 +105,10 @@ def check(config: Config, features: Mapping[str, sources.Feature]) -> tuple[int,
         raise InputError(f"data.name={name!r} has images of any size {shape}; set data.image_size, e.g. 224")
     if shape[-1] is None:
         raise InputError(f"data.name={name!r} has images of any number of channels; choose another dataset")
-    labels.check(config, features[d.label])
+    if config.task.name == "gan":
+        _check_gan(config)
+    if label := labels.name_of(config):
+        labels.check(config, features[label])
     if config.task.name == "regress" and mixes(config):
         raise InputError("data.mixup and data.cutmix need classes; set them to 0 for task.name=regress")
     for key in ("mean", "std"):
@@ -114,3 +117,11 @@ def check(config: Config, features: Mapping[str, sources.Feature]) -> tuple[int,
     if d.image_size:
         return (d.image_size, d.image_size, shape[-1])
     return tuple(size for size in shape if size is not None)
+
+
+def _check_gan(config: Config) -> None:
+    d, weighs = config.data, config.task.class_weights != "none"
+    asked = {"data.mixup": d.mixup, "data.cutmix": d.cutmix, "data.balance": d.balance != "none"}
+    asked |= {"data.mean": bool(d.mean), "data.std": bool(d.std), "task.class_weights": weighs}
+    for key in [key for key, value in asked.items() if value]:
+        raise InputError(f"{key} is nothing for task.name=gan, which draws whole images in -1..1; drop it")

@@ -22,6 +22,7 @@ Where = Callable[[int], str]  # an example's index -> where it stands, for messa
 
 log = logging.getLogger("bigmodel")
 
+ONE_CLASS = ("classify", "gan")  # tasks whose label is one class
 CHUNK = 4096  # labels read at once
 
 
@@ -33,7 +34,7 @@ class Records:
     """
 
     def __init__(self, source: sources.Source, config: Config, where: Where) -> None:
-        self.source, self._where, self._label = source, where, config.data.label
+        self.source, self._where, self._label = source, where, name_of(config)
         self._classes = classes_of(config) if config.task.name != "regress" else sys.maxsize
         self._max_skipped, self.skipped = config.data.max_skipped, dict[int, str]()
 
@@ -55,6 +56,8 @@ class Records:
         return {**batch, "mask": mask}
 
     def _check(self, batch: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
+        if not self._label:
+            return
         column = batch[self._label]
         if column.dtype.kind in "iu" and ((column >= 0) & (column < self._classes)).all():
             return
@@ -104,8 +107,9 @@ class Records:
 
 def shapes(config: Config) -> Shapes:
     """What `finish` gives."""
-    task = config.task.name
-    out: Shapes = {"label": ((), np.int32) if task == "classify" else ((classes_of(config),), np.float32)}
+    one = config.task.name in ONE_CLASS
+    label: Shapes = {"label": ((), np.int32) if one else ((classes_of(config),), np.float32)}
+    out = label if name_of(config) else {}
     if config.task.class_weights != "none":
         out["weight"] = ((), np.float32)
     if config.data.group:
@@ -115,8 +119,10 @@ def shapes(config: Config) -> Shapes:
 
 def finish(config: Config, batch: Mapping[str, np.ndarray], weights: np.ndarray | None) -> Batch:
     """Raw records -> `label`, `mask`, and `weight` (by class) and `group` as the config asks."""
-    label = batch[config.data.label]
-    out = {"label": _label(label, config.task.name, classes_of(config)), "mask": batch["mask"]}
+    out = {"mask": batch["mask"]}
+    if name := name_of(config):
+        label = batch[name]
+        out["label"] = _label(label, config.task.name, classes_of(config))
     if config.task.class_weights != "none":
         out["weight"] = np.ones(len(label), np.float32) if weights is None else weights[label]
     if config.data.group:
@@ -125,7 +131,7 @@ def finish(config: Config, batch: Mapping[str, np.ndarray], weights: np.ndarray 
 
 
 def _label(label: np.ndarray, task: str, classes: int) -> np.ndarray:
-    if task == "classify":
+    if task in ONE_CLASS:
         return label.astype(np.int32)
     if label.dtype != object:  # numbers, or 0 and 1 for each class
         return label.reshape(len(label), -1).astype(np.float32)
@@ -138,7 +144,7 @@ def _label(label: np.ndarray, task: str, classes: int) -> np.ndarray:
 def require(config: Config, features: Mapping[str, sources.Feature], *needed: str) -> None:
     """Raises InputError where a feature that is needed, or the label or group of the config, is missing."""
     d, name, task = config.data, config.data.name, config.task.name
-    missing = ({*needed, d.label, *([d.group] if d.group else [])}) - set(features)
+    missing = set(filter(None, (*needed, name_of(config), d.group))) - set(features)
     if missing:
         raise InputError(
             f"data.name={name!r} has no feature {min(missing)!r}, which task.name={task} needs; "
@@ -149,7 +155,7 @@ def require(config: Config, features: Mapping[str, sources.Feature], *needed: st
 def check(config: Config, label: sources.Feature) -> None:
     """Raises InputError for a label that does not suit the task or the model."""
     name, task, classes = config.data.name, config.task.name, classes_of(config)
-    if task == "classify" and (label.shape or not label.dtype.startswith(("int", "uint"))):
+    if task in ONE_CLASS and (label.shape or not label.dtype.startswith(("int", "uint"))):
         raise InputError(
             f"data.label={config.data.label!r} of data.name={name!r} is not one class an example; set "
             "task.name to multilabel or regress, or data.label to another feature"
@@ -159,7 +165,7 @@ def check(config: Config, label: sources.Feature) -> None:
             f"model.num_classes is too small for data.name={name!r}: set it to {label.num_classes}"
         )
     width = 1 if not label.shape else label.shape[0]
-    if task != "classify" and width is not None and width != classes:
+    if task not in ONE_CLASS and width is not None and width != classes:
         raise InputError(
             f"model.num_classes is {classes}, but data.label has {width} numbers: set it to that"
         )
@@ -169,8 +175,13 @@ def check(config: Config, label: sources.Feature) -> None:
 
 def class_names(config: Config) -> tuple[str, ...]:
     """What the dataset calls its classes; nothing where it has no names for them."""
-    features = sources.features_of(config.data.name, config.data.data_dir)
-    return features[config.data.label].names
+    name = name_of(config)
+    return sources.features_of(config.data.name, config.data.data_dir)[name].names if name else ()
+
+
+def name_of(config: Config) -> str:
+    """The feature that is learnt; nothing for a model that is told of no classes."""
+    return config.data.label if classes_of(config) else ""
 
 
 def classes_of(config: Config) -> int:

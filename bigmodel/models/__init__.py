@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from bigmodel.config import Config
-from bigmodel.models import bert, gpt, held, inception, module, recurrent, resnet, t5, vision, vit
+from bigmodel.models import bert, gan, gpt, held, inception, module, recurrent, resnet, t5, vision, vit
 
 FAMILIES = {
     "gpt": gpt.GPT,
@@ -21,6 +21,7 @@ FAMILIES = {
     "vgg": vision.VGG,
     "resnet": resnet.ResNet,
     "inception": inception.Inception,
+    "gan": gan.GAN,
 }
 
 

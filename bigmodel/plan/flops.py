@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from bigmodel import mesh
+from bigmodel import mesh, tasks
 from bigmodel.config import Config
-from bigmodel.program import Program
+from bigmodel.program import Program, gradients
 
 
 def count(function: Callable[..., Any], *specs: Any) -> float:
@@ -25,8 +25,7 @@ def count(function: Callable[..., Any], *specs: Any) -> float:
 def forward_flops(program: Program) -> float:
     """FLOPs of the forward pass over one global batch, attention counted in full (causal would halve it)."""
     model, spec = program.model, program.state_spec
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), (spec["params"], spec["rest"]))
-    batch = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in program.batch_spec.items()}
+    shapes, batch = _shapes((spec["params"], spec["rest"])), _shapes(program.batch_spec)
 
     def forward(params: Any, rest: Any, batch: Any) -> Any:
         with mesh.plain():  # kernels hide their FLOPs; the plain form shows them
@@ -38,9 +37,28 @@ def forward_flops(program: Program) -> float:
 def model_flops(program: Program) -> float:
     """FLOPs that training on one global batch needs: forward, and twice that backward (PaLM, appendix B).
 
-    What is recomputed (remat) does not count, so that MFU measures useful work.
+    What is recomputed (remat) does not count, so that MFU measures useful work. Where a step passes through
+    its networks several times (a GAN's), the gradient is counted itself, as it is written.
     """
+    if tasks.make(program.config).passes_many:
+        return gradient_flops(program)
     return 3 * forward_flops(program)
+
+
+def gradient_flops(program: Program) -> float:
+    """FLOPs of the gradient over one global batch, recomputation (remat) included."""
+    task, spec = tasks.make(program.config), program.state_spec
+
+    def gradient(state: Any, batch: Any) -> Any:
+        with mesh.plain():
+            return gradients(program.model, task, 1, None, state, batch)[0]
+
+    return _needed_flops(jax.make_jaxpr(gradient)(_shapes(spec), _shapes(program.batch_spec)).jaxpr)
+
+
+def _shapes(spec: Any) -> Any:
+    """The specs without their shardings."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), spec)
 
 
 def by_formula(config: Config) -> float | None:
@@ -59,6 +77,16 @@ def _jaxpr_flops(jaxpr: Any) -> float:
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
+def _needed_flops(jaxpr: Any) -> float:
+    """Of what its outputs need: what is computed for nothing, no compiler keeps."""
+    needed, total = set(map(id, jaxpr.outvars)), 0.0
+    for equation in reversed(jaxpr.eqns):
+        if needed & set(map(id, equation.outvars)):
+            needed |= set(map(id, equation.invars))
+            total += _equation_flops(equation)
+    return total
+
+
 def _equation_flops(equation: Any) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
@@ -68,7 +96,9 @@ def _equation_flops(equation: Any) -> float:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features
+        # Of an input that is spread out by zeros (the gradient of strides), only what is no zero counts.
+        spread = math.prod(params["lhs_dilation"])
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features / spread
     inner = [_jaxpr_flops(sub) for sub in _subjaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inner)

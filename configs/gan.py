@@ -1,0 +1,63 @@
+r"""A GAN that draws images: DCGAN (Radford et al. 2015), or a ResNet with spectral norm (Miyato et al. 2018).
+
+    python scripts/train.py --config=configs/gan.py --workdir=runs/gan
+
+Both networks are trained by one step, each with an optimizer of its own (`optim.groups`), the generator on
+every `critic_steps`th. Grids of fakes, always from the same latents, are in WORKDIR/pictures and TensorBoard.
+
+The ResNet GAN on 32 pixels as in the paper (hinge loss, five critic steps, moving average of the generator):
+
+    python scripts/train.py --config=configs/gan.py:arch=resnet,width=256,loss=hinge,critic_steps=5 \
+        --config.data.name=cifar10 --config.steps=250000 --workdir=runs/gan32
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from bigmodel import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Arguments: `data`, `arch` (dcgan or resnet), `width`, `latent`, `classes` (0: not conditional), `loss`
+    (non-saturating, hinge, wgan-gp) and `critic_steps`."""
+    args = config_lib.parse_arg(
+        arg, data="mnist", arch="dcgan", width=32, latent=64, classes=0, loss="non-saturating", critic_steps=1
+    )
+    config = ml_collections.ConfigDict()
+    norm = "spectral" if args.arch == "resnet" else "none" if args.loss == "wgan-gp" else "batch"
+    config.model = {
+        "name": "gan",
+        "arch": args.arch,
+        "width": args.width,
+        "latent": args.latent,
+        "norm": norm,
+    }
+    config.model.discriminator_width = args.width // 2 if args.arch == "resnet" else args.width
+    config.model.num_classes = args.classes
+    config.task = {"name": "gan", "gan_loss": args.loss}
+    config.data = {"name": args.data}
+    config.batch_size = 64
+    config.steps = 3000
+    config.optim = {
+        "name": "adam",
+        "lr": 2e-4,
+        "b1": 0.5,
+        "b2": 0.999,
+        "schedule": "constant",
+        "clip_norm": 0.0,
+    }
+    config.optim.ema_decay = 0.99
+    config.optim.groups = {
+        "generator": {"on": "^/generator/", "every": args.critic_steps},
+        "discriminator": {"on": "^/discriminator/"},
+    }
+    config.eval = {"every_steps": 500, "batches": 16}
+    config.checkpoint = {"every_steps": 500}
+    return config
+
+
+def sweep() -> list[dict[str, object]]:
+    """Learning rates of the discriminator."""
+    rates = (1e-4, 2e-4, 4e-4)
+    return [{"optim.groups.discriminator.lr": lr} for lr in rates]
