@@ -40,10 +40,13 @@ class Program:
     eval_step: Any  # jitted (state, batch) -> Metrics; reads only params (or ema) and rest
     predict: Any  # jitted (state, batch) -> what the task keeps of each example, [B, ...] on every device
 
+    def lower(self) -> jax.stages.Lowered:
+        """The train step, traced and lowered for the mesh's devices, not compiled yet."""
+        return self.train_step.trace(self.state_spec, self.batch_spec).lower()
+
     def compile(self) -> Any:
         """The train step, compiled: call it, or read its `cost_analysis`, `memory_analysis`, `as_text`."""
-        lowered = self.train_step.trace(self.state_spec, self.batch_spec).lower()
-        return lowered.compile(dict(self.config.compiler_options))
+        return self.lower().compile(dict(self.config.compiler_options))
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """This host's rows of a batch (numpy) -> the global batch on the mesh."""

@@ -48,7 +48,7 @@ ORDER = """
     plan/flops
     plan/hlo
     plan/schedule | plan/calibrate | plan/target
-    plan/costs | plan/cpu_costs
+    plan/costs | plan/cpu_costs | plan/compiled
     plan/estimate
     plan/receipt
     plan/planner | plan/timeline

@@ -11,6 +11,7 @@ from bigmodel import hardware
 from bigmodel import mesh as mesh_lib
 from bigmodel.data import text
 from bigmodel.plan import calibrate, flops, hlo, schedule
+from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.costs import ChipCosts
 from bigmodel.plan.cpu_costs import CpuCosts
 from bigmodel.plan.schedule import Event, Schedule
@@ -52,15 +53,13 @@ def active_parameters(program: Program) -> int:
     return parameters(spec) - round(experts * (1 - share))
 
 
-def memory(program: Program, compiled: Any, target: Target) -> dict[str, Any]:
+def memory(program: Program, compiled: Compiled, target: Target) -> dict[str, Any]:
     """Bytes on one device: what the state takes, and the compiler's own peak against the memory there is."""
     spec = program.state_spec
-    analysis = compiled.memory_analysis()
-    arguments = analysis.argument_size_in_bytes
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    peak = arguments + outputs + analysis.temp_size_in_bytes
+    arguments, outputs = compiled.argument_bytes, compiled.output_bytes - compiled.alias_bytes
+    peak = arguments + outputs + compiled.temporary_bytes
     if target.compiler == "libtpu":  # there, temporaries include what is never live at once
-        peak = max(getattr(analysis, "peak_memory_in_bytes", 0), arguments) or peak
+        peak = max(compiled.peak_bytes, arguments) or peak
     capacity = capacity_bytes(target)
     return {
         "params_bytes": tree_bytes(weights(program)),
@@ -80,7 +79,9 @@ def capacity_bytes(target: Target) -> float | None:
     return target.chip.memory_bytes - RESERVED[target.chip.platform] if target.chip else None
 
 
-def step(program: Program, compiled: Any, target: Target, calibrated: bool = False) -> tuple[Schedule, str]:
+def step(
+    program: Program, compiled: Compiled, target: Target, calibrated: bool = False
+) -> tuple[Schedule, str]:
     """One training step on the target, walked through the compiler's schedule; and how it was had: the
     target's `compiler`, or `guess`.
 
@@ -89,12 +90,12 @@ def step(program: Program, compiled: Any, target: Target, calibrated: bool = Fal
     """
     if target.chip is not None:
         costs = ChipCosts(target, program.mesh, program.config.compute_dtype)
-        return schedule.walk(hlo.parse(compiled.as_text()), costs), target.compiler
+        return schedule.walk(hlo.parse(compiled.text), costs), target.compiler
     folder = text.cache_dir()
     here = target.devices[0].platform == "cpu"
     measured = (calibrate.load if calibrated else calibrate.known)(folder) if here else None
     if measured is not None:
-        walked = schedule.walk(hlo.parse(compiled.as_text()), CpuCosts(measured, program.mesh.size))
+        walked = schedule.walk(hlo.parse(compiled.text), CpuCosts(measured, program.mesh.size))
         return Schedule(walked.total_s + measured.call_s, walked.events), "cpu"
     hosts = len({d.process_index for d in program.mesh.devices.flat})
     devices = hosts if here else program.mesh.size  # CPU devices share their host's cores

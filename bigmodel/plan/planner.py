@@ -11,7 +11,10 @@ import jax
 
 from bigmodel import data, mesh, program
 from bigmodel.config import Config, InputError
+from bigmodel.data import text
+from bigmodel.plan import compiled as compiled_lib
 from bigmodel.plan import estimate, receipt, target
+from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.receipt import Receipt
 from bigmodel.plan.schedule import Schedule
 from bigmodel.plan.target import Target
@@ -51,8 +54,8 @@ def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = No
 
 def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Receipt:
     """The receipt of a Program that is compiled for this job's own devices."""
-    aim = target.here(tuple(built.mesh.devices.flat))
-    return receipt.make(built, compiled, aim, *estimate.step(built, compiled, aim), steps_left=steps_left)
+    aim, made = target.here(tuple(built.mesh.devices.flat)), compiled_lib.of(compiled)
+    return receipt.make(built, made, aim, *estimate.step(built, made, aim), steps_left=steps_left)
 
 
 def build(config: Config, aim: Target) -> Program:
@@ -60,24 +63,24 @@ def build(config: Config, aim: Target) -> Program:
     return program.build(config, mesh.make_mesh(config, aim.devices), data.batch_spec(config))
 
 
-def compile_for(built: Program, aim: Target) -> Any:
+def compile_for(built: Program, aim: Target) -> Compiled:
     """Raises as `plan`."""
     try:
-        return built.compile()
+        return compiled_lib.compile_for(built, aim, text.cache_dir())
     except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text:
-            raise _does_not_fit(text, built, aim) from error
+        said = str(error)
+        if compiled_lib.is_out_of_memory(said):
+            raise _does_not_fit(said, built, aim) from error
         raise InputError(
-            f"--target={aim.spec}: the compiler refuses the program ({' '.join(text.split())[:300]}); "
+            f"--target={aim.spec}: the compiler refuses the program ({' '.join(said.split())[:300]}); "
             "check compiler_options, or try another mesh or remat"
         ) from error
 
 
-def _does_not_fit(text: str, built: Program, aim: Target) -> DoesNotFit:
+def _does_not_fit(said: str, built: Program, aim: Target) -> DoesNotFit:
     sizes = [
         float(n) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[u]
-        for n, u in re.findall(r"([\d.]+)([KMGT])", text)
+        for n, u in re.findall(r"([\d.]+)([KMGT])", said)
     ]
     missing = max(sizes[0] - sizes[1], 0.0) if len(sizes) > 1 else 0.0
     config, tries = built.config, []

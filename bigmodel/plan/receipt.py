@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from bigmodel.plan import estimate, flops, schedule
+from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.schedule import Schedule
 from bigmodel.plan.target import Target
 from bigmodel.program import Program, microbatches
@@ -35,7 +36,7 @@ HOW = {
 
 def make(
     program: Program,
-    compiled: Any,
+    compiled: Compiled,
     target: Target,
     steps: Schedule,
     how: str,

@@ -1,0 +1,113 @@
+"""What a compiler made of a Program, as much of it as a plan needs, and where that is kept.
+
+Compiling for a large target takes minutes; reading what came out takes a second. So the scheduled text and
+the memory figures are kept on disk, by the hash of the lowered program, options, target and compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from bigmodel.plan.target import Target
+from bigmodel.program import Program
+
+VERSION = 1  # of the files
+COMPILERS = {"libtpu": "libtpu", "cuda": "jax-cuda13-pjrt"}  # packages; else jaxlib's own
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """`text` is the scheduled HLO of one device's program; bytes are one device's, as XLA counts them."""
+
+    text: str
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int  # of the output, what lies where an argument was
+    temporary_bytes: int
+    peak_bytes: int  # what is live at once, where the compiler says; else 0
+
+
+def of(executable: Any) -> Compiled:
+    """From what `jax.stages.Lowered.compile` gave."""
+    analysis = executable.memory_analysis()
+    return Compiled(
+        executable.as_text(),
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.alias_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        getattr(analysis, "peak_memory_in_bytes", 0),
+    )
+
+
+def compile_for(program: Program, target: Target, folder: pathlib.Path | None) -> Compiled:
+    """The program, compiled for the target: from `folder` if it ever was, else now, and kept there.
+
+    Raises:
+        jax.errors.JaxRuntimeError: what the compiler says; kept and raised again where memory is short.
+    """
+    lowered = program.lower()
+    path = folder and folder / "plans" / f"{_key(program, target, lowered.as_text())}.json.gz"
+    if path is not None and (found := _read(path)):
+        if "refused" in found:
+            raise jax.errors.JaxRuntimeError(found["refused"])
+        return Compiled(**found)
+    try:
+        made = of(lowered.compile(dict(program.config.compiler_options)))
+    except jax.errors.JaxRuntimeError as error:
+        if path is not None and is_out_of_memory(str(error)):
+            _write(path, {"refused": str(error)})
+        raise
+    if path is not None:
+        _write(path, dataclasses.asdict(made))
+    return made
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether a compiler's error says that the program needs more memory than there is."""
+    return "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
+
+
+def _key(program: Program, target: Target, text: str) -> str:
+    package = COMPILERS.get(target.compiler, "jaxlib")
+    flags = os.environ.get("XLA_FLAGS", ""), os.environ.get("LIBTPU_INIT_ARGS", "")
+    order = [getattr(device, "id", 0) for device in program.mesh.devices.flat]
+    options = json.dumps(dict(program.config.compiler_options), sort_keys=True)
+    facts = (
+        VERSION,
+        target.spec,
+        target.compiler,
+        importlib.metadata.version(package),
+        flags,
+        order,
+        options,
+    )
+    return hashlib.sha256((repr(facts) + text).encode()).hexdigest()[:32]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    """What was kept; None where nothing was, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        found = json.loads(gzip.decompress(path.read_bytes()))
+        if "refused" in found or found.keys() == {f.name for f in dataclasses.fields(Compiled)}:
+            return found
+    return None
+
+
+def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs only time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(gzip.compress(json.dumps(values).encode(), 6))
+        part.replace(path)
