@@ -79,7 +79,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
 
     init = on_mesh(lambda key: init_state(config, model, tx, key))
     spec = jax.eval_shape(init, jax.random.key(0))
-    state_spec = jax.tree_util.tree_map_with_path(lambda path, s: _placed(mesh, path, s), spec)
+    state_spec = place(spec, mesh)
     state_sharding = jax.tree.map(lambda s: s.sharding, state_spec)
     batch_sharding = {name: s.sharding for name, s in batch_spec.items()}
     everywhere = mesh_lib.replicated(mesh)
@@ -249,6 +249,11 @@ def _unscale(grads: Any, scale: jax.Array | None) -> Any:
     if scale is None:
         return grads
     return jax.tree.map(lambda g: (g.astype(jnp.float32) / scale).astype(g.dtype), grads)
+
+
+def place(spec: State, mesh: Mesh) -> State:
+    """A state's shapes with their shardings on a mesh."""
+    return jax.tree_util.tree_map_with_path(lambda path, s: _placed(mesh, path, s), spec)
 
 
 def _placed(mesh: Mesh, path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -11,10 +11,15 @@ compilers after `pip install 'bigmodel[plan]'`.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import pathlib
+import sys
+from typing import Any
 
 import cli
+import yaml
 
 from bigmodel import config as config_lib
 from bigmodel.config import InputError
@@ -26,17 +31,35 @@ def main() -> int:
     flags.add_argument("--target", default="", help="e.g. v5e:16x16; without it, the devices of this machine")
     flags.add_argument("--json", type=pathlib.Path, help="write the receipt here too")
     flags.add_argument(
-        "--assume", action="append", default=[], metavar="KEY=VALUE", help="e.g. watts=250, pue=1.2"
-    )
+        "--assume", action="append", default=[], metavar="KEY=VALUE|FILE.yaml",
+        help="e.g. watts=250, pue=1.2, or a YAML file of such lines",
+    )  # fmt: skip
+    flags.add_argument(
+        "--search", type=int, nargs="?", const=4, default=0, metavar="N",
+        help="compile the N (4) likeliest of all meshes x remat x microbatches, and rank them",
+    )  # fmt: skip
+    flags.add_argument("--search-batch", action="store_true", help="with --search: try other batch sizes too")
     flags.add_argument(
         "--timeline", type=pathlib.Path, metavar="DIR", help="a step's trace and picture go here"
     )
     args, overrides = cli.parse(flags)
     config = config_lib.load(args.config, overrides)
-    assume = dict(map(_assumption, args.assume))
+    assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
+    if args.search < 0 or (args.search_batch and not args.search):
+        raise InputError("--search wants a number of 1 or more, and --search-batch goes with it")
     cli.no_accelerator_needed(bool(args.target))
     from bigmodel.plan import planner, receipt
 
+    ranking: list[dict[str, Any]] = []
+    if args.search:
+        from bigmodel.plan import search
+
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        found = search.search(
+            config, args.target, compile_best=args.search, batches=args.search_batch, assume=assume, say=say
+        )
+        print("\n".join(search.table(found)))
+        config, ranking = found.best.candidate.config, search.ranking(found)
     plan = planner.plan(config, args.target, assume=assume)
     print("\n".join(receipt.table(plan.receipt)))
     if args.timeline:
@@ -44,19 +67,36 @@ def main() -> int:
 
         print("\n".join(f"wrote     {path}" for path in timeline.write(plan.schedule, args.timeline)))
     if args.json:
-        args.json.write_text(json.dumps(plan.receipt, indent=2) + "\n")
+        written = plan.receipt | ({"search": ranking} if ranking else {})
+        args.json.write_text(json.dumps(written, indent=2) + "\n")
     return 0
 
 
-def _assumption(text: str) -> tuple[str, float]:
-    key, _, value = text.partition("=")
+def _pairs(text: str) -> list[tuple[str, Any]]:
+    """`KEY=VALUE`, or a YAML file of KEY: VALUE lines."""
+    if not text.endswith((".yaml", ".yml")):
+        key, _, value = text.partition("=")
+        return [(key, value)]
+    try:
+        tree = yaml.safe_load(pathlib.Path(text).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--assume={text}: cannot be read ({error}); give KEY: VALUE lines") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"--assume={text}: holds no KEY: VALUE lines, such as watts: 250")
+    return list(tree.items())
+
+
+def _assumption(key: str, value: Any) -> tuple[str, float]:
     keys = ("watts", "pue", "kg_co2e_per_kwh", "dollars_per_chip_hour")
     try:
-        if key not in keys:
+        number = float(value)
+        if key not in keys or not 0 <= number < math.inf:
             raise ValueError
-        return key, float(value)
-    except ValueError as error:
-        raise InputError(f"--assume={text!r}: give KEY=NUMBER with a KEY of {', '.join(keys)}") from error
+        return key, number
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--assume={key}={value}: give KEY=NUMBER, 0 or more, with a KEY of {', '.join(keys)}"
+        ) from error
 
 
 if __name__ == "__main__":

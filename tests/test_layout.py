@@ -52,6 +52,7 @@ ORDER = """
     plan/estimate
     plan/receipt
     plan/planner | plan/timeline
+    plan/search
     ledger
     log
     sampling

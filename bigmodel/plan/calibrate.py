@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ SHAPES = (
 LAYOUTS = ("nn", "nt", "tn")  # which of the two factors is stored transposed
 DTYPES = ("float32", "bfloat16")
 STREAM_BYTES = tuple(2**p for p in (15, 17, 19, 21, 23, 25, 27, 28))
-VERSION = 1  # of what is measured: another one is measured afresh
+VERSION = 2  # of what is measured: another one is measured afresh
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -143,17 +142,29 @@ def from_json(text: str) -> Calibration:
 # ------------------------------------------------------------------------------------------- the measuring
 
 
-def _seconds(function: Callable[..., Any], *args: Any, least_s: float = 0.015) -> float:
-    """The lower quartile of repeats: other processes only ever add time."""
+def _seconds(function: Callable[..., Any], *args: Any, least_s: float = 0.02) -> float:
+    """The shortest of repeats: other processes only ever add time."""
     program = jax.jit(function).lower(*args).compile()
     for _ in range(2):
         jax.block_until_ready(program(*args))
     times: list[float] = []
-    while len(times) < 5 or (sum(times) < least_s and len(times) < 200):
+    while len(times) < 7 or (sum(times) < least_s and len(times) < 300):
         start = time.perf_counter()
         jax.block_until_ready(program(*args))
         times.append(time.perf_counter() - start)
-    return statistics.quantiles(times, n=4)[0]
+    return min(times)
+
+
+def _kernel_s(function: Callable[[jax.Array], jax.Array], x: jax.Array, many: int = 9) -> float:
+    """Seconds that one kernel takes within a program: the slope between many and a few, on arrays of their
+    own, as equal or chained ones would become one kernel."""
+    few = max(many // 3, 1)
+
+    def each(xs: list[jax.Array]) -> list[jax.Array]:
+        return [function(x) for x in xs]
+
+    more, less = (_seconds(each, [x + i for i in range(n)]) for n in (many, few))
+    return max((more - less) / (many - few), 1e-8)
 
 
 def measure(key: str = "") -> Calibration:
@@ -161,18 +172,15 @@ def measure(key: str = "") -> Calibration:
     began = time.perf_counter()
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         call_s = _seconds(lambda x: x + 1, jnp.zeros(4))
-        products = tuple(_products(call_s))
-        element_s = _elements()
-        stream = tuple((b, _stream(b) - call_s) for b in STREAM_BYTES)
         found = Calibration(
             key=key,
-            products=products,
-            stream=stream,
-            stream_one=tuple((b, _stream(b, parallel=False) - call_s) for b in STREAM_BYTES[:-1]),
+            products=tuple(_products(call_s)),
+            stream=tuple((b, _stream(b)) for b in STREAM_BYTES),
+            stream_one=tuple((b, _stream(b, parallel=False)) for b in STREAM_BYTES[:-1]),
             reduce=tuple((b, _reduce(b) - call_s) for b in STREAM_BYTES[1:-1:2]),
-            element_s=element_s,
-            transpose_s=_transpose(call_s),
-            thunk_s=_thunk(),
+            element_s=_elements(),
+            transpose_s=_transpose(),
+            thunk_s=_kernel_s(lambda x: x + 1, jnp.zeros(64), 60),
             call_s=call_s,
             collectives=_collectives(call_s),
         )
@@ -200,7 +208,7 @@ def _products(call_s: float) -> list[Product]:
 
 _ELEMENTWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
     "add": lambda x: x * 0.999 + 0.001,  # two operations
-    "divide": lambda x: 1.5 / x,
+    "divide": lambda x: 1.5 / (x + 0.25),  # the addition keeps two from becoming none
     "sqrt": lambda x: jnp.sqrt(x),
     "exponential": lambda x: jnp.exp(-x),
     "log": lambda x: jnp.log(x + 1.5),
@@ -210,10 +218,10 @@ _ELEMENTWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _elements(size: int = 8192, times: int = 8) -> dict[str, float]:
-    """Seconds for one element and operation: the slope between a chain of `times` and one of `times` / 2."""
+def _elements(size: int = 32768, long: int = 24, short: int = 8) -> dict[str, float]:
+    """Seconds of one thread for an element and operation, fused: the slope between chains of two lengths."""
     found = {}
-    x = jnp.linspace(0.5, 1.5, size)
+    x = jnp.linspace(0.5, 1.5, size).reshape(1, size)  # one row cannot be cut between threads
     for name, step in _ELEMENTWISE.items():
 
         def chain(x: jax.Array, n: int, step: Callable[[jax.Array], jax.Array] = step) -> jax.Array:
@@ -221,41 +229,25 @@ def _elements(size: int = 8192, times: int = 8) -> dict[str, float]:
                 x = step(x)
             return x
 
-        long = _seconds(lambda x, c=chain: c(x, times), x, least_s=0.005)
-        short = _seconds(lambda x, c=chain: c(x, times // 2), x, least_s=0.005)
-        found[name] = max((long - short) / (times // 2) / size, 1e-12) / (2 if name == "add" else 1)
+        more, less = (_seconds(lambda x, c=chain, n=n: c(x, n), x) for n in (long, short))
+        found[name] = max((more - less) / (long - short) / size, 1e-12) / (2 if name == "add" else 1)
     return found
 
 
 def _stream(size: int, parallel: bool = True) -> float:
     """x + 1 reads `size` / 2 bytes and writes as many; one row cannot be cut between threads."""
     x = jnp.zeros((16, size // 8 // 16) if parallel else (1, size // 8), jnp.float32)
-    return _seconds(lambda x: x + 1, x)
+    return _kernel_s(lambda x: x + 1, x, 3 if size >= 2**25 else 9)
 
 
 def _reduce(size: int) -> float:
     return _seconds(lambda x: x.sum(-1), jnp.zeros((size // 4 // 256, 256), jnp.float32))
 
 
-def _transpose(call_s: float) -> float:
+def _transpose() -> float:
     """[B, L, H, K] -> [B, H, L, K]; seconds an element."""
-    x = jnp.zeros((4, 256, 4, 64), jnp.float32)
-    seconds = _seconds(lambda x: x.swapaxes(1, 2) + 1, x) - call_s
-    return max(seconds, 1e-7) / x.size
-
-
-def _thunk(times: int = 64) -> float:
-    """What each small kernel adds to a chain of small products."""
-    x = jnp.eye(8)
-
-    def chain(x: jax.Array, between: bool) -> jax.Array:
-        for _ in range(times):
-            x = x @ x
-            x = jnp.tanh(x) if between else x
-        return x
-
-    more = _seconds(lambda x: chain(x, True), x) - _seconds(lambda x: chain(x, False), x)
-    return max(more / times, 2e-7)
+    x = jnp.zeros((4, 64, 64, 64), jnp.float32)
+    return _kernel_s(lambda x: x.swapaxes(1, 2) + 1, x) / x.size
 
 
 def _collectives(call_s: float) -> dict[str, tuple[tuple[float, float], ...]]:

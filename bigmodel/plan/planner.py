@@ -42,8 +42,12 @@ def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = No
         InputError: no such target, a mesh that does not fit it, or a program that its compiler refuses.
         DoesNotFit: too much memory; how much is missing, and what to change.
     """
+    return on(config, target.make(spec) if spec else target.here(jax.devices()), assume=assume)
+
+
+def on(config: Config, aim: Target, *, assume: dict[str, float] | None = None) -> Plan:
+    """As `plan`, on a target that is made already."""
     began = time.perf_counter()
-    aim = target.make(spec) if spec else target.here(jax.devices())
     built = build(config, aim)
     compiled = compile_for(built, aim)
     steps, how = estimate.step(built, compiled, aim, calibrated=True)
