@@ -23,7 +23,7 @@ from bigmodel import mesh as mesh_lib
 from bigmodel.config import Config, InputError
 from bigmodel.data import text
 from bigmodel.families import Transformer
-from bigmodel.plan import calibrate, estimate, planner, receipt
+from bigmodel.plan import calibrate, estimate, flops, planner, receipt
 from bigmodel.plan import target as target_lib
 from bigmodel.plan.costs import MATMUL, ChipCosts
 from bigmodel.plan.cpu_costs import CpuCosts
@@ -139,10 +139,10 @@ def candidates(config: Config, aim: Target, batches: bool) -> Iterator[Candidate
     """Every legal mesh x remat x microbatches (x batch size) of `config` on the target."""
     transformer = isinstance(config.model, Transformer)
     policies = tuple(RECOMPUTED) if transformer else (config.remat,)
-    sizes = (
-        sorted({round(config.batch_size * share) for share in BATCHES}) if batches else [config.batch_size]
-    )
+    shares = BATCHES if batches else (1.0,)
+    sizes = sorted({round(config.batch_size * share) for share in shares})
     one = _on_one_device(config)
+    example_flops = flops.model_flops(one) / config.batch_size
     for axes in _meshes(config, len(aim.devices)):
         meshed = config.replace(mesh=dataclasses.replace(config.mesh, **axes), microbatches=1)
         try:
@@ -197,7 +197,9 @@ def _costs(config: Config, aim: Target, mesh: Mesh) -> Costs:
     return CpuCosts(calibrate.load(text.cache_dir()), mesh.size)
 
 
-def _estimated(config: Config, one: Program, aim: Target, mesh: Mesh, costs: Costs, held: _Held) -> Candidate:
+def _estimated(
+    config: Config, example_flops: float, aim: Target, mesh: Mesh, costs: Costs, held: _Held
+) -> Candidate:
     """The closed form: what is held, what is computed, what is moved."""
     saved, working = _activations(config, mesh)
     gradients = held.params * (2 if config.microbatches > 1 else 1)
