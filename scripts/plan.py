@@ -38,15 +38,15 @@ def main() -> int:
         "--search", type=int, nargs="?", const=4, default=0, metavar="N",
         help="compile the N (4) likeliest of all meshes x remat x microbatches, and rank them",
     )  # fmt: skip
-    flags.add_argument("--search-batch", action="store_true", help="with --search: try other batch sizes too")
     flags.add_argument(
-        "--timeline", type=pathlib.Path, metavar="DIR", help="a step's trace and picture go here"
-    )
+        "--search-over", default="remat,microbatches", metavar="KEYS",
+        help="what --search may change beside the mesh: any of remat,microbatches,batch_size",
+    )  # fmt: skip
     args, overrides = cli.parse(flags)
     config = config_lib.load(args.config, overrides)
     assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
-    if args.search < 0 or (args.search_batch and not args.search):
-        raise InputError("--search wants a number of 1 or more, and --search-batch goes with it")
+    if args.search < 0:
+        raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")
     cli.no_accelerator_needed(bool(args.target))
     from bigmodel.plan import planner, receipt
 
@@ -54,9 +54,13 @@ def main() -> int:
     if args.search:
         from bigmodel.plan import search
 
+        over = tuple(filter(None, args.search_over.split(",")))
+        for key in over:
+            if key not in search.OVER:
+                raise InputError(f"--search-over={key!r} is unknown; choose of {', '.join(search.OVER)}")
         say = functools.partial(print, file=sys.stderr, flush=True)
         found = search.search(
-            config, args.target, compile_best=args.search, batches=args.search_batch, assume=assume, say=say
+            config, args.target, compile_best=args.search, over=over, assume=assume, say=say
         )
         print("\n".join(search.table(found)))
         config, ranking = found.best.candidate.config, search.ranking(found)

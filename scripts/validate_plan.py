@@ -1,6 +1,7 @@
 """Compares what the planner predicts with what was measured.
 
     python scripts/validate_plan.py --local --json=local.json    # this machine's CPU: predicts, then runs
+    python scripts/validate_plan.py --search --json=search.json  # the meshes it ranks, on 8 CPU devices
     python scripts/validate_plan.py TABLE.csv --json=rows.json   # published TPU runs, one a line
 
 A table's columns: model, topology, chips, depth, width, heads, kv_heads, head_dim, mlp_width, vocab_size,
@@ -11,6 +12,9 @@ decoder with its compiler options; each compiles for one to several minutes, and
 `--local` calibrates this CPU (under 30 s, kept in ~/.cache/bigmodel; --fresh measures again), predicts the
 step of a dozen GPTs and CNNs, and only then runs them: one after another in each round, so that the machine's
 drift hits all alike. Printed: the median step over all rounds, the prediction, its error.
+
+`--search` plans every mesh of three models on 8 forced CPU devices, then runs them all: the planner's first
+choice beside the fastest mesh there is.
 """
 
 from __future__ import annotations
@@ -56,14 +60,18 @@ def main() -> int:
     flags = cli.parser(__doc__)
     flags.add_argument("table", nargs="?", type=pathlib.Path, help="published step times, as CSV")
     flags.add_argument("--local", action="store_true", help="this machine's CPU, measured now")
+    flags.add_argument("--search", action="store_true", help="the ranking of meshes, on 8 CPU devices")
     flags.add_argument("--fresh", action="store_true", help="calibrate again")
     flags.add_argument("--rounds", type=int, default=5, help="of every case in turn")
     flags.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     args, rest = cli.parse(flags)
-    if rest or args.local == bool(args.table):
-        raise InputError("say what to validate: a table of published runs, or --local; see --help")
+    if rest or args.local + args.search + bool(args.table) != 1:
+        raise InputError("say what to validate: a table of published runs, --local or --search; see --help")
     cli.no_accelerator_needed(bool(args.table))
-    rows = published(args.table) if args.table else local(args.rounds, args.fresh)
+    if args.table:
+        rows = published(args.table)
+    else:
+        rows = ranked(args.rounds, args.fresh) if args.search else local(args.rounds, args.fresh)
     if args.json:
         args.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     return 0
@@ -184,6 +192,55 @@ def local(rounds: int, fresh: bool) -> list[dict[str, Any]]:
     return rows
 
 
+RANKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt 4x128, 16x128": (GPT, {"seq_len": 128, "batch_size": 16, "microbatches": 1}),
+    "gpt 2x256, 32x64": (
+        GPT, {"model.depth": 2, "model.width": 256, "seq_len": 64, "batch_size": 32, "microbatches": 1},
+    ),
+    "cnn 64-128, 128": (CNN, {"batch_size": 128, "microbatches": 1}),
+}  # fmt: skip
+
+
+def ranked(rounds: int, fresh: bool) -> list[dict[str, Any]]:
+    """Plans every mesh of each model on cpu:8, then runs them. -> rows of name, mesh, predicted_step_s,
+    measured_step_s, and `slower`: the first choice's time over the fastest's, less one."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    from bigmodel.data import text
+    from bigmodel.plan import calibrate, target
+    from bigmodel.plan import search as search_lib
+
+    calibration = calibrate.load(text.cache_dir(), fresh)
+    print(f"calibrated for {calibration.key} in {calibration.took_s:.0f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name, (path, overrides) in RANKED.items():
+        config = _load(path, overrides)
+        found = list(search_lib.candidates(config, target.make("cpu:8"), over=()))
+        print(f"{name}: {len(found)} meshes", flush=True)
+        prepared = [_prepare(c.config, calibration) for c in found]
+        times = _interleave([step for _, _, step in prepared], rounds, least_s=0.5)
+        tried = [
+            {
+                "name": name, "mesh": search_lib.mesh_name(c.config), "predicted_step_s": predicted_s,
+                "measured_step_s": statistics.median(measured),
+            }
+            for c, (predicted_s, _, _), measured in zip(found, prepared, times, strict=True)
+        ]  # fmt: skip
+        tried.sort(key=lambda row: row["predicted_step_s"])
+        fastest_s = min(row["measured_step_s"] for row in tried)
+        for row in tried:
+            row["slower"] = row["measured_step_s"] / fastest_s - 1
+            print(
+                f"  {row['mesh']:32} {1e3 * row['predicted_step_s']:8.1f} ms predicted "
+                f"{1e3 * row['measured_step_s']:8.1f} ms measured",
+                flush=True,
+            )
+        print(f"  the first choice is {tried[0]['slower']:.1%} slower than the fastest mesh", flush=True)
+        rows += tried
+    return rows
+
+
 def _load(path: str, overrides: dict[str, Any]) -> Config:
     fixed = {"optim.name": "adamw", "optim.lr": 3e-4, "steps": 10**6}
     return config_lib.load(ROOT / path, {**fixed, **overrides})
@@ -200,9 +257,10 @@ def _prepare(config: Config, calibration: Any) -> tuple[float, float, Callable[[
     batch = _random_batch(config)
     began = time.perf_counter()
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    program = program_lib.build(config, mesh.make_mesh(config, jax.devices("cpu")[:1]), spec)
+    program = program_lib.build(config, mesh.make_mesh(config), spec)
     compiled = program.compile()
-    plan = schedule.walk(hlo.parse(compiled.as_text()), cpu_costs.CpuCosts(calibration))
+    costs = cpu_costs.CpuCosts(calibration, program.mesh.size)
+    plan = schedule.walk(hlo.parse(compiled.as_text()), costs)
     predicted_s, plan_s = plan.total_s + calibration.call_s, time.perf_counter() - began
     state, fed = program.init(jax.random.key(0)), program.put(batch)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from bigmodel.program import Program
 RECOMPUTED = {"none": 0.0, "dots": 0.02, "minimal": 0.05, "full": 1 / 3}
 GATHERS = {"none": 2, "dots": 2, "minimal": 2, "full": 3}
 MICROBATCHES = (1, 2, 4, 8, 16, 32)
+OVER = ("remat", "microbatches", "batch_size")  # what may be searched beside the mesh
 BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of batch_size, where that is searched too
 
 
@@ -64,16 +65,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
+    """What was compiled, and how many ways it was chosen from."""
+
     rows: tuple[Row, ...]  # those that fit first, the fastest per example first
     considered: int
     dropped: int  # cannot fit, by the closed form
+    least_bytes: float  # of one device, the least that any way needs
 
     @property
     def best(self) -> Row:
         """Raises InputError where nothing that was compiled fits."""
-        if not self.rows or self.rows[0].receipt is None:
-            reason = self.rows[0].failed if self.rows else "no mesh divides batch_size and the model's heads"
-            raise InputError(f"--search: nothing fits: {reason}")
+        if not self.considered:
+            raise InputError("--search: no mesh divides batch_size and the model's heads; change batch_size")
+        if not self.rows:
+            raise InputError(
+                f"--search: nothing fits: the least of {self.considered:,} ways needs "
+                f"{receipt.size(self.least_bytes)} a device; take a larger target or a smaller batch_size"
+            )
+        if self.rows[0].receipt is None:
+            raise InputError(f"--search: nothing fits: {self.rows[0].failed}")
         return self.rows[0]
 
 
@@ -82,7 +92,7 @@ def search(
     spec: str,
     *,
     compile_best: int = 4,
-    batches: bool = False,
+    over: Collection[str] = OVER[:2],
     assume: dict[str, float] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
@@ -90,14 +100,14 @@ def search(
 
     Args:
         compile_best: so many that fit are compiled (at most three times as many are tried).
-        batches: batch_size may change too; the ranking is by seconds an example.
+        over: which of OVER may change beside the mesh; the ranking is by seconds an example.
         say: told of each compilation before it starts.
 
     Raises:
         InputError: no such target.
     """
     aim = target_lib.make(spec) if spec else target_lib.here(jax.devices())
-    found = list(candidates(config, aim, batches))
+    found = list(candidates(config, aim, over))
     capacity = estimate.capacity_bytes(aim) or math.inf
     possible = [c for c in found if c.least_bytes <= capacity]
     order = _thinned(sorted(possible, key=lambda c: (c.likely_bytes > capacity, c.example_s)), capacity)
@@ -108,7 +118,8 @@ def search(
         if sum(row.receipt is not None for row in rows) == compile_best:
             break
     rows.sort(key=lambda row: row.receipt["step_s"] / row.candidate.config.batch_size if row.receipt else 1e9)
-    return Result(tuple(rows), len(found), len(found) - len(possible))
+    least = min((c.least_bytes for c in found), default=0.0)
+    return Result(tuple(rows), len(found), len(found) - len(possible), least)
 
 
 def _compile(candidate: Candidate, aim: Target, assume: dict[str, float] | None) -> Row:
@@ -135,11 +146,12 @@ def _thinned(order: list[Candidate], capacity: float) -> list[Candidate]:
 # -------------------------------------------------------------------------------------------- the closed form
 
 
-def candidates(config: Config, aim: Target, batches: bool) -> Iterator[Candidate]:
-    """Every legal mesh x remat x microbatches (x batch size) of `config` on the target."""
+def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[Candidate]:
+    """Every legal way to run `config` on the target that changes, beside the mesh, only what `over` names."""
     transformer = isinstance(config.model, Transformer)
-    policies = tuple(RECOMPUTED) if transformer else (config.remat,)
-    shares = BATCHES if batches else (1.0,)
+    policies = tuple(RECOMPUTED) if transformer and "remat" in over else (config.remat,)
+    pieces_tried = MICROBATCHES if "microbatches" in over else (max(config.microbatches, 1),)
+    shares = BATCHES if "batch_size" in over else (1.0,)
     sizes = sorted({round(config.batch_size * share) for share in shares})
     one = _on_one_device(config)
     example_flops = flops.model_flops(one) / config.batch_size
@@ -153,7 +165,7 @@ def candidates(config: Config, aim: Target, batches: bool) -> Iterator[Candidate
         held = _Held(estimate.tree_bytes(state), estimate.tree_bytes(state["params"]))
         ways = mesh_lib.batch_ways(mesh)
         for size in sizes:
-            for pieces in MICROBATCHES:
+            for pieces in pieces_tried:
                 if size < 1 or size % (pieces * ways):
                     continue
                 for remat in policies:
@@ -281,11 +293,16 @@ def overrides(config: Config) -> list[str]:
     return [f"--config.{key}={value}" for key, value in (shown | keys).items()]
 
 
-def name(config: Config) -> str:
-    """`data 2 x fsdp 8, remat full, 1 microbatch`."""
+def mesh_name(config: Config) -> str:
+    """`data 2 x fsdp 8`."""
     sizes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if size > 1}
-    axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device"
-    return f"{axes}, batch {config.batch_size}, microbatches {config.microbatches}, remat {config.remat}"
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device"
+
+
+def name(config: Config) -> str:
+    """`data 2 x fsdp 8, batch 64, microbatches 1, remat full`."""
+    how = f"batch {config.batch_size}, microbatches {config.microbatches}, remat {config.remat}"
+    return f"{mesh_name(config)}, {how}"
 
 
 def table(result: Result) -> list[str]:
