@@ -220,7 +220,7 @@ def ranked(rounds: int, fresh: bool) -> list[dict[str, Any]]:
         print(f"{name}: {len(found)} meshes", flush=True)
         prepared = [_prepare(c.config, calibration) for c in found]
         times = _interleave([step for _, _, step in prepared], rounds, least_s=0.5)
-        tried = [
+        tried: list[dict[str, Any]] = [
             {
                 "name": name, "mesh": search_lib.mesh_name(c.config), "predicted_step_s": predicted_s,
                 "measured_step_s": statistics.median(measured),
