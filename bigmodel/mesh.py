@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bigmodel.config import Config, InputError
@@ -94,9 +96,25 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"but {len(devices)} are here; set one axis to -1 or start with that many devices"
         )
     shape = tuple(sizes[axis] for axis in AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    mesh = Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     _check_division(config, mesh)
     return mesh
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the mesh's shape, neighbours on the chip network side by side; slices along `data`."""
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    data = AXES.index("data")
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[data] % slices:
+        raise InputError(
+            f"mesh.data={shape[data]} is no multiple of the {slices} slices, which only the data axis may "
+            f"cross; set it to {slices} or a multiple"
+        )
+    inside = tuple(n // slices if axis == data else n for axis, n in enumerate(shape))
+    outside = tuple(slices if axis == data else 1 for axis in range(len(shape)))
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
 
 
 def _check_division(config: Config, mesh: Mesh) -> None:

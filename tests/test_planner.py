@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import run_script, tiny
 
+from bigmodel import mesh
 from bigmodel.config import InputError
 from bigmodel.plan import planner, receipt, target, timeline
 
@@ -71,3 +72,17 @@ def test_libtpu_plans_and_says_what_does_not_fit():
     )
     assert result.code == 2
     assert "does not fit" in result.err
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 'bigmodel[plan]'")
+def test_a_mesh_lies_on_slices_and_split_dimensions():
+    """Only the data axis crosses slices; an axis may be a part of a torus's dimension."""
+    two = target.make("2*v5e:4x4").devices
+    made = mesh.make_mesh(tiny("gpt", mesh__data=4, mesh__fsdp=8, batch_size=32), two)
+    for row in made.devices.reshape(4, 8):
+        assert len({device.slice_index for device in row}) == 1
+    with pytest.raises(InputError, match=r"mesh.data=1 is no multiple of the 2 slices"):
+        mesh.make_mesh(tiny("gpt", mesh__data=1, mesh__fsdp=32, batch_size=32), two)
+    whole = target.make("v5p:2x4x4").devices
+    made = mesh.make_mesh(tiny("gpt", mesh__data=1, mesh__fsdp=16, mesh__tensor=2, batch_size=32), whole)
+    assert made.devices.size == 32
