@@ -28,7 +28,7 @@ Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
 
 @dataclass(frozen=True)
 class Task:
-    name: Literal["lm", "mlm", "seq2seq", "classify", "multilabel", "regress", "gan"] = "lm"
+    name: Literal["lm", "mlm", "seq2seq", "classify", "multilabel", "regress", "gan", "detect"] = "lm"
     label_smoothing: float = 0.0
     mask_rate: float = 0.15  # mlm, and seq2seq on plain text: the share of tokens to be predicted
     mean_span: float = 3.0  # seq2seq on plain text: tokens in a corrupted span
@@ -42,6 +42,9 @@ class Task:
     top_k: int = 5  # classify: also counts a label among so many likeliest; 1: does not
     gan_loss: Literal["non-saturating", "hinge", "wgan-gp"] = "non-saturating"
     gradient_penalty: float = 10.0  # wgan-gp: the weight of (slope - 1)^2 (Gulrajani et al. 2017)
+    most_detections: int = 100  # detect: of an image, the best ones
+    least_score: float = 0.05  # detect: a detection below this is none
+    nms_overlap: float = 0.6  # detect: of two of a class that overlap by more (IoU), the better one stays
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Data:
     cutmix: float = 0.0  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off
     # Classes are drawn ~ their count, its root, alike; over, under: in epochs of equal counts, see balance.py
     balance: Literal["none", "sqrt", "balanced", "over", "under"] = "none"
+    max_boxes: int = 100  # detect: places for an image's boxes; one with more is a bad record
     max_skipped: int = 0  # images: so many bad records are skipped and reported; one more is an error
 
 
@@ -371,6 +375,11 @@ def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
             yield key, f"is {getattr(task, key)}: set it to 0 or more"
     if task.gan_loss == "wgan-gp" and getattr(c.model, "norm", "") == "batch":
         yield "gan_loss", "is wgan-gp, whose penalty is an example's own; set model.norm to none or spectral"
+    if task.most_detections < 1:
+        yield "most_detections", f"is {task.most_detections}: set it to 1 or more"
+    for key in ("least_score", "nms_overlap"):
+        if not 0 < getattr(task, key) < 1:
+            yield key, f"is {getattr(task, key)}: choose 0 < {key} < 1"
     if task.top_k < 1:
         yield "top_k", f"is {task.top_k}: set it to 1 or more"
 

@@ -48,10 +48,8 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
     return values
 
 
-BESIDE = {
-    "gan": ("image",)
-}  # task -> what of a batch `collect` keeps beside the predictions, where it is not:
-LABELS = ("label", "group")
+LABELS = ("label", "group")  # what of a batch `collect` keeps beside the predictions, but for these tasks:
+BESIDE = {"gan": ("image",), "detect": ("image", "boxes", "labels")}
 
 
 def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
@@ -133,11 +131,27 @@ def _drawn(
     return out | {"pictures": pictures.save(directory, grids)}
 
 
+def _detected(
+    program: Program, examples: Examples, directory: pathlib.Path, names: Sequence[str], _: Features | None
+) -> dict[str, Any]:
+    out: dict[str, Any] = {"examples": len(examples["image"]), **_precision(examples)}
+    for row in out["per_class"]:
+        row["name"] = names[row["label"]] if row["label"] < len(names) else str(row["label"])
+    drawn = pictures.detections(program.config, examples, examples, names)
+    return out | {"pictures": pictures.save(directory, drawn)}
+
+
+def _precision(examples: Examples) -> dict[str, Any]:
+    keys = ("boxes", "labels", "found", "scores", "classes")
+    return metrics.detections(*(examples[key] for key in keys))
+
+
 REPORTS: dict[str, Callable[..., dict[str, Any]]] = {
     "classify": _classified,
     "multilabel": _classified,
     "regress": lambda program, examples, *_: metrics.regression(examples["output"], examples["label"]),
     "gan": _drawn,
+    "detect": _detected,
 }
 
 
@@ -194,4 +208,7 @@ def in_pieces(run: Any, image_NHWC: np.ndarray, size: int = 256) -> np.ndarray:
 
 
 # Task -> what `run` adds, of all examples at once.
-WHOLE: dict[str, Callable[[Program, Examples], dict[str, float]]] = {"gan": _distances}
+WHOLE: dict[str, Callable[[Program, Examples], dict[str, float]]] = {
+    "gan": _distances,
+    "detect": lambda program, examples: {k: v for k, v in _precision(examples).items() if k != "per_class"},
+}

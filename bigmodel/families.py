@@ -403,4 +403,37 @@ class GAN(ImageModel):
             yield "norm", "is batch, which model.arch=resnet has no place for; set it to spectral or none"
 
 
-Model = GPT | BERT | T5 | RNN | ViT | CNN | MLP | AlexNet | VGG | ResNet | Inception | GAN
+@dataclass(frozen=True)
+class Detector(ImageModel):
+    """FCOS (Tian et al. 2019): boxes and classes at every place of a few grids, on a ResNet."""
+
+    TASKS = ("detect",)
+    name: str = "detector"
+    depth: int = 50  # of the ResNet, and so are stem and channels
+    stem: Stem = "imagenet"
+    channels: tuple[int, ...] = (64, 128, 256, 512)
+    levels: tuple[int, ...] = (2, 3, 4)  # stages that a grid is laid on, 1 to 4; the finest first
+    width: int = 256  # channels of the feature pyramid and the heads
+    head_depth: int = 4  # 3x3 convolutions in each of the two heads, before the last one
+    num_classes: int = 80
+
+    def backbone(self) -> ResNet:
+        return ResNet(depth=self.depth, stem=self.stem, channels=self.channels)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from place to place, of each grid."""
+        return tuple((1 if self.stem == "small" else 4) << (stage - 1) for stage in self.levels)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from self.backbone().problems()
+        yield from _positive(self, "width", "head_depth", "num_classes")
+        first = self.levels[0] if self.levels else 0
+        if (
+            self.levels != tuple(range(first, first + len(self.levels)))
+            or not 1 <= first <= self.levels[-1] <= 4
+        ):
+            yield "levels", f"is {self.levels}: give stages in a row out of 1,2,3,4, such as 2,3,4"
+
+
+Model = GPT | BERT | T5 | RNN | ViT | CNN | MLP | AlexNet | VGG | ResNet | Inception | GAN | Detector

@@ -190,3 +190,75 @@ def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ d @ root), 0)).sum()
     return float(np.square(m - n).sum() + np.trace(c) + np.trace(d) - 2 * shared)
+
+
+# ---------------------------------------------------------------------------------------------- detections
+
+IOUS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+
+
+def iou(a_N4: np.ndarray, b_M4: np.ndarray) -> np.ndarray:
+    """Boxes (y0, x0, y1, x1) -> float64 [N, M], intersection over union."""
+    a, b = a_N4.astype(np.float64)[:, None], b_M4.astype(np.float64)[None]
+    shared = np.maximum(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0).prod(-1)
+    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b)]
+    return shared / np.maximum(areas[0] + areas[1] - shared, 1e-300)
+
+
+def matches(iou_NM: np.ndarray) -> np.ndarray:
+    """Detections, the best first, against the true boxes of an image -> bool [10, N], which are right at each
+    of `IOUS`. Each takes the free box that it overlaps most; a box is taken once."""
+    count, boxes = iou_NM.shape
+    free, right = np.ones((len(IOUS), boxes), bool), np.zeros((len(IOUS), count), bool)
+    levels = np.arange(len(IOUS))
+    for n in range(count if boxes else 0):
+        overlap = np.where(free, iou_NM[n], -1.0)
+        at = boxes - 1 - overlap[:, ::-1].argmax(1)  # the last of equals, as COCO's evaluator does
+        right[:, n] = overlap[levels, at] >= np.minimum(IOUS, 1 - 1e-10)
+        free[levels[right[:, n]], at[right[:, n]]] = False
+    return right
+
+
+def average_precision(score_N: np.ndarray, right_LN: np.ndarray, count: int) -> np.ndarray:
+    """[L] areas under precision-recall curves, sampled at COCO's 101 recalls; `count` true boxes."""
+    order = np.argsort(-score_N, kind="stable")
+    hits = right_LN[:, order].cumsum(1)
+    recall, precision = hits / count, hits / np.arange(1, len(order) + 1)
+    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    out = np.zeros(len(right_LN))
+    for level in range(len(right_LN)):
+        at = np.searchsorted(recall[level], RECALLS, side="left")
+        out[level] = best[level][at[at < len(order)]].sum() / len(RECALLS)
+    return out
+
+
+def detections(
+    box_NM4: np.ndarray,
+    label_NM: np.ndarray,
+    found_ND4: np.ndarray,
+    score_ND: np.ndarray,
+    class_ND: np.ndarray,
+) -> dict[str, Any]:
+    """COCO's mean average precision, over all areas (Lin et al. 2014; the same as pycocotools).
+
+    Args:
+        box_NM4, label_NM: the true boxes of N images; label -1: none.
+        found_ND4, score_ND, class_ND: detections, the best first; score 0: none.
+
+    -> {"map": over IoU 0.5 to 0.95, "map50", "map75", "per_class": [{"label", "boxes", "ap", "ap50"}]},
+    averaged over the classes that are there.
+    """
+    rows = []
+    for label in np.unique(label_NM[label_NM >= 0]).tolist():
+        is_NM, is_ND = label_NM == label, (class_ND == label) & (score_ND > 0)
+        right = [
+            matches(iou(found[mine], boxes[true]))
+            for found, mine, boxes, true in zip(found_ND4, is_ND, box_NM4, is_NM, strict=True)
+        ]
+        ap = average_precision(score_ND[is_ND], np.concatenate(right, 1), int(is_NM.sum()))
+        rows.append((int(label), int(is_NM.sum()), ap))
+    ap_KL = np.array([ap for *_, ap in rows]).reshape(-1, len(IOUS))
+    each = [{"label": k, "boxes": n, "ap": float(ap.mean()), "ap50": float(ap[0])} for k, n, ap in rows]
+    mean = ap_KL.mean(0) if rows else np.zeros(len(IOUS))
+    return {"map": float(mean.mean()), "map50": float(mean[0]), "map75": float(mean[5]), "per_class": each}

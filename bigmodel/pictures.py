@@ -19,6 +19,8 @@ ENLARGE_ABOVE = 0.99  # an area like this hugs the corner
 FEW = 10  # predictions: a bin with fewer says little
 INK, FAINT = "#1f4e79", "#b0b7bf"
 GRID = 64  # images in a grid, at most
+DRAWN, SEEN_DETECTION = 16, 224  # images with detections, and about how large they are drawn
+SURE = 0.3  # a detection with a lower score is not drawn
 SEEN_PIXELS = 56  # a small image is enlarged to about this size, a whole number of times
 
 
@@ -158,6 +160,8 @@ def _calibration(bins: dict[str, Any]) -> Any:
 
 # ------------------------------------------------------------------------------------------ grids of images
 
+Batch = Mapping[str, np.ndarray]
+
 
 def pixels(config: Config, image_NHWC: np.ndarray) -> np.ndarray:
     """What the model sees -> uint8 [N, H, W, 3] as people do: `data.mean` and `data.std` undone."""
@@ -170,7 +174,11 @@ def grid(image_NHWC: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3] -> one image of at most `GRID` of them, enlarged where they are small."""
     image_NHWC = image_NHWC[:GRID]
     times = max(round(SEEN_PIXELS / image_NHWC.shape[1]), 1)
-    big = image_NHWC.repeat(times, 1).repeat(times, 2)
+    return tiled(image_NHWC.repeat(times, 1).repeat(times, 2))
+
+
+def tiled(big: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> one image of them all, in rows, with black edges."""
     across = int(np.ceil(len(big) ** 0.5))
     down = -(-len(big) // across)
     tiles = np.zeros((down * across, big.shape[1] + 2, big.shape[2] + 2, 3), np.uint8)
@@ -190,8 +198,38 @@ def save(directory: pathlib.Path, images: Mapping[str, np.ndarray]) -> list[str]
     return [str(path) for path in paths]
 
 
-Batch = Mapping[str, np.ndarray]
+def detections(
+    config: Config, found: Batch, batch: Batch, names: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """A grid of images with what was found on them, scores of `SURE` or more, a color for each class; thin
+    and white the true boxes."""
+    import cv2
+
+    images = pixels(config, batch["image"][:DRAWN])
+    times = max(round(SEEN_DETECTION / images.shape[1]), 1)
+    colors = (np.array(_colors(10)) * 255)[:, :3]
+    out = []
+    for n, image in enumerate(images):
+        big = np.ascontiguousarray(image.repeat(times, 0).repeat(times, 1))
+        for box in batch["boxes"][n][batch["labels"][n] >= 0]:
+            y0, x0, y1, x1 = np.rint(box * times).astype(int).tolist()
+            cv2.rectangle(big, (x0, y0), (x1, y1), (255, 255, 255), 1)
+        for box, score, label in zip(found["found"][n], found["scores"][n], found["classes"][n], strict=True):
+            if score < SURE:
+                continue
+            color = colors[label % len(colors)].tolist()
+            y0, x0, y1, x1 = np.clip(np.rint(box * times), 0, big.shape[0] - 1).astype(int).tolist()
+            cv2.rectangle(big, (x0, y0), (x1, y1), color, 2)
+            text = f"{names[label] if label < len(names) else label} {score:.2f}"
+            at = (x0 + 2, y0 - 3 if y0 > 12 else y1 - 4)
+            for ink, width in (((0, 0, 0), 3), (color, 1)):  # an outline, to be read on any ground
+                cv2.putText(big, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, width, cv2.LINE_AA)
+        out.append(big)
+    return {"detections": tiled(np.stack(out))}
+
+
 # Task -> what is drawn at each evaluation, from the config, what the task keeps, and the batch.
 SHOWN: dict[str, Callable[[Config, Batch, Batch], dict[str, np.ndarray]]] = {
     "gan": lambda config, kept, batch: {"fakes": grid(pixels(config, kept["fake"]))},
+    "detect": detections,
 }

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bigmodel import detection
 from bigmodel.config import Config
 from bigmodel.config import Task as TaskConfig
 from bigmodel.metrics import Metrics
@@ -251,6 +252,38 @@ GAN_LOSSES: dict[str, tuple[Loss, Loss, Loss]] = {
 }
 
 
+def _detect_weight(batch: Batch) -> jax.Array:
+    """How many places of each image have something to give, [B]; at least 1, so that empty images count."""
+    count_B = (batch["place_label"] >= 0).sum(-1).astype(jnp.float32)
+    return jnp.maximum(count_B, 1) * batch["mask"]
+
+
+def _detect(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
+    """FCOS (Tian et al. 2019, eq. 2): focal loss of every class at every place; where there is a box also
+    1 - GIoU, and cross-entropy of how central the place is."""
+    label_BP, mask_B, count_B = batch["place_label"], batch["mask"], _detect_weight(batch)
+    logits_BPK = outputs["class_logits"].astype(jnp.float32)
+    some_BP = (label_BP >= 0).astype(jnp.float32) * mask_B[:, None]
+    is_BPK = jax.nn.one_hot(label_BP, logits_BPK.shape[-1])
+    on_BPK = focal(jax.nn.softplus(-logits_BPK), task.focal_gamma)
+    off_BPK = focal(jax.nn.softplus(logits_BPK), task.focal_gamma)
+    class_BP = (FOCAL_ALPHA * is_BPK * on_BPK + (1 - FOCAL_ALPHA) * (1 - is_BPK) * off_BPK).sum(-1)
+    overlap_BP = detection.giou(outputs["boxes"], batch["place_box"])
+    center_BP = optax.sigmoid_binary_cross_entropy(
+        outputs["center_logits"].astype(jnp.float32), batch["place_center"]
+    )
+    losses = {
+        "class_loss": (class_BP * mask_B[:, None]).sum(),
+        "box_loss": ((1 - overlap_BP) * some_BP).sum(),
+        "center_loss": (center_BP * some_BP).sum(),
+    }
+    losses["loss"] = sum(losses.values(), jnp.float32(0))
+    metrics = {name: (value, count_B.sum()) for name, value in losses.items()}
+    return metrics | {"giou": ((overlap_BP * some_BP).sum(), some_BP.sum())}
+
+
+FOCAL_ALPHA = 0.25  # Lin et al. 2017, section 5.1
+
 Terms = Callable[[Any, Batch, bool, TaskConfig], Metrics]
 TASKS: dict[str, tuple[Callable[[Batch], jax.Array], Terms]] = {  # what weighs each target; the metrics
     "lm": (_lm_weight, _lm),
@@ -260,6 +293,7 @@ TASKS: dict[str, tuple[Callable[[Batch], jax.Array], Terms]] = {  # what weighs 
     "multilabel": (_weight, _multilabel),
     "regress": (_weight, _regress),
     "gan": (_weight, _gan),
+    "detect": (_detect_weight, _detect),
 }
 
 
@@ -269,6 +303,9 @@ def _logits_alone(outputs: Any, task: TaskConfig) -> dict[str, jax.Array]:
 
 PREDICTIONS: dict[str, Callable[[Any, TaskConfig], dict[str, jax.Array]]] = {  # where it is not the logits
     "gan": lambda outputs, task: {"fake": outputs["image"].astype(jnp.float32)},
+    "detect": lambda outputs, task: detection.decode(
+        outputs, task.most_detections, task.nms_overlap, task.least_score
+    ),
 }
 PASS_MANY = ("gan",)
 

@@ -22,32 +22,20 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data`, `arch` (dcgan or resnet), `width`, `latent`, `classes` (0: not conditional), `loss`
     (non-saturating, hinge, wgan-gp) and `critic_steps`."""
     args = config_lib.parse_arg(
-        arg, data="mnist", arch="dcgan", width=32, latent=64, classes=0, loss="non-saturating", critic_steps=1
-    )
+        arg, data="mnist", arch="dcgan", width=48, latent=64, classes=10, loss="non-saturating",
+        critic_steps=1,
+    )  # fmt: skip
     config = ml_collections.ConfigDict()
-    norm = "spectral" if args.arch == "resnet" else "none" if args.loss == "wgan-gp" else "batch"
-    config.model = {
-        "name": "gan",
-        "arch": args.arch,
-        "width": args.width,
-        "latent": args.latent,
-        "norm": norm,
-    }
-    config.model.discriminator_width = args.width // 2 if args.arch == "resnet" else args.width
-    config.model.num_classes = args.classes
+    model = {"name": "gan", "arch": args.arch, "width": args.width, "latent": args.latent}
+    model["discriminator_width"] = args.width // 2 if args.arch == "resnet" else args.width
+    model["norm"] = "none" if args.loss == "wgan-gp" else "spectral"
+    model["num_classes"] = args.classes
+    config.model = model
     config.task = {"name": "gan", "gan_loss": args.loss}
     config.data = {"name": args.data}
     config.batch_size = 64
-    config.steps = 3000
-    config.optim = {
-        "name": "adam",
-        "lr": 2e-4,
-        "b1": 0.5,
-        "b2": 0.999,
-        "schedule": "constant",
-        "clip_norm": 0.0,
-    }
-    config.optim.ema_decay = 0.99
+    config.steps = 4000
+    config.optim = {"name": "adam", "lr": 4e-4, "b1": 0.5, "b2": 0.999, "clip_norm": 0.0, "ema_decay": 0.995}
     config.optim.groups = {
         "generator": {"on": "^/generator/", "every": args.critic_steps},
         "discriminator": {"on": "^/discriminator/"},
@@ -59,5 +47,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep() -> list[dict[str, object]]:
     """Learning rates of the discriminator."""
-    rates = (1e-4, 2e-4, 4e-4)
+    rates = (2e-4, 4e-4, 8e-4)
     return [{"optim.groups.discriminator.lr": lr} for lr in rates]

@@ -51,7 +51,7 @@ import pytest  # noqa: E402
 from bigmodel import config as config_lib  # noqa: E402
 from bigmodel import data, mesh, program  # noqa: E402
 from bigmodel.config import Config  # noqa: E402
-from bigmodel.data import objectives  # noqa: E402
+from bigmodel.data import objectives, objects  # noqa: E402
 from bigmodel.families import IMAGE_TASKS  # noqa: E402
 from bigmodel.program import Program, State  # noqa: E402
 
@@ -81,7 +81,14 @@ TINY: dict[str, dict[str, Any]] = {
     "alexnet": {"model.channels": (4, 8, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
     "vgg": {"model.depth": 11, "model.channels": (4, 4, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
     "inception": {"model.multiplier": 0.05, "model.dropout": 0.0},
-    "gan": {"model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "data.name": "digits"},
+    "detector": {
+        "model.channels": (8, 8, 16, 16), "model.width": 16, "model.head_depth": 1, "model.depth": 10,
+        "data.image_size": 32, "data.augment": "",
+    },
+    "gan": {
+        "model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "model.num_classes": 0,
+        "model.norm": "batch", "optim.groups": {}, "data.name": "digits",
+    },
 }  # fmt: skip
 MESHES: list[dict[str, int]] = [
     {"data": 8},
@@ -159,6 +166,16 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     if config.task.name in IMAGE_TASKS:
         image = rng.normal(size=(n, *image_shape(config))).astype(np.float32)
         return {"image": image, "label": rng.integers(0, 10, n).astype(np.int32), "mask": mask}
+    if config.task.name == "detect":
+        image = rng.normal(size=batch_spec(config)["image"].shape).astype(np.float32)
+        parts = []
+        for _ in range(n):
+            count = int(rng.integers(0, 4))
+            low, size = rng.uniform(0, 16, (count, 2)), rng.uniform(6, 16, (count, 2))
+            boxes = np.concatenate([low, low + size], 1).astype(np.float32)
+            parts.append(objects.targets(config, image.shape[1:3], boxes, rng.integers(0, 4, count)))
+        rows = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+        return {"image": image, **rows, "mask": mask}
     if config.task.name == "gan":
         spec = batch_spec(config)
         image = np.tanh(rng.normal(size=spec["image"].shape)).astype(np.float32)

@@ -17,13 +17,14 @@ ORDER = """
     config
     workdir | hardware
     mesh
-    data/builders/__init__ | data/builders/python_source | data/builders/digits
+    data/builders/__init__ | data/builders/python_source | data/builders/digits | data/builders/shapes
     data/builders/prepare | data/files
     data/sources | data/randaugment
     data/pretrained
     data/transforms
     data/text | data/objectives | data/balance | data/labels
     data/images
+    data/objects
     data/batches
     data/pipeline
     data/__init__
@@ -31,10 +32,10 @@ ORDER = """
     models/weights
     models/layers | models/attention | models/cache | models/held
     models/moe | models/vision | models/resnet | models/gan | models/recurrent
-    models/transformer | models/inception
+    models/transformer | models/inception | models/detector
     models/gpt | models/bert | models/t5 | models/vit
     models/__init__
-    metrics
+    metrics | detection
     tasks
     optim
     program

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bigmodel.config import Config, Data, InputError
-from bigmodel.data import balance, images, labels, objectives, sources, text, transforms
+from bigmodel.data import balance, images, labels, objectives, objects, sources, text, transforms
 from bigmodel.data.labels import Shapes
 from bigmodel.families import IMAGE_TASKS
 
@@ -229,20 +229,41 @@ def _gan_shapes(config: Config) -> Shapes:
     return {**images.shapes(config), "serial": ((), np.int32)}
 
 
+def _objects(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    d = config.data
+    source = sources.open_source(d.name, split, d.data_dir, keys=objects.KEYS, cache=d.cache)
+    objects.check(config, source.features)
+
+    def where(index: int) -> str:
+        return f"data.name={d.name!r} split {split!r} record {index}"
+
+    facts: dict[str, Any] = {"source": source.fingerprint}
+    keys = ("image_size", "augment") if train else ()
+    facts |= {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
+    return Parts(objects.Records(source, config, where), objects.Prepare(config, train), facts)
+
+
 class Kind(NamedTuple):
     """How a task's batches are made, from (config, split, workdir, train), and their shapes."""
 
     parts: Callable[[Config, str, pathlib.Path | None, bool], Parts]
     shapes: Callable[[Config], Shapes]
+    class_names: Callable[[Config], tuple[str, ...]] = lambda config: ()
 
 
 KINDS = {
     "lm": Kind(_lm, _lm_shapes),
     "mlm": Kind(_mlm, _mlm_shapes),
     "seq2seq": Kind(_seq2seq, _seq2seq_shapes),
-    **dict.fromkeys(IMAGE_TASKS, Kind(_images, images.shapes)),
+    **dict.fromkeys(IMAGE_TASKS, Kind(_images, images.shapes, labels.class_names)),
     "gan": Kind(_gan, _gan_shapes),
+    "detect": Kind(_objects, objects.shapes, objects.class_names),
 }
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """What the dataset calls its classes; nothing where it has no names for them."""
+    return KINDS[config.task.name].class_names(config)
 
 
 # ------------------------------------------------------------------------------------------------- shared

@@ -96,21 +96,30 @@ def shapes(config: Config) -> Shapes:
 
 def check(config: Config, features: Mapping[str, sources.Feature]) -> tuple[int, ...]:
     """-> the shape of an image (H, W, C), after the features were seen to suit the config."""
-    d, name = config.data, config.data.name
     labels.require(config, features, "image")
-    shape = features["image"].shape
-    if features["image"].dtype != "uint8":
-        raise InputError(f"data.name={name!r} has images of {features['image'].dtype}; choose one with uint8")
-    if None in shape[:2] and not d.image_size:
-        raise InputError(f"data.name={name!r} has images of any size {shape}; set data.image_size, e.g. 224")
-    if shape[-1] is None:
-        raise InputError(f"data.name={name!r} has images of any number of channels; choose another dataset")
+    shape = image_shape(config, features["image"])
     if config.task.name == "gan":
         _check_gan(config)
     if label := labels.name_of(config):
         labels.check(config, features[label])
     if config.task.name == "regress" and mixes(config):
         raise InputError("data.mixup and data.cutmix need classes; set them to 0 for task.name=regress")
+    return shape
+
+
+def image_shape(config: Config, feature: sources.Feature) -> tuple[int, ...]:
+    """(H, W, C) of the images that the model will see.
+
+    Raises:
+        InputError: images that are not uint8, of no one size, or not normalised as they should be.
+    """
+    d, name, shape = config.data, config.data.name, feature.shape
+    if feature.dtype != "uint8":
+        raise InputError(f"data.name={name!r} has images of {feature.dtype}; choose one with uint8")
+    if None in shape[:2] and not d.image_size:
+        raise InputError(f"data.name={name!r} has images of any size {shape}; set data.image_size, e.g. 224")
+    if shape[-1] is None:
+        raise InputError(f"data.name={name!r} has images of any number of channels; choose another dataset")
     for key in ("mean", "std"):
         if len(getattr(d, key)) not in (0, 1, shape[-1]):
             raise InputError(f"data.{key} has {len(getattr(d, key))} numbers; give one, or {shape[-1]}")

@@ -90,7 +90,8 @@ class TfdsSource:
         self.features = {key: features[key] for key in features if keys is None or key in keys}
         self._where = f"{builder.info.full_name} split {split!r}"
         self._records = _open_records(builder, split, name)
-        self._decoders = {key: _decoder(builder.info.features[key]) for key in self.features}
+        kinds = _flat(builder.info.features)
+        self._decoders = {key: _decoder(kinds[key]) for key in self.features}
         if not len(self._records):
             raise InputError(f"data.name={name!r} has no records in split {split!r}; choose another split")
         splits = builder.info.splits  # a part of a split does not know its bytes
@@ -142,7 +143,8 @@ class TfdsSource:
         shape = _fixed(self.features[key])
         if shape is None:
             out = np.empty(len(column), object)
-            out[:] = column
+            for row, value in enumerate(column):  # at once, numpy would take arrays of one shape apart
+                out[row] = value
             return out
         return np.array(column, self.features[key].dtype).reshape(len(column), *shape)
 
@@ -189,6 +191,8 @@ def _decoder(feature: Any) -> Callable[[Any], Any]:
         return lambda stored: stored.int64_list.value[0]
     if isinstance(feature, kinds.Text):
         return lambda stored: stored.bytes_list.value[0]
+    if isinstance(feature, kinds.Sequence) and isinstance(feature.feature, kinds.BBoxFeature):
+        return lambda stored: np.array(stored.float_list.value, np.float32).reshape(-1, 4)
     if isinstance(feature, kinds.Sequence):
         return lambda stored: np.array(stored.int64_list.value, np.int64)
     if not isinstance(feature, kinds.Image):
@@ -199,11 +203,11 @@ def _decoder(feature: Any) -> Callable[[Any], Any]:
 
 
 def _features(builder: Any) -> dict[str, Feature]:
-    """The top-level features that are images, classes, text, numbers or lists of classes."""
+    """The features that are images, classes, text, numbers, or lists of classes or boxes."""
     from tensorflow_datasets import features as kinds
 
     out = {}
-    for key, feature in builder.info.features.items():
+    for key, feature in _flat(builder.info.features).items():
         if isinstance(feature, kinds.Text):
             out[key] = Feature((), "text")
         elif isinstance(feature, kinds.Image | kinds.ClassLabel):
@@ -213,8 +217,30 @@ def _features(builder: Any) -> dict[str, Feature]:
             )
         elif isinstance(feature, kinds.Sequence) and isinstance(feature.feature, kinds.ClassLabel):
             out[key] = Feature((None,), "int64", feature.feature.num_classes, _names(feature.feature))
+        elif isinstance(feature, kinds.Sequence) and isinstance(feature.feature, kinds.BBoxFeature):
+            order = feature.feature.bbox_format
+            if getattr(order, "value", order) in (None, BOXES):
+                out[key] = Feature((None, 4), "float32")
         elif type(feature) in (kinds.Tensor, kinds.Scalar) and _is_number(feature):
             out[key] = Feature(tuple(feature.shape), np.dtype(feature.np_dtype).name)
+    return out
+
+
+BOXES = "REL_YXYX"  # (y0, x0, y1, x1) as shares of the image: how TFDS stores boxes, unless it says otherwise
+
+
+def _flat(features: Any) -> dict[str, Any]:
+    """Top-level features by name, and of a list of groups each part as a list, such as `objects/label`."""
+    from tensorflow_datasets import features as kinds
+
+    out = {}
+    for key, feature in features.items():
+        if isinstance(feature, kinds.Sequence) and isinstance(feature.feature, kinds.FeaturesDict):
+            for name, inner in feature.feature.items():
+                if isinstance(inner, kinds.ClassLabel | kinds.BBoxFeature):
+                    out[f"{key}/{name}"] = kinds.Sequence(inner)
+        else:
+            out[key] = feature
     return out
 
 

@@ -7,6 +7,7 @@ pure function of (seed, step) on any number of hosts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -68,33 +69,68 @@ def center(image: np.ndarray, size: int, fraction: float = 1.0) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
+class Window(NamedTuple):
+    """A part of an image, in pixels; it may reach beyond the edges. `take` cuts it out."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool = False
+
+
+def take(image: np.ndarray, window: Window, size: int = 0) -> np.ndarray:
+    """What the window shows, zeros beyond the edges; resized to [size, size, C], if a size is given."""
+    top, left, height, width, mirrored = window
+    over = [max(-top, top + height - image.shape[0], 0), max(-left, left + width - image.shape[1], 0)]
+    if any(over):
+        image = np.pad(image, ((over[0],) * 2, (over[1],) * 2, (0, 0)))
+    image = image[top + over[0] :, left + over[1] :][:height, :width]
+    image = image[:, ::-1] if mirrored else image
+    return resize(image, size, size) if size else image
+
+
+def crop_window(shape: tuple[int, ...], rng: Random, pad: float) -> Window:
+    """Of the old size, up to `pad` pixels beyond the edges (He et al. 2015, 4.2)."""
+    top, left = (int(n) - int(pad) for n in rng.integers(0, 2 * int(pad) + 1, 2))
+    return Window(top, left, shape[0], shape[1])
+
+
+def resized_crop_window(shape: tuple[int, ...], rng: Random, smallest: float) -> Window:
+    """`smallest` to 1 of the area, 3/4 to 4/3 in shape (Szegedy et al. 2014, section 6); where ten draws do
+    not fit, the central square."""
+    height, width = shape[:2]
+    for area, tilt in zip(rng.uniform(smallest, 1, 10), rng.uniform(-1, 1, 10), strict=True):
+        ratio = (4 / 3) ** tilt
+        h, w = (round(float(np.sqrt(area * height * width * r))) for r in (1 / ratio, ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return Window(int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w)
+    side = min(height, width)
+    return Window((height - side) // 2, (width - side) // 2, side, side)
+
+
+def flip_window(shape: tuple[int, ...], rng: Random, chance: float) -> Window:
+    """The whole image, mirrored left to right with probability `chance`."""
+    return Window(0, 0, shape[0], shape[1], bool(rng.random() < chance))
+
+
+WINDOWS: dict[str, Callable[..., Window]] = {  # the steps of data.augment that move what is in an image
+    "crop": crop_window,
+    "flip": flip_window,
+    "resized_crop": resized_crop_window,
+}
+
+
 def crop(image: np.ndarray, rng: Random, pad: float) -> np.ndarray:
-    """Padded with zeros by `pad` pixels, then a random window of the old size (He et al. 2015, 4.2)."""
-    n = int(pad)
-    height, width = image.shape[:2]
-    padded = np.pad(image, ((n, n), (n, n), (0, 0)))
-    top, left = rng.integers(0, 2 * n + 1, 2)
-    return padded[top : top + height, left : left + width]
+    return take(image, crop_window(image.shape, rng, pad))
 
 
 def resized_crop(image: np.ndarray, rng: Random, smallest: float, size: int) -> np.ndarray:
-    """A window of `smallest` to 1 of the area, 3/4 to 4/3 in shape, resized to [size, size, C].
-
-    Szegedy et al. 2014, section 6. Where ten draws do not fit: the central square.
-    """
-    height, width = image.shape[:2]
-    for area, shape in zip(rng.uniform(smallest, 1, 10), rng.uniform(-1, 1, 10), strict=True):
-        ratio = (4 / 3) ** shape
-        h, w = (round(float(np.sqrt(area * height * width * r))) for r in (1 / ratio, ratio))
-        if 0 < h <= height and 0 < w <= width:
-            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-            return resize(image[top : top + h, left : left + w], size, size)
-    return center(image, size)
+    return take(image, resized_crop_window(image.shape, rng, smallest), size)
 
 
 def flip(image: np.ndarray, rng: Random, chance: float) -> np.ndarray:
-    """Mirrored left to right with probability `chance`."""
-    return image[:, ::-1] if rng.random() < chance else image
+    return take(image, flip_window(image.shape, rng, chance))
 
 
 def erase(image: np.ndarray, rng: Random, chance: float) -> np.ndarray:

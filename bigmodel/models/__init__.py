@@ -7,7 +7,20 @@ from collections.abc import Mapping
 import jax
 
 from bigmodel.config import Config
-from bigmodel.models import bert, gan, gpt, held, inception, module, recurrent, resnet, t5, vision, vit
+from bigmodel.models import (
+    bert,
+    detector,
+    gan,
+    gpt,
+    held,
+    inception,
+    module,
+    recurrent,
+    resnet,
+    t5,
+    vision,
+    vit,
+)
 
 FAMILIES = {
     "gpt": gpt.GPT,
@@ -22,6 +35,7 @@ FAMILIES = {
     "resnet": resnet.ResNet,
     "inception": inception.Inception,
     "gan": gan.GAN,
+    "detector": detector.Detector,
 }
 
 

@@ -6,6 +6,7 @@ of each block starts with scale 0, so that a block starts as the identity (Goyal
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -63,9 +64,12 @@ class ResNet(nnx.Module):
     """batch: `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype.
 
     The small stem is a 3x3 convolution without stride and without pool (He et al. 2015, section 4.2).
+    Without `head` it is a backbone: only `stages` is called.
     """
 
-    def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
+    def __init__(
+        self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs, head: bool = True
+    ):
         assert isinstance(config.model, ResNetConfig)
         c, dtype = config.model, config.param_dtype
         self.compute_dtype, self.small = config.compute_dtype, c.stem == "small"
@@ -73,19 +77,28 @@ class ResNet(nnx.Module):
         channels = spec["image"].shape[-1]
         self.stem = ConvNorm(channels, c.channels[0], size, stride=stride, dtype=dtype, rngs=rngs)
         bottleneck, i = c.depth >= 50, c.channels[0]
-        blocks = []
+        self.widths = tuple(4 * width if c.depth >= 50 else width for width in c.channels)
+        blocks, self.ends = [], (0, *itertools.accumulate(RESNET_STAGES[c.depth]))
         for stage, (width, count) in enumerate(zip(c.channels, RESNET_STAGES[c.depth], strict=True)):
             for index in range(count):
                 stride = 2 if stage and not index else 1
                 blocks.append(Block(i, width, bottleneck=bottleneck, stride=stride, dtype=dtype, rngs=rngs))
                 i = 4 * width if bottleneck else width
         self.blocks = nnx.List(blocks)
-        self.head = layers.Dense(i, c.num_classes, std=i**-0.5, dtype=dtype, rngs=rngs)
+        self.head = layers.Dense(i, c.num_classes, std=i**-0.5, dtype=dtype, rngs=rngs) if head else None
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
-        x_BHWC = jax.nn.relu(self.stem(batch["image"].astype(self.compute_dtype), train))
+    def stages(self, image_BHWC: jax.Array, train: bool) -> list[jax.Array]:
+        """What each of the four stages gives out, each half as high and wide as the one before."""
+        x_BHWC = jax.nn.relu(self.stem(image_BHWC.astype(self.compute_dtype), train))
         if not self.small:
             x_BHWC = ops.max_pool(x_BHWC, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for block in self.blocks:
-            x_BHWC = block(x_BHWC, train)
-        return self.head(ops.mean_pool(x_BHWC))
+        out = []
+        for first, end in itertools.pairwise(self.ends):
+            for index in range(first, end):
+                x_BHWC = self.blocks[index](x_BHWC, train)
+            out.append(x_BHWC)
+        return out
+
+    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
+        assert self.head is not None
+        return self.head(ops.mean_pool(self.stages(batch["image"], train)[-1]))

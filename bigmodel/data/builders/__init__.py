@@ -10,6 +10,7 @@ from typing import Any
 BUILDERS = {
     "python_source": ("bigmodel.data.builders.python_source", "PythonSource"),
     "digits": ("bigmodel.data.builders.digits", "Digits"),
+    "shapes": ("bigmodel.data.builders.shapes", "Shapes"),
 }
 
 

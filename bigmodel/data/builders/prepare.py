@@ -85,7 +85,7 @@ def find(name: str, data_dir: str | None) -> Any:
             hint = (
                 f"did you mean {close[0]!r}?"
                 if close
-                else "give a TFDS name, python_source, digits or text:GLOB"
+                else "give a TFDS name, python_source, digits, shapes or text:GLOB"
             )
             raise InputError(f"data.name={name!r} is unknown; {hint}") from error
         except Exception as error:  # the dataset's own code runs here, and may do anything
