@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigmodel import infer, mesh, metrics, models, pictures, tasks
+from bigmodel import data, infer, mesh, metrics, models, pictures, tasks
 from bigmodel.config import Config, InputError, Task
 from bigmodel.data import Pipeline, Prefetch
 from bigmodel.families import CNN
@@ -49,7 +49,7 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
 
 
 LABELS = ("label", "group")  # what of a batch `collect` keeps beside the predictions, but for these tasks:
-BESIDE = {"gan": ("image",), "detect": ("image", "boxes", "labels")}
+BESIDE = {"gan": ("image",), "detect": ("boxes", "labels")}
 
 
 def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
@@ -79,7 +79,7 @@ def shown(program: Program, state: State, pipeline: Pipeline) -> dict[str, np.nd
     batch = program.put(pipeline[0])
     everywhere = jax.jit(lambda columns: columns, out_shardings=mesh.replicated(program.mesh))
     kept, beside = jax.device_get((program.predict(state, batch), everywhere(batch)))
-    return draw(program.config, kept, beside)
+    return draw(program.config, kept, beside, data.class_names(program.config))
 
 
 def report(
@@ -118,7 +118,7 @@ def _drawn(
     names: Sequence[str],
     features: Features | None,
 ) -> dict[str, Any]:
-    """Of a GAN: distances between real images and fakes, and grids of both."""
+    """Of a GAN: distances between real images and fakes, and a grid of the real ones."""
     out = {"examples": len(examples["image"]), **_distances(program, examples)}
     if features is not None:
         real_NK, fake_NK = (features(examples[key]) for key in ("image", "fake"))
@@ -127,18 +127,17 @@ def _drawn(
             out[f"class_share_{key}"] = np.bincount(
                 logits_NK.argmax(1), minlength=logits_NK.shape[1]
             ).tolist()
-    grids = {key: pictures.grid(pictures.pixels(program.config, examples[key])) for key in ("image", "fake")}
-    return out | {"pictures": pictures.save(directory, grids)}
+    real = pictures.grid(pictures.pixels(program.config, examples["image"]))
+    return out | {"pictures": pictures.save(directory, {"real": real})}
 
 
 def _detected(
     program: Program, examples: Examples, directory: pathlib.Path, names: Sequence[str], _: Features | None
 ) -> dict[str, Any]:
-    out: dict[str, Any] = {"examples": len(examples["image"]), **_precision(examples)}
+    out: dict[str, Any] = {"examples": len(examples["boxes"]), **_precision(examples)}
     for row in out["per_class"]:
         row["name"] = names[row["label"]] if row["label"] < len(names) else str(row["label"])
-    drawn = pictures.detections(program.config, examples, examples, names)
-    return out | {"pictures": pictures.save(directory, drawn)}
+    return out
 
 
 def _precision(examples: Examples) -> dict[str, Any]:

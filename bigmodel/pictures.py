@@ -198,9 +198,7 @@ def save(directory: pathlib.Path, images: Mapping[str, np.ndarray]) -> list[str]
     return [str(path) for path in paths]
 
 
-def detections(
-    config: Config, found: Batch, batch: Batch, names: Sequence[str] = ()
-) -> dict[str, np.ndarray]:
+def detections(config: Config, found: Batch, batch: Batch, names: Sequence[str]) -> dict[str, np.ndarray]:
     """A grid of images with what was found on them, scores of `SURE` or more, a color for each class; thin
     and white the true boxes."""
     import cv2
@@ -221,15 +219,16 @@ def detections(
             y0, x0, y1, x1 = np.clip(np.rint(box * times), 0, big.shape[0] - 1).astype(int).tolist()
             cv2.rectangle(big, (x0, y0), (x1, y1), color, 2)
             text = f"{names[label] if label < len(names) else label} {score:.2f}"
-            at = (x0 + 2, y0 - 3 if y0 > 12 else y1 - 4)
-            for ink, width in (((0, 0, 0), 3), (color, 1)):  # an outline, to be read on any ground
-                cv2.putText(big, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, width, cv2.LINE_AA)
+            (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.38, 1)
+            x, y = min(x0, big.shape[1] - width - 2), y0 if y0 > height + 4 else y1
+            cv2.rectangle(big, (x - 1, y - height - 4), (x + width + 1, y), color, cv2.FILLED)
+            cv2.putText(big, text, (x, y - 3), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255,) * 3, 1, cv2.LINE_AA)
         out.append(big)
     return {"detections": tiled(np.stack(out))}
 
 
-# Task -> what is drawn at each evaluation, from the config, what the task keeps, and the batch.
-SHOWN: dict[str, Callable[[Config, Batch, Batch], dict[str, np.ndarray]]] = {
-    "gan": lambda config, kept, batch: {"fakes": grid(pixels(config, kept["fake"]))},
+# Task -> what is drawn at each evaluation, from config, what the task keeps, the batch, class names.
+SHOWN: dict[str, Callable[[Config, Batch, Batch, Sequence[str]], dict[str, np.ndarray]]] = {
+    "gan": lambda config, kept, batch, names: {"fakes": grid(pixels(config, kept["fake"]))},
     "detect": detections,
 }

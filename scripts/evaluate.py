@@ -3,8 +3,8 @@
 python scripts/evaluate.py --workdir=runs/toy
 
 Where the task has metrics that need all examples at once (per class, curves, calibration, gaps between
-groups; distances between real images and a GAN's), WORKDIR/evaluation.json gets these too, and pictures go
-to WORKDIR/evaluation/.
+groups; a detector's precision; distances between real images and a GAN's), WORKDIR/evaluation.json gets
+these too, and pictures go to WORKDIR/evaluation/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> int:
     args, rest = cli.parse(flags)
     if rest:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
-    from bigmodel import data, evaluate, infer, mesh, workdir
+    from bigmodel import data, evaluate, infer, mesh, pictures, workdir
 
     program, state = infer.load(args.workdir, args.step)
     rows = mesh.host_rows(program.mesh, program.config.batch_size)
@@ -37,6 +37,8 @@ def main() -> int:
         names = data.class_names(program.config)
         features = evaluate.classifier_features(args.features, program) if args.features else None
         whole = evaluate.report(program, examples, path / "evaluation", names, features)
+        shown = pictures.save(path / "evaluation", evaluate.shown(program, state, pipeline))
+        whole["pictures"] = [*whole.get("pictures", []), *shown]
         workdir.write_json(path / "evaluation.json", values | whole)
     print(json.dumps(values, indent=2))
     return 0

@@ -83,7 +83,7 @@ TINY: dict[str, dict[str, Any]] = {
     "inception": {"model.multiplier": 0.05, "model.dropout": 0.0},
     "detector": {
         "model.channels": (8, 8, 16, 16), "model.width": 16, "model.head_depth": 1, "model.depth": 10,
-        "data.image_size": 32, "data.augment": "",
+        "model.stem": "small", "model.levels": (3, 4), "data.image_size": 32, "data.augment": "",
     },
     "gan": {
         "model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "model.num_classes": 0,

@@ -287,7 +287,7 @@ def test_evaluation_by_a_classifier(tmp_path):
     out = json.loads((tmp_path / "gan" / "evaluation.json").read_text())
     assert out["examples"] == sum(out["class_share_fake"]) == 296
     assert out["frechet_logits"] > 0
-    assert {path.name for path in (tmp_path / "gan" / "evaluation").iterdir()} == {"fake.png", "image.png"}
+    assert {path.name for path in (tmp_path / "gan" / "evaluation").iterdir()} == {"fakes.png", "real.png"}
 
 
 def test_evaluation_draws_each_fake_from_its_example_alone():

@@ -68,7 +68,7 @@ class Detector(nnx.Module):
         assert isinstance(config.model, DetectorConfig)
         c = self.c = config.model
         dtype, self.compute_dtype = config.param_dtype, config.compute_dtype
-        self.backbone = resnet.ResNet(config.replace(model=c.backbone()), spec, rngs, head=False)
+        self.backbone = resnet.ResNet(config.replace(model=c.backbone()), spec, rngs, c.levels[-1])
         ins = [self.backbone.widths[stage - 1] for stage in c.levels]
         self.laterals = nnx.List([layers.Conv(i, c.width, 1, dtype=dtype, rngs=rngs) for i in ins])
         self.smooths = nnx.List([layers.Conv(c.width, c.width, 3, dtype=dtype, rngs=rngs) for _ in ins])

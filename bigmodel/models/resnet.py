@@ -64,11 +64,11 @@ class ResNet(nnx.Module):
     """batch: `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype.
 
     The small stem is a 3x3 convolution without stride and without pool (He et al. 2015, section 4.2).
-    Without `head` it is a backbone: only `stages` is called.
+    As a backbone (`trunk`) it ends after so many stages and has no head: only `stages` is called.
     """
 
     def __init__(
-        self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs, head: bool = True
+        self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs, trunk: int = 0
     ):
         assert isinstance(config.model, ResNetConfig)
         c, dtype = config.model, config.param_dtype
@@ -78,17 +78,18 @@ class ResNet(nnx.Module):
         self.stem = ConvNorm(channels, c.channels[0], size, stride=stride, dtype=dtype, rngs=rngs)
         bottleneck, i = c.depth >= 50, c.channels[0]
         self.widths = tuple(4 * width if c.depth >= 50 else width for width in c.channels)
-        blocks, self.ends = [], (0, *itertools.accumulate(RESNET_STAGES[c.depth]))
-        for stage, (width, count) in enumerate(zip(c.channels, RESNET_STAGES[c.depth], strict=True)):
+        counts = RESNET_STAGES[c.depth][: trunk or None]
+        blocks, self.ends = [], (0, *itertools.accumulate(counts))
+        for stage, (width, count) in enumerate(zip(c.channels, counts, strict=False)):
             for index in range(count):
                 stride = 2 if stage and not index else 1
                 blocks.append(Block(i, width, bottleneck=bottleneck, stride=stride, dtype=dtype, rngs=rngs))
                 i = 4 * width if bottleneck else width
         self.blocks = nnx.List(blocks)
-        self.head = layers.Dense(i, c.num_classes, std=i**-0.5, dtype=dtype, rngs=rngs) if head else None
+        self.head = layers.Dense(i, c.num_classes, std=i**-0.5, dtype=dtype, rngs=rngs) if not trunk else None
 
     def stages(self, image_BHWC: jax.Array, train: bool) -> list[jax.Array]:
-        """What each of the four stages gives out, each half as high and wide as the one before."""
+        """What each stage gives out, each half as high and wide as the one before."""
         x_BHWC = jax.nn.relu(self.stem(image_BHWC.astype(self.compute_dtype), train))
         if not self.small:
             x_BHWC = ops.max_pool(x_BHWC, (3, 3), (2, 2), ((1, 1), (1, 1)))
