@@ -1,6 +1,12 @@
 r"""A GAN that draws images: DCGAN (Radford et al. 2015), or a ResNet with spectral norm (Miyato et al. 2018).
 
     python scripts/train.py --config=configs/gan.py --workdir=runs/gan
+    python scripts/evaluate.py --workdir=runs/gan --features=runs/mnist  # a run of configs/cnn.py:data=mnist
+
+Claim: digits that anyone can read, on mnist, in 10 minutes on 2 CPU cores. Planned: 0.46 M parameters,
+4.9 GFLOP a step of 64, 11 min 18 s for 4,000 steps. Measured on 2 cores shared with other work: 9 min 46 s,
+0.12 s a step; most fakes are digits, about one in six is none. The Frechet distance in the space of fixed
+random features fell from 15.5 (step 500) to 3.5.
 
 Both networks are trained by one step, each with an optimizer of its own (`optim.groups`), the generator on
 every `critic_steps`th. Grids of fakes, always from the same latents, are in WORKDIR/pictures and TensorBoard.
@@ -22,7 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data`, `arch` (dcgan or resnet), `width`, `latent`, `classes` (0: not conditional), `loss`
     (non-saturating, hinge, wgan-gp) and `critic_steps`."""
     args = config_lib.parse_arg(
-        arg, data="mnist", arch="dcgan", width=48, latent=64, classes=10, loss="non-saturating",
+        arg, data="mnist", arch="dcgan", width=48, latent=64, classes=0, loss="non-saturating",
         critic_steps=1,
     )  # fmt: skip
     config = ml_collections.ConfigDict()
@@ -36,6 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.batch_size = 64
     config.steps = 4000
     config.optim = {"name": "adam", "lr": 4e-4, "b1": 0.5, "b2": 0.999, "clip_norm": 0.0, "ema_decay": 0.995}
+    config.optim.schedule = "constant"
     config.optim.groups = {
         "generator": {"on": "^/generator/", "every": args.critic_steps},
         "discriminator": {"on": "^/discriminator/"},
