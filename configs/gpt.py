@@ -78,6 +78,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.optim = {"name": "adamw", "lr": 6e-4, "end_lr": 0.1, "warmup_steps": 700, "weight_decay": 0.1}
     else:
         config.optim = {"name": "muon", "lr": 2e-2, "end_lr": 0.05, "warmup_steps": 50, "weight_decay": 0.01}
+    if large and args.size not in ("124m", "350m", "774m"):
+        config.mesh = {"data": 1, "fsdp": -1}  # the state of these is cut over all devices
     config.eval = {"every_steps": 1000 if large else 200, "batches": 50}
     config.checkpoint = {"every_steps": 1000 if large else 200}
     return config

@@ -208,21 +208,20 @@ def ranked(rounds: int, fresh: bool) -> list[dict[str, Any]]:
 
     jax.config.update("jax_num_cpu_devices", 8)
     from bigmodel.data import text
-    from bigmodel.plan import calibrate, target
-    from bigmodel.plan import search as search_lib
+    from bigmodel.plan import calibrate, candidates, target
 
     calibration = calibrate.load(text.cache_dir(), fresh)
     print(f"calibrated for {calibration.key} in {calibration.took_s:.0f} s", flush=True)
     rows: list[dict[str, Any]] = []
     for name, (path, overrides) in RANKED.items():
         config = _load(path, overrides)
-        found = list(search_lib.candidates(config, target.make("cpu:8"), over=()))
+        found = list(candidates.candidates(config, target.make("cpu:8"), over=()))
         print(f"{name}: {len(found)} meshes", flush=True)
         prepared = [_prepare(c.config, calibration) for c in found]
         times = _interleave([step for _, _, step in prepared], rounds, least_s=0.5)
         tried: list[dict[str, Any]] = [
             {
-                "name": name, "mesh": search_lib.mesh_name(c.config), "predicted_step_s": predicted_s,
+                "name": name, "mesh": candidates.mesh_name(c.config), "predicted_step_s": predicted_s,
                 "measured_step_s": statistics.median(measured),
             }
             for c, (predicted_s, _, _), measured in zip(found, prepared, times, strict=True)

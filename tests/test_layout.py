@@ -51,7 +51,7 @@ ORDER = """
     plan/schedule | plan/calibrate | plan/target
     plan/costs | plan/cpu_costs | plan/compiled
     plan/estimate
-    plan/receipt
+    plan/receipt | plan/candidates
     plan/planner | plan/timeline
     plan/search
     ledger

@@ -10,7 +10,7 @@ from conftest import run_script, tiny
 
 from bigmodel import config as config_lib
 from bigmodel.config import InputError
-from bigmodel.plan import compiled, estimate, planner, search, target
+from bigmodel.plan import candidates, compiled, estimate, planner, search, target
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def gpt(**keys):
 
 def test_every_legal_mesh_is_considered(no_compilers):
     aim = target.make("v5e:2x4")
-    found = list(search.candidates(gpt(), aim, over=()))
+    found = list(candidates.candidates(gpt(), aim, over=()))
     heads = gpt().model.heads
     sizes = [(c.config.mesh.data, c.config.mesh.fsdp, c.config.mesh.tensor) for c in found]
     legal = [(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (1, 2, 4, 8)
              if d * f * t == 8 and heads % t == 0]  # fmt: skip
     assert sorted(sizes) == sorted(legal)
-    more = list(search.candidates(gpt(), aim, over=search.OVER))
-    assert {c.config.remat for c in more} == set(search.RECOMPUTED)
+    more = list(candidates.candidates(gpt(), aim, over=candidates.OVER))
+    assert {c.config.remat for c in more} == set(candidates.RECOMPUTED)
     assert len({c.config.batch_size for c in more}) > 1
     for c in more:  # each is a config that could be run
         config_lib.from_dict(config_lib.to_dict(c.config))
@@ -41,7 +41,7 @@ def test_every_legal_mesh_is_considered(no_compilers):
 def test_the_closed_form_knows_what_costs_memory_and_time(no_compilers):
     aim = target.make("v5e:2x4")
     found = {(c.config.mesh.fsdp, c.config.remat, c.config.microbatches): c
-             for c in search.candidates(gpt(batch_size=32), aim, over=("remat", "microbatches"))
+             for c in candidates.candidates(gpt(batch_size=32), aim, over=("remat", "microbatches"))
              if c.config.mesh.tensor == 1}  # fmt: skip
     assert found[8, "full", 1].least_bytes < found[8, "minimal", 1].least_bytes
     assert found[8, "none", 2].least_bytes < found[8, "none", 1].least_bytes
@@ -55,7 +55,7 @@ def test_what_is_ranked_first_fits_and_can_be_pasted(no_compilers):
     times = [row.receipt["step_s"] for row in found.rows]
     assert times == sorted(times)
     best = found.best.candidate.config
-    flags = dict(flag.removeprefix("--config.").split("=") for flag in search.overrides(best))
+    flags = dict(flag.removeprefix("--config.").split("=") for flag in candidates.overrides(best))
     again = config_lib.to_dict(gpt())
     for key, value in flags.items():
         group, _, name = key.rpartition(".")

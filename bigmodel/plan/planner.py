@@ -12,8 +12,8 @@ import jax
 from bigmodel import data, mesh, program
 from bigmodel.config import Config, InputError
 from bigmodel.data import text
+from bigmodel.plan import candidates, estimate, receipt, target
 from bigmodel.plan import compiled as compiled_lib
-from bigmodel.plan import estimate, receipt, target
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.receipt import Receipt
 from bigmodel.plan.schedule import Schedule
@@ -87,19 +87,12 @@ def _does_not_fit(said: str, built: Program, aim: Target) -> DoesNotFit:
         for n, u in re.findall(r"([\d.]+)([KMGT])", said)
     ]
     missing = max(sizes[0] - sizes[1], 0.0) if len(sizes) > 1 else 0.0
-    config, tries = built.config, []
-    if config.remat != "full":
-        tries.append("--config.remat=full")
-    if config.batch_size > mesh.batch_ways(built.mesh):
-        tries.append(f"--config.microbatches={2 * max(config.microbatches, 1)}")
-        tries.append(f"--config.batch_size={config.batch_size // 2}")
-    state, ways = estimate.tree_bytes(built.state_spec), built.mesh.shape["fsdp"]
-    if state > 0.3 * (estimate.capacity_bytes(aim) or 1e18) and ways < built.mesh.size:
-        tries.append(f"--config.mesh.fsdp={2 * ways}")
+    state = estimate.tree_bytes(built.state_spec)
+    tries = [" ".join(flags) for flags in candidates.nearest_that_fit(built.config, aim)]
     how_much = f"{receipt.size(missing)} a device too much" if missing else "too much memory a device"
     return DoesNotFit(
         f"--target={aim.spec}: does not fit: {how_much} (state alone {receipt.size(state)} of "
-        f"{receipt.size(estimate.capacity_bytes(aim) or 0)}); try "
-        f"{', or '.join(tries) or 'a larger target'}",
+        f"{receipt.size(estimate.capacity_bytes(aim) or 0)}); likely to fit: "
+        f"{', or '.join(tries) or 'nothing on this target, take a larger one or a smaller batch_size'}",
         missing,
     )

@@ -1,0 +1,219 @@
+"""Every legal way to run a config on a target, with its memory and time by a closed form.
+
+The closed form knows what must be held and what must be moved. It drops what cannot fit, says what would, and
+decides what is worth compiling; it does not rank.
+
+Legend of sizes: D width, F hidden units, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from bigmodel import data, program
+from bigmodel import mesh as mesh_lib
+from bigmodel.config import Config, InputError
+from bigmodel.data import text
+from bigmodel.families import Transformer
+from bigmodel.plan import calibrate, estimate, flops
+from bigmodel.plan.costs import MATMUL, ChipCosts
+from bigmodel.plan.cpu_costs import CpuCosts
+from bigmodel.plan.schedule import Costs, Transfer
+from bigmodel.plan.target import Target
+from bigmodel.program import Program
+
+# What a policy computes again, as a share of the useful FLOPs, and gathers again, in passes over the weights.
+RECOMPUTED = {"none": 0.0, "dots": 0.02, "minimal": 0.05, "full": 1 / 3}
+GATHERS = {"none": 2, "dots": 2, "minimal": 2, "full": 3}
+MICROBATCHES = (1, 2, 4, 8, 16, 32)
+OVER = ("remat", "microbatches", "batch_size")  # what may be searched beside the mesh
+BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of batch_size, where that is searched too
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run, by the closed form: bytes of one device, seconds of a step."""
+
+    config: Config
+    least_bytes: float  # state and saved activations: less cannot do
+    likely_bytes: float  # with gradients and what is at work
+    step_s: float
+
+    @property
+    def example_s(self) -> float:
+        return self.step_s / self.config.batch_size
+
+
+def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[Candidate]:
+    """Every legal way to run `config` on the target that changes, beside the mesh, only what `over` names."""
+    transformer = isinstance(config.model, Transformer)
+    policies = tuple(RECOMPUTED) if transformer and "remat" in over else (config.remat,)
+    pieces_tried = MICROBATCHES if "microbatches" in over else (max(config.microbatches, 1),)
+    shares = BATCHES if "batch_size" in over else (1.0,)
+    sizes = sorted({round(config.batch_size * share) for share in shares})
+    one = _on_one_device(config)
+    example_flops = flops.model_flops(one) / config.batch_size
+    for axes in _meshes(config, len(aim.devices)):
+        meshed = config.replace(mesh=dataclasses.replace(config.mesh, **axes), microbatches=1)
+        try:
+            mesh = mesh_lib.make_mesh(meshed.replace(batch_size=math.prod(axes.values())), aim.devices)
+        except InputError:  # heads or experts that do not divide
+            continue
+        costs, state = _costs(config, aim, mesh), program.place(one.state_spec, mesh)
+        held = _Held(estimate.tree_bytes(state), estimate.tree_bytes(state["params"]))
+        ways = mesh_lib.batch_ways(mesh)
+        for size in sizes:
+            for pieces in pieces_tried:
+                if size < 1 or size % (pieces * ways):
+                    continue
+                for remat in policies:
+                    way = meshed.replace(batch_size=size, microbatches=pieces, remat=remat)
+                    yield _estimated(way, example_flops, aim, mesh, costs, held)
+
+
+def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+    """Sizes of the axes that multiply to the number of devices; `expert` only for a mixture of them."""
+    names = ["data", "fsdp", "tensor"] + (["expert"] if getattr(config.model, "experts", 0) else [])
+
+    def split(left: int, names: list[str]) -> Iterator[dict[str, int]]:
+        if len(names) == 1:
+            yield {names[0]: left}
+            return
+        for size in range(1, left + 1):
+            if left % size == 0:
+                for rest in split(left // size, names[1:]):
+                    yield {names[0]: size, **rest}
+
+    return split(devices, names)
+
+
+def _on_one_device(config: Config) -> Program:
+    """The Program on a CPU device: its shapes and FLOPs are those of any mesh."""
+    alone = config.replace(mesh=type(config.mesh)(), microbatches=1, compiler_options={})
+    return program.build(alone, mesh_lib.make_mesh(alone, jax.devices("cpu")[:1]), data.batch_spec(alone))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one device."""
+
+    state: float
+    params: float
+
+
+def _costs(config: Config, aim: Target, mesh: Mesh) -> Costs:
+    if aim.chip is not None:
+        return ChipCosts(aim, mesh, config.compute_dtype)
+    return CpuCosts(calibrate.load(text.cache_dir()), mesh.size)
+
+
+def _estimated(
+    config: Config, example_flops: float, aim: Target, mesh: Mesh, costs: Costs, held: _Held
+) -> Candidate:
+    """The closed form: what is held, what is computed, what is moved."""
+    saved, working = _activations(config, mesh)
+    gradients = held.params * (2 if config.microbatches > 1 else 1)
+    compute_s = example_flops * config.batch_size * (1 + RECOMPUTED.get(config.remat, 0.2))
+    compute_s /= mesh.size * _speed(config, aim, mesh)
+    hidden_s, exposed_s = _moved(config, mesh, costs, held)
+    return Candidate(
+        config,
+        held.state + saved,
+        held.state + saved + working + gradients,
+        max(compute_s, hidden_s) + 0.2 * min(compute_s, hidden_s) + exposed_s,
+    )
+
+
+def _speed(config: Config, aim: Target, mesh: Mesh) -> float:
+    """FLOP/s of one device."""
+    if aim.chip is not None:
+        return aim.chip.flops[config.compute_dtype] * MATMUL[aim.chip.platform] * 0.8
+    products = calibrate.load(text.cache_dir()).products
+    return max(2.0 * p.batch * p.m * p.k * p.n / p.seconds for p in products) * 0.6 / mesh.size
+
+
+def _activations(config: Config, mesh: Mesh) -> tuple[float, float]:
+    """-> (saved between forward and backward, at work at once); of Transformers, else 0."""
+    c = config.model
+    if not isinstance(c, Transformer):
+        return 0.0, 0.0
+    tensor, size = mesh.shape["tensor"], 4 if config.compute_dtype == "float32" else 2
+    tokens = config.batch_size * config.seq_len / config.microbatches / mesh_lib.batch_ways(mesh)
+    hidden = c.mlp_width * (2 if c.mlp in ("swiglu", "geglu") else 1)
+    projections = (c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.width + hidden
+    widths = {"full": c.width, "minimal": c.width + projections, "dots": c.width + projections}
+    saved = widths.get(config.remat, 2 * c.width + 2 * projections)
+    layer = 2 * projections + 2 * c.width
+    vocabulary = getattr(c, "vocab_size", 0) * (4 + size)
+    return tokens * c.depth * saved * size / tensor, tokens * (layer * size + vocabulary) / tensor
+
+
+def _moved(config: Config, mesh: Mesh, costs: Costs, held: _Held) -> tuple[float, float]:
+    """-> (seconds of transfers that compute can hide, seconds of those that it waits for)."""
+    shape, c = mesh.shape, config.model
+    compute_size = 4 if config.compute_dtype == "float32" else 2
+    param_bytes = held.params * shape["fsdp"]  # gathered over fsdp, cut by the other axes
+    gathered_bytes = param_bytes * compute_size / (4 if config.param_dtype == "float32" else 2)
+
+    def time_s(kind: str, axis: str, moved_bytes: float) -> float:
+        return costs.transfer_s(Transfer(kind, moved_bytes, _along(mesh, axis))) if shape[axis] > 1 else 0.0
+
+    gathers = GATHERS.get(config.remat, 3) * config.microbatches
+    hidden = gathers * time_s("all-gather", "fsdp", gathered_bytes)
+    hidden += config.microbatches * time_s("reduce-scatter", "fsdp", param_bytes)
+    hidden += time_s("all-reduce", "data", held.params)
+    if not isinstance(c, Transformer):
+        return hidden, 0.0
+    tokens = config.batch_size * config.seq_len / mesh_lib.batch_ways(mesh)
+    stream = tokens * c.width * compute_size
+    passes = c.depth * (6 if config.remat == "full" else 4)
+    exposed = passes * (time_s("all-gather", "tensor", stream) + time_s("reduce-scatter", "tensor", stream))
+    exposed += 4 * c.depth * time_s("all-to-all", "expert", stream) if getattr(c, "experts", 0) else 0.0
+    return hidden, exposed
+
+
+def _along(mesh: Mesh, axis: str) -> tuple[int, ...]:
+    """Numbers of the first devices of the mesh that differ along one axis only."""
+    numbers = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    index: list[Any] = [0] * numbers.ndim
+    index[list(mesh.shape).index(axis)] = slice(None)
+    return tuple(numbers[tuple(index)].tolist())
+
+
+def nearest_that_fit(config: Config, aim: Target, count: int = 2) -> list[list[str]]:
+    """The flags of the ways nearest to `config` that are likely to fit: few changes first, then by time."""
+    capacity = estimate.capacity_bytes(aim)
+    given = set(overrides(config.replace(microbatches=max(config.microbatches, 1))))
+    if capacity is None:
+        return []
+    fitting = [c for c in candidates(config, aim, OVER[:2]) if c.likely_bytes <= 0.9 * capacity]
+    changes = [(sorted(set(overrides(c.config)) - given), c.step_s) for c in fitting]
+    return [flags for flags, _ in sorted(changes, key=lambda change: (len(change[0]), change[1]))[:count]]
+
+
+def overrides(config: Config) -> list[str]:
+    """The flags that make a run this way."""
+    sizes = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
+    keys = {"batch_size": config.batch_size, "microbatches": config.microbatches, "remat": config.remat}
+    shown = {k: v for k, v in sizes.items() if v != 1 or k == "mesh.data"}
+    return [f"--config.{key}={value}" for key, value in (shown | keys).items()]
+
+
+def mesh_name(config: Config) -> str:
+    """`data 2 x fsdp 8`."""
+    sizes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if size > 1}
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device"
+
+
+def name(config: Config) -> str:
+    """`data 2 x fsdp 8, batch 64, microbatches 1, remat full`."""
+    how = f"batch {config.batch_size}, microbatches {config.microbatches}, remat {config.remat}"
+    return f"{mesh_name(config)}, {how}"
