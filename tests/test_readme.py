@@ -59,6 +59,7 @@ def test_python_commands_run(tmp_path):
                 f"--json={tmp_path}/b",
             ]
         args = [word.replace("=plan.json", f"={tmp_path}/plan.json") for word in args]
+        args = [word.replace("v5e:16x16", "v5e:2x4").replace("--search=2", "--search=1") for word in args]
         ran = run_script(script, *args, limit_s=200)
         assert ran.code == 0, (command, args, ran)
 
