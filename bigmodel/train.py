@@ -129,7 +129,7 @@ class _Run:
             log.say(f"done: {self.path} is at step {start:,} of {config.steps:,}; raise steps to go on")
             return Result(DONE, start, {}, self.path, self.program, state)
         with self.ledger.timing("compile"):
-            compiled = self.program.compile()
+            compiled = planner.compile_to_run(self.program)
         receipt = planner.of_run(self.program, compiled, config.steps - start)
         log.say("\n".join(receipts.table(receipt)))
         if first:

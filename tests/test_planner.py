@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 from conftest import run_script, tiny
 
@@ -86,3 +87,25 @@ def test_a_mesh_lies_on_slices_and_split_dimensions():
     whole = target.make("v5p:2x4x4").devices
     made = mesh.make_mesh(tiny("gpt", mesh__data=1, mesh__fsdp=16, mesh__tensor=2, batch_size=32), whole)
     assert made.devices.size == 32
+
+
+def test_what_the_compiler_refuses_is_one_line(monkeypatch):
+    """Also where a run starts: how much is missing, or what the compiler says."""
+    built = planner.build(tiny("gpt"), target.here(jax.devices()))
+
+    def refuse(said):
+        def compile(*args, **keys):
+            raise jax.errors.JaxRuntimeError(said)
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+        with pytest.raises(InputError) as caught:
+            planner.compile_to_run(built)
+        assert "\n" not in str(caught.value)
+        return caught.value
+
+    short = refuse(
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.\nMore"
+    )
+    assert isinstance(short, planner.DoesNotFit)
+    assert short.missing_bytes == pytest.approx(4.25 * 2**30)
+    assert "check compiler_options" in str(refuse("INVALID_ARGUMENT: No such compile option: 'xla_nonsense'"))

@@ -72,13 +72,24 @@ def compile_for(built: Program, aim: Target) -> Compiled:
     try:
         return compiled_lib.compile_for(built, aim, text.cache_dir())
     except jax.errors.JaxRuntimeError as error:
-        said = str(error)
-        if compiled_lib.is_out_of_memory(said):
-            raise _does_not_fit(said, built, aim) from error
-        raise InputError(
-            f"--target={aim.spec}: the compiler refuses the program ({' '.join(said.split())[:300]}); "
-            "check compiler_options, or try another mesh or remat"
-        ) from error
+        raise _refusal(str(error), built, aim) from error
+
+
+def compile_to_run(built: Program) -> Any:
+    """The train step, compiled for this job's own devices and fit to be called. Raises as `plan`."""
+    try:
+        return built.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _refusal(str(error), built, target.here(tuple(built.mesh.devices.flat))) from error
+
+
+def _refusal(said: str, built: Program, aim: Target) -> InputError:
+    if compiled_lib.is_out_of_memory(said):
+        return _does_not_fit(said, built, aim)
+    return InputError(
+        f"{aim.spec}: the compiler refuses the program ({' '.join(said.split())[:300]}); "
+        "check compiler_options, or try another mesh or remat"
+    )
 
 
 def _does_not_fit(said: str, built: Program, aim: Target) -> DoesNotFit:
@@ -91,7 +102,7 @@ def _does_not_fit(said: str, built: Program, aim: Target) -> DoesNotFit:
     tries = [" ".join(flags) for flags in candidates.nearest_that_fit(built.config, aim)]
     how_much = f"{receipt.size(missing)} a device too much" if missing else "too much memory a device"
     return DoesNotFit(
-        f"--target={aim.spec}: does not fit: {how_much} (state alone {receipt.size(state)} of "
+        f"{aim.spec}: does not fit: {how_much} (state alone {receipt.size(state)} of "
         f"{receipt.size(estimate.capacity_bytes(aim) or 0)}); likely to fit: "
         f"{', or '.join(tries) or 'nothing on this target, take a larger one or a smaller batch_size'}",
         missing,
