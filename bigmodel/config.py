@@ -20,6 +20,7 @@ import ml_collections
 
 from bigmodel import typed
 from bigmodel.families import GPT, Model
+from bigmodel.smaller import Distill, Prune, Quantize
 from bigmodel.typed import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -132,17 +133,6 @@ def optim_groups(optim: Optim) -> dict[str, Group]:
 
 
 @dataclass(frozen=True)
-class Quantize:
-    """How the weights of products are held. scripts/compress.py sets it; with `aware`, training does."""
-
-    weights: Literal["none", "int8", "int4", "fp8"] = "none"
-    group: int = 0  # inputs that share a scale; 0: all of an output's
-    activations: Literal["none", "int8", "fp8"] = "none"  # what a product's inputs are rounded to: as weights
-    aware: bool = False  # floats are kept and trained, but rounded wherever they are used
-    on: str = r"(?<!/router)/(kernel|table)$"  # regex on parameter paths: which ones
-
-
-@dataclass(frozen=True)
 class Mesh:
     """Sizes of the device mesh's axes; one may be -1, "whatever is left"."""
 
@@ -191,7 +181,9 @@ class Config:
     task: Task = Task()
     data: Data = Data()
     optim: Optim = Optim()
-    quantize: Quantize = Quantize()
+    prune: Prune = field(default_factory=Prune)
+    quantize: Quantize = field(default_factory=Quantize)
+    distill: Distill = field(default_factory=Distill)
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
@@ -347,7 +339,8 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
     for name, group in optim_groups(c.optim).items():
         yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in _group_problems(name, group))
-    yield from ((f"quantize.{key}", problem) for key, problem in _quantize_problems(c.quantize))
+    for name in ("prune", "quantize", "distill"):
+        yield from ((f"{name}.{key}", problem) for key, problem in getattr(c, name).problems())
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
     if not re.fullmatch(r"bytes|bpe:\d+|hf:.+", c.data.tokenizer):
         yield (
@@ -403,26 +396,7 @@ def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:
             yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
     if optim.every < 1:
         yield "every", f"is {optim.every}: set it to 1 or more"
-    yield from _regex_problems(optim, "weight_decay_on", "penalty_on", "on")
-
-
-def _regex_problems(group: Any, *keys: str) -> Iterable[tuple[str, str]]:
-    for key in keys:
-        try:
-            re.compile(getattr(group, key, ""))
-        except re.error as error:
-            yield key, f"is {getattr(group, key)!r}, which is no regular expression ({error})"
-
-
-def _quantize_problems(q: Quantize) -> Iterable[tuple[str, str]]:
-    yield from _regex_problems(q, "on")
-    if q.group < 0:
-        yield "group", f"is {q.group}: set it to 0 or more"
-    if q.activations != "none" and (q.activations != q.weights or q.group or q.aware):
-        yield (
-            "activations",
-            f"is {q.activations}, which needs quantize.weights={q.activations}, group=0 and aware=false",
-        )
+    yield from typed.regex_problems(optim, "weight_decay_on", "penalty_on", "on")
 
 
 def _group_problems(name: str, group: Group) -> Iterable[tuple[str, str]]:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from bigmodel import mesh as mesh_lib
-from bigmodel import models, optim, tasks
+from bigmodel import models, optim, sparsity, tasks
 from bigmodel.config import Config, InputError
 from bigmodel.families import TOKEN_TASKS
 from bigmodel.metrics import Metrics
@@ -65,7 +65,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     sharding = mesh_lib.batch_sharding(mesh)
     batch_spec = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in batch_spec.items()}
     model = models.define(config, batch_spec)
-    task, tx = tasks.make(config), optim.make(config)
+    task, tx = tasks.make(config), optimizer(config, model)
 
     def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         """Lets the function's `shard` and `attend` see the mesh, wherever it is traced from."""
@@ -148,11 +148,16 @@ def init_state(config: Config, model: Definition, tx: optax.GradientTransformati
 def start(program: Program, params: Any, rest: Any, key: jax.Array) -> State:
     """The state at step 0 of a run that starts from these parameters."""
     sharding = jax.tree.map(lambda s: s.sharding, program.state_spec)
+    tx = optimizer(program.config, program.model)
     make = jax.jit(
-        lambda params, rest, key: state_of(program.config, optim.make(program.config), params, rest, key),
-        out_shardings=sharding,
+        lambda params, rest, key: state_of(program.config, tx, params, rest, key), out_shardings=sharding
     )
     return make(params, rest, key)
+
+
+def optimizer(config: Config, model: Definition) -> optax.GradientTransformation:
+    """The config's optimizer, which keeps pruned weights at zero."""
+    return sparsity.hold(optim.make(config), config.prune, model.products)
 
 
 def state_of(

@@ -24,7 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from bigmodel import config as config_lib
-from bigmodel import data, evaluate, hardware, log, mesh, program, workdir
+from bigmodel import data, distill, evaluate, hardware, log, mesh, program, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.data import Pipeline, Prefetch
@@ -168,7 +168,7 @@ class _Run:
 
     def _initial_state(self, checkpoints: Checkpoints) -> State:
         if checkpoints.latest() is None:
-            return self.program.init(jax.random.key(self.program.config.seed))
+            return distill.fill(self.program, self.program.init(jax.random.key(self.program.config.seed)))
         state, _, _ = checkpoints.restore(self.program.state_spec)
         return state
 

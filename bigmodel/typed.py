@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -113,3 +114,12 @@ def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
     names = list(known)
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(sorted(names))}"
+
+
+def regex_problems(group: Any, *keys: str) -> Iterable[tuple[str, str]]:
+    """Those of `keys` (a missing one is none) whose text is no regular expression."""
+    for key in keys:
+        try:
+            re.compile(getattr(group, key, ""))
+        except re.error as error:
+            yield key, f"is {getattr(group, key)!r}, which is no regular expression ({error})"

@@ -13,7 +13,7 @@ from conftest import ROOT
 ORDER = """
     __init__
     typed
-    families
+    families | smaller
     config
     workdir | hardware
     mesh
@@ -30,17 +30,18 @@ ORDER = """
     data/__init__
     models/module | models/ops
     models/weights
-    models/layers | models/attention | models/cache | models/held
+    models/layers | models/attention | models/cache | models/held | models/distilled
     models/moe | models/vision | models/resnet | models/gan | models/recurrent
     models/transformer | models/inception | models/detector
     models/gpt | models/bert | models/t5 | models/vit
     models/__init__
     metrics | detection
     tasks
-    optim
+    optim | sparsity
     program
     digests
     checkpoint
+    distill
     huggingface/files | huggingface/layouts
     huggingface/configs
     huggingface/__init__
@@ -61,7 +62,9 @@ ORDER = """
     evaluate
     train
     compress/__init__ | compress/recipe | compress/trained
-    compress/quantize | compress/report
+    compress/observe
+    compress/solve | compress/structure | compress/report
+    compress/quantize | compress/prune | compress/distill
     compress/stages
 """
 # Imported by name when asked for (`importlib`), which is why they stand above: data/builders/__init__.

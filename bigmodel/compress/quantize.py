@@ -3,51 +3,92 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from bigmodel import mesh
-from bigmodel.compress import recipe
+from bigmodel import log, mesh
+from bigmodel.compress import observe, recipe, solve
 from bigmodel.compress.trained import Trained, changed
-from bigmodel.config import InputError, Quantize
+from bigmodel.config import InputError, Prune, Quantize
 from bigmodel.models import held, weights
 
 GROUP = {"int4": 64}  # inputs that share a scale, unless the recipe says otherwise: 0.5 bit a weight
+HELD = {"w8a8": "int8"}  # by kind, where the weights are not called so
+ACTIVATIONS = {"w8a8": "int8", "fp8": "fp8"}
+FLOAT8_CHIPS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200", "NVIDIA L4", "TPU7x")
 
 
 def apply(model: Trained, op: recipe.Quantize) -> Trained:
-    """The model with its products' weights quantized, each to the nearest code.
+    """The model with its products' weights quantized: each to the nearest code, or by GPTQ where the layer
+    shows its inputs. For w8a8 and fp8 the inputs' scales come from the largest on the calibration batches.
 
     Raises:
-        InputError: it is quantized already, or `held.chosen` refuses.
+        InputError: it is quantized already, the chip has no such units, or `held.chosen` refuses.
     """
-    if model.config.quantize.weights != "none" and not model.config.quantize.aware:
+    config = model.config
+    if config.quantize.weights != "none" and not config.quantize.aware:
         raise InputError(
-            f"recipe step quantize: the model holds {model.config.quantize.weights} already; "
+            f"recipe step quantize: the model holds {config.quantize.weights} already; "
             "start from the dense one"
         )
     how = settings(op)
+    _check_chip(op)
     sums = held.chosen(model.program.model, how)
+    rounded = [name for name, axes in sums.items() if held.rounds_inputs(how, axes)]
+    if config.quantize.aware:  # the float model, whose weights are looked at
+        model = changed(model, config.replace(quantize=Quantize()), model.params, model.rest)
+    grams = observe.inputs(model, list(sums), "gram") if op.method == "gptq" else {}
+    if op.method == "gptq" and (unseen := sorted(sums.keys() - grams.keys())):
+        log.say(f"quantize  GPTQ sees no inputs of {', '.join(unseen)}: to the nearest code")
+    largest = observe.inputs(model, rounded, "largest") if rounded else {}
+    search = how.weights == "int4" and op.method != "aware"  # with so few codes, clipping the largest pays
+    flat, new = mesh.by_path(model.params), {}
+    for name, axes in sums.items():
+        if name in grams:
+            w = _gptq(how.weights, how.group)(flat[name], grams[name])
+        else:
+            w = _nearest(axes, how.weights, how.group, search)(flat[name])
+        if name in rounded:
+            scale = largest.get(name, jnp.float32(1)) / weights.LARGEST[how.weights]
+            w = held.with_activation(w, axes, jnp.where(scale > 0, scale, 1.0))
+        new[name] = w
+    params, codes = held.split(mesh.with_leaves(model.params, new), how)
+    # Codes do not train, so nothing has to keep their zeros.
+    return changed(model, config.replace(quantize=how, prune=Prune()), params, {**model.rest, **codes})
 
-    @jax.jit
-    def quantized(params: Any) -> Any:
-        def leaf(path: Any, w: jax.Array) -> Any:
-            name = mesh.path_str(path)
-            if name not in sums:
-                return w
-            search = how.weights == "int4"  # with so few codes, clipping the largest weights pays
-            return weights.quantize(w, sums[name], how.weights, how.group, search)
 
-        return held.split(jax.tree_util.tree_map_with_path(leaf, params), how)
+def aware(model: Trained, op: recipe.Quantize) -> Trained:
+    """The model with a config by which it trains on floats that are rounded wherever they are used."""
+    how = dataclasses.replace(settings(op), aware=True)
+    held.chosen(model.program.model, how)
+    return changed(model, model.config.replace(quantize=how), model.params, model.rest)
 
-    params, codes = quantized(model.params)
-    return changed(model, model.config.replace(quantize=how), params, {**model.rest, **codes})
+
+@functools.cache
+def _nearest(axes: tuple[int, ...], kind: str, group: int, search: bool) -> Any:
+    return jax.jit(lambda w: weights.quantize(w, axes, kind, group, search))
+
+
+@functools.cache
+def _gptq(kind: str, group: int) -> Any:
+    return jax.jit(lambda w, gram: solve.gptq(w, gram, kind, group))
+
+
+def _check_chip(op: recipe.Quantize) -> None:
+    kind = jax.devices()[0].device_kind
+    if op.kind == "fp8" and not kind.startswith(FLOAT8_CHIPS):
+        raise InputError(
+            f"recipe step quantize: this chip ({kind}) multiplies no float8; use int8, int4 or w8a8"
+        )
 
 
 def settings(op: recipe.Quantize) -> Quantize:
     """The step's settings as `config.quantize`."""
-    weights_kind: Any = {"w8a8": "int8"}.get(op.kind, op.kind)
     group = GROUP.get(op.kind, 0) if op.group == -1 else op.group
-    how = Quantize(weights=weights_kind, group=group, activations="int8" if op.kind == "w8a8" else "none")
+    kind: Any = HELD.get(op.kind, op.kind)
+    activations: Any = ACTIVATIONS.get(op.kind, "none")
+    how = Quantize(weights=kind, group=group, activations=activations)
     return dataclasses.replace(how, on=op.on) if op.on else how

@@ -13,13 +13,14 @@ import pathlib
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
 from bigmodel import typed
 from bigmodel.config import InputError
+from bigmodel.smaller import pattern_problems
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,78 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Prune:
+    """Sets weights to zero, or (any other `unit`) takes whole parts of the model out."""
+
+    amount: float = 0.0  # the share that goes
+    pattern: str = ""  # N:M, such as 2:4, in place of an amount: of M consecutive inputs N stay
+    method: Literal["magnitude", "movement", "wanda", "sparsegpt"] = "magnitude"
+    scope: Literal["layer", "global"] = "layer"  # where weights are compared
+    unit: Literal["weights", "heads", "mlp", "channels", "layers"] = "weights"
+    steps: int = 0  # of training, while the share grows (Zhu and Gupta 2017); 0: one shot
+    on: str = ""  # regex on parameter paths; "": config.prune.on's default
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if not self.pattern and not 0 < self.amount < 1:
+            yield "amount", f"is {self.amount}: give a share such as 0.5, or a pattern such as 2:4"
+        if self.pattern and self.amount:
+            yield "amount", f"is {self.amount}, but pattern={self.pattern} sets it; leave one out"
+        yield from pattern_problems(self.pattern)
+        if self.unit != "weights" and (self.pattern or self.steps or self.on or self.method != "magnitude"):
+            yield "unit", f"is {self.unit}, which takes an amount and nothing else"
+        if self.method == "movement" and not self.steps:
+            yield "steps", "is 0: movement is seen in training; give steps=200 or more"
+        if self.method in ("wanda", "sparsegpt") and (self.steps or self.scope == "global"):
+            yield (
+                "method",
+                f"is {self.method}, which takes one shot, layer by layer; leave steps and scope out",
+            )
+        if self.steps < 0:
+            yield "steps", f"is {self.steps}: set it to 0 or more"
+
+
+@dataclass(frozen=True)
 class Quantize:
     """Holds the weights of products in fewer bits."""
 
-    kind: Literal["int8", "int4", "w8a8", "fp8"] = "int8"  # w8a8: int8 weights and activations
+    kind: Literal["int8", "int4", "w8a8", "fp8"] = "int8"  # w8a8: int8 weights and activations; fp8: both
+    method: Literal["nearest", "gptq", "aware"] = "nearest"  # aware: trained to be rounded, for `steps`
     group: int = -1  # inputs that share a scale; -1: 64 for int4, else all of an output's
+    steps: int = 0
     on: str = ""  # regex on parameter paths; "": config.quantize.on's default
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.group < -1:
             yield "group", f"is {self.group}: set it to 0 or more"
+        if self.kind in ("w8a8", "fp8") and (self.group > 0 or self.method == "aware"):
+            yield "kind", f"is {self.kind}, whose inputs are quantized too: leave group and aware out"
+        if self.method == "gptq" and self.kind == "fp8":
+            yield "method", "is gptq, which is for int8, int4 and w8a8"
+        if (self.method == "aware") != (self.steps > 0):
+            yield "steps", f"is {self.steps}: aware needs some, such as aware:steps=200; other methods none"
 
 
-Op = Finetune | Quantize
-OPS: dict[str, type[Any]] = {"finetune": Finetune, "quantize": Quantize}
+@dataclass(frozen=True)
+class Distill:
+    """Trains a student beside a teacher, whose outputs it learns (Hinton et al. 2015)."""
+
+    steps: int = 200
+    student: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # keys of config.model: a new one; none: the model
+    teacher: str = ""  # a workdir; "": the one that the recipe starts from
+    weight: float = 1.0  # of the teacher's part of the loss
+    temperature: float = 2.0
+    hidden: float = 0.0  # weight of how the last hidden states relate to each other (Tung and Mori 2019)
+    lr: float = 0.0  # 0: the workdir's optim.lr for a new student, else a tenth of it
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.steps < 1:
+            yield "steps", f"is {self.steps}: set it to 1 or more"
+
+
+Op = Distill | Finetune | Prune | Quantize
+OPS: dict[str, type[Any]] = {"distill": Distill, "finetune": Finetune, "prune": Prune, "quantize": Quantize}
 
 
 @dataclass(frozen=True)
@@ -109,7 +168,7 @@ def _name(op: Op) -> str:
 
 def _op_of_text(text: str) -> Op:
     name, _, rest = text.partition(":")
-    settings: dict[str, str] = {}
+    settings: dict[str, Any] = {}
     cls = _class(name)
     while rest:
         pattern = re.match(r"(\d+:\d+)(?::|$)", rest) if "pattern" in typing.get_type_hints(cls) else None
@@ -118,7 +177,11 @@ def _op_of_text(text: str) -> Op:
         key, eq, value = item.partition("=")
         if not eq:
             key, value = ("pattern" if pattern else _field_for(cls, name, item)), item
-        settings[key] = value
+        group, dot, inner = key.partition(".")
+        if dot:
+            settings.setdefault(group, {})[inner] = value
+        else:
+            settings[key] = value
     return _build(cls, name, settings)
 
 
@@ -140,7 +203,7 @@ def _field_for(cls: type[Any], name: str, item: str) -> str:
     numeric = re.fullmatch(r"[-+.\deE]+", item) is not None
     choices: list[str] = []
     for key, hint in hints.items():
-        if numeric and hint in (int, float):
+        if numeric and hint in (int, float) and key != "group":  # a group is always named
             return key
         if typing.get_origin(hint) is Literal:
             if item in typing.get_args(hint):

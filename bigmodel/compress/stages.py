@@ -11,7 +11,7 @@ import shutil
 from dataclasses import replace
 
 from bigmodel import log, train, workdir
-from bigmodel.compress import quantize, recipe, report, trained
+from bigmodel.compress import distill, prune, quantize, recipe, report, structure, trained
 from bigmodel.compress.recipe import Op, Stage
 from bigmodel.compress.trained import Trained
 from bigmodel.config import InputError
@@ -41,7 +41,7 @@ def run(
         rows, models = [report.describe("dense", model)], [model]
         for number, stage in enumerate(stages, 1):
             for index, op in enumerate(stage.ops):
-                model = _apply(model, op, scratch / f"{number}-{index}")
+                model = _apply(model, op, scratch / f"{number}-{index}", pathlib.Path(directory))
             log.say(f"stage     {stage.name}")
             rows.append(report.describe(stage.name, model))
             models.append(model)
@@ -58,25 +58,38 @@ def run(
     return rows
 
 
-def _apply(model: Trained, op: Op, scratch: pathlib.Path) -> Trained:
+def _apply(model: Trained, op: Op, scratch: pathlib.Path, teacher: pathlib.Path) -> Trained:
     """One step of a stage. What trains does so in `scratch`, a workdir of its own."""
     if isinstance(op, recipe.Quantize):
+        if op.steps:
+            model = tune(quantize.aware(model, op), op.steps, 0.0, scratch)
         return quantize.apply(model, op)
-    return finetune(model, op, scratch)
+    if isinstance(op, recipe.Finetune):
+        return tune(model, op.steps, op.lr, scratch)
+    if isinstance(op, recipe.Distill):
+        student = distill.begin(model, op, teacher)
+        return distill.end(tune(student, op.steps, distill.learning_rate(model, op), scratch))
+    if op.unit != "weights":
+        return structure.apply(model, op)
+    if not op.steps:
+        return prune.apply(model, op)
+    model = tune(prune.scheduled(model, op), op.steps, 0.0, scratch)
+    return prune.finished(model)
 
 
-def finetune(model: Trained, op: recipe.Finetune, scratch: pathlib.Path) -> Trained:
-    """Trains on: a run of its own, in the order of another seed."""
+def tune(model: Trained, steps: int, lr: float, scratch: pathlib.Path) -> Trained:
+    """Trains on: a run of its own, in the order of another seed.
+
+    Args:
+        lr: 0: a tenth of the config's.
+    """
     old = model.config
-    optim = replace(old.optim, lr=op.lr or old.optim.lr / 10)
-    log_ = replace(old.log, tensorboard=False)
-    rare = max(op.steps, 1)
     config = old.replace(
-        seed=old.seed + 1, steps=op.steps, budget=0.0, optim=optim, log=log_,
-        eval=replace(old.eval, every_steps=rare), checkpoint=replace(old.checkpoint, every_steps=rare),
+        seed=old.seed + 1, steps=steps, budget=0.0, optim=replace(old.optim, lr=lr or old.optim.lr / 10),
+        log=replace(old.log, tensorboard=False), eval=replace(old.eval, every_steps=steps),
+        checkpoint=replace(old.checkpoint, every_steps=steps),
     )  # fmt: skip
-    start = trained.changed(model, config, model.params, model.rest)
-    trained.save(start, scratch)
+    trained.save(trained.changed(model, config, model.params, model.rest), scratch)
     result = train.run(config, scratch)
     params = result.state.get("ema", result.state["params"])
     return Trained(result.program, params, result.state["rest"], scratch, result.state, result.step)

@@ -18,7 +18,7 @@ from bigmodel.program import Program
 # What `train` and `evaluate` make of a run; every other file of a workdir (a tokenizer) goes with the model.
 MADE = (
     "config.json", "plan.json", "ledger.json", "metrics.jsonl", "loss.png", "evaluation.json", "report.json",
-    "report.png", ".lock",
+    "report.png", "init.json", ".lock",
 )  # fmt: skip
 
 
@@ -45,8 +45,8 @@ def load(directory: str | os.PathLike[str]) -> Trained:
 
 
 def build(config: Config, like: Program) -> Program:
-    """The Program of a changed config, on the devices that `like` is on."""
-    return program.build(config, like.mesh, data.batch_spec(config))
+    """The Program of a changed config, on the devices that `like` is on, for the same batches."""
+    return program.build(config, like.mesh, like.batch_spec)
 
 
 def changed(model: Trained, config: Config, params: Any, rest: Any) -> Trained:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 
 import jax
 
+from bigmodel import workdir
 from bigmodel.config import Config
 from bigmodel.models import (
     bert,
     detector,
+    distilled,
     gan,
     gpt,
     held,
@@ -40,6 +43,14 @@ FAMILIES = {
 
 
 def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
-    """The model of `config` for batches of `spec`, before any array exists."""
+    """The model of `config`, with its teacher if it has one, for batches of `spec`; no array exists yet."""
+    definition = _alone(config, spec)
+    if not config.distill.teacher:
+        return definition
+    taught = workdir.read_config(pathlib.Path(config.distill.teacher))
+    return distilled.wrap(definition, _alone(taught, spec), config, taught)
+
+
+def _alone(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
     family = FAMILIES[config.model.name]
     return held.wrap(module.define(lambda rngs: family(config, spec, rngs)), config.quantize)

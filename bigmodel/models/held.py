@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bigmodel import mesh
 from bigmodel.config import InputError, Quantize
@@ -36,7 +37,12 @@ def wrap(definition: Definition, how: Quantize) -> Definition:
             return w
         if how.aware:
             return weights.Rounded(w, sums[name], how.weights, how.group)
-        return weights.quantize(w, sums[name], how.weights, how.group)
+        quantized = weights.quantize(w, sums[name], how.weights, how.group)
+        return (
+            with_activation(quantized, sums[name], jnp.float32(1))
+            if rounds_inputs(how, sums[name])
+            else quantized
+        )
 
     def pack(params: Tree) -> tuple[Tree, Tree]:
         return split(jax.tree_util.tree_map_with_path(as_held, params), how)
@@ -53,6 +59,17 @@ def wrap(definition: Definition, how: Quantize) -> Definition:
         definition, params_spec=params_spec, rest_spec={**definition.rest_spec, **held_spec},
         held=tuple(held_spec), pack=pack, unpack=unpack,
     )  # fmt: skip
+
+
+def rounds_inputs(how: Quantize, sums: tuple[int, ...]) -> bool:
+    """Whether a weight with these summed axes has its inputs quantized too: a product's, a convolution's."""
+    return how.activations != "none" and sums in ((-2,), (-4, -3, -2))
+
+
+def with_activation(w: weights.Quantized, sums: tuple[int, ...], scale: jax.Array) -> weights.Quantized:
+    """`w` with a scale of its inputs for each of its leading dimensions (a stack's depth)."""
+    lead = w.shape[: w.ndim + min(sums)]
+    return dataclasses.replace(w, activation=jnp.broadcast_to(scale, lead))
 
 
 def chosen(definition: Definition, how: Quantize) -> dict[str, tuple[int, ...]]:
@@ -77,25 +94,26 @@ def chosen(definition: Definition, how: Quantize) -> dict[str, tuple[int, ...]]:
 
 def split(params: Tree, how: Quantize) -> tuple[Tree, Tree]:
     """Parameters, some of them `weights.Quantized` -> (the plain ones, {"codes", "scale", ...})."""
-    plain: Tree = {}
-    held: Tree = {part: {} for part in PARTS[: 2 + (how.activations != "none")]}
-    for path, w in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_quantized):
-        keys = mesh.path_str(path).split("/")
-        if _is_quantized(w):
-            for part in held:
-                _set(held[part], keys, getattr(w, part))
-        else:
-            _set(plain, keys, w)
-    return plain, held
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_quantized)
+    flat = {mesh.path_str(path): w for path, w in leaves}
+    plain = {name: w for name, w in flat.items() if not _is_quantized(w)}
+    parts = PARTS[: 2 + (how.activations != "none")]
+    held = {
+        part: mesh.nest(
+            {
+                n: getattr(w, part)
+                for n, w in flat.items()
+                if _is_quantized(w) and getattr(w, part) is not None
+            }
+        )
+        for part in parts
+    }
+    return mesh.nest(plain), held
 
 
 def join(params: Tree, held: Mapping[str, Tree], whole_spec: Tree, how: Quantize) -> Tree:
     """The inverse of `split`."""
-    trees = {"params": params, **held}
-    flat = {
-        part: {mesh.path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for part, tree in trees.items()
-    }
+    flat = {part: mesh.by_path(tree) for part, tree in {"params": params, **held}.items()}
 
     def leaf(path: Any, spec: Any) -> Any:
         name = mesh.path_str(path)
@@ -111,9 +129,3 @@ def join(params: Tree, held: Mapping[str, Tree], whole_spec: Tree, how: Quantize
 
 def _is_quantized(x: Any) -> bool:
     return isinstance(x, weights.Quantized)
-
-
-def _set(tree: Tree, keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[keys[-1]] = value

@@ -8,7 +8,7 @@ step is traced, so a compiled step sees nothing but dicts, and Flax costs nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ class Definition:
     held: tuple[str, ...] = ()  # parts of `rest` that hold weights
     pack: Callable[[Tree], tuple[Tree, Tree]] = lambda params: (params, {})  # whole -> params, parts of rest
     unpack: Callable[[Tree, Tree], Tree] = lambda params, held: params  # the inverse
+    # What training runs forward beside it: part of `rest` -> its definition, whose params and rest are there.
+    frozen: Mapping[str, Definition] = field(default_factory=dict)
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest)."""

@@ -14,6 +14,7 @@ from jax.extend import core
 
 from bigmodel import mesh, tasks
 from bigmodel.config import Config
+from bigmodel.models.module import Definition
 from bigmodel.program import Program, gradients
 
 
@@ -24,8 +25,17 @@ def count(function: Callable[..., Any], *specs: Any) -> float:
 
 def forward_flops(program: Program) -> float:
     """FLOPs of the forward pass over one global batch, attention counted in full (causal would halve it)."""
-    model, spec = program.model, program.state_spec
-    shapes, batch = _shapes((spec["params"], spec["rest"])), _shapes(program.batch_spec)
+    return _forward(program, program.model, program.state_spec["params"], program.state_spec["rest"])
+
+
+def teacher_flops(program: Program) -> float:
+    """Of the models that training runs forward beside its own, over one global batch."""
+    told = program.state_spec["rest"]
+    return sum(_forward(program, model, **told[part]) for part, model in program.model.frozen.items())
+
+
+def _forward(program: Program, model: Definition, params: Any, rest: Any) -> float:
+    shapes, batch = _shapes((params, rest)), _shapes(program.batch_spec)
 
     def forward(params: Any, rest: Any, batch: Any) -> Any:
         with mesh.plain():  # kernels hide their FLOPs; the plain form shows them
@@ -42,7 +52,7 @@ def model_flops(program: Program) -> float:
     """
     if tasks.make(program.config).passes_many:
         return gradient_flops(program)
-    return 3 * forward_flops(program)
+    return 3 * forward_flops(program) + teacher_flops(program)
 
 
 def gradient_flops(program: Program) -> float:

@@ -1,0 +1,81 @@
+"""What a trained model does on its training data: the inputs of its products, and the slope of its loss.
+
+Legend: I inputs of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigmodel import mesh, tasks
+from bigmodel.compress import trained
+from bigmodel.compress.trained import Trained
+from bigmodel.models import weights
+
+BATCHES = 4  # of the config's batch_size, from the training split
+
+
+def batches(model: Trained, count: int = BATCHES) -> Iterator[dict[str, jax.Array]]:
+    """The first batches of the training split, on the mesh."""
+    pipeline = trained.train_data(model)
+    return (model.program.put(pipeline[step]) for step in range(count))
+
+
+def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
+    """What is seen of the inputs of each product named, over the batches; float32.
+
+    Args:
+        what: `gram` -> [..., I, I], the sum of x x^T; `largest` -> [...], the largest |x|. The leading
+            dimensions are the weight's own (a stack's depth).
+
+    Products that the model does not compute by `weights.product` or `conv` (largest alone) are left out.
+    """
+    whole = mesh.by_path(model.params)
+    sums = model.program.model.products
+    seen_by = {"gram": ((-2,),), "largest": ((-2,), (-4, -3, -2))}[what]
+    direct = [name for name in names if sums[name] in seen_by]
+
+    def probe(name: str) -> dict[str, jax.Array]:
+        w = whole[name]
+        lead = w.shape[: w.ndim + min(sums[name])]
+        return {what: jnp.zeros((*lead, w.shape[-2], w.shape[-2]) if what == "gram" else lead, jnp.float32)}
+
+    def outputs(probes: Any, params: Any, rest: Any, batch: Any) -> jax.Array:
+        flat = mesh.by_path(params)
+        watched = {name: weights.Observed(flat[name], probes[name]) for name in direct}
+        params = mesh.with_leaves(params, watched)
+        out, _ = model.program.model.apply(params, rest, batch, key=None, train=False)
+        return sum((x.astype(jnp.float32).sum() for x in jax.tree.leaves(out)), jnp.float32(0))
+
+    seen = _jitted(model, jax.grad(outputs))
+    probes = {name: probe(name) for name in direct}
+    combine = jnp.add if what == "gram" else jnp.maximum
+    total = probes
+    for batch in batches(model):
+        total = jax.tree.map(combine, total, seen(probes, model.params, model.rest, batch))
+    found = {name: x[what] for name, x in total.items()}
+    return {name: x for name, x in found.items() if bool((x != 0).any())}
+
+
+def slopes(model: Trained) -> Iterator[Any]:
+    """The gradient of the mean loss, batch by batch."""
+    task = tasks.make(model.config)
+
+    def loss(params: Any, rest: Any, batch: Any) -> jax.Array:
+        outputs, _ = model.program.model.apply(params, rest, batch, key=None, train=False)
+        return task.terms(outputs, batch, False)["loss"][0] / jnp.maximum(task.weight(batch), 1e-9)
+
+    slope = _jitted(model, jax.grad(loss))
+    return (slope(model.params, model.rest, batch) for batch in batches(model))
+
+
+def _jitted(model: Trained, function: Any) -> Any:
+    def on_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(model.program.mesh.abstract_mesh):
+            return function(*args)
+
+    return jax.jit(on_mesh)

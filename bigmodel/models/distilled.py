@@ -1,0 +1,154 @@
+"""A student and its teacher as one Definition: in training both see the batch, and the student is also told
+what the teacher makes of it.
+
+The teacher's arrays are `rest["teacher"]`: nothing trains them, checkpoints and the mesh know them as any
+others, and a plan counts their bytes and FLOPs. Evaluation runs the student alone.
+
+Legend: B batch, L positions, V vocabulary or classes, D features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigmodel import mesh
+from bigmodel.config import Config, InputError
+from bigmodel.families import IMAGE_TASKS
+from bigmodel.models import weights
+from bigmodel.models.module import Definition, Tree
+
+NAME = "teacher"
+OUTPUT = ("head/kernel", "classifier/head/kernel", "embed/table")  # the output layer: the first that is there
+
+
+@dataclass(frozen=True)
+class Distilled(Definition):
+    """Built by `wrap`; `frozen` is the teacher."""
+
+    student: Any = None
+    config: Any = None
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        """key -> (params, rest); the teacher's arrays are random until `distil.fill` puts its own there."""
+        params, rest = self.student.init(key)
+        teacher_params, teacher_rest = self.frozen[NAME].init(key)
+        return params, {**rest, NAME: {"params": teacher_params, "rest": teacher_rest}}
+
+    def apply(
+        self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
+    ) -> tuple[Any, Tree]:
+        """As the student's; in training the outputs' `losses` hold the distance from the teacher."""
+        own = {part: value for part, value in rest.items() if part != NAME}
+        how, told = self.config.distill, jax.lax.stop_gradient(rest[NAME])
+        if not train:
+            outputs, own = self.student.apply(params, own, batch, key=key, train=False)
+            return outputs, {**own, NAME: rest[NAME]}
+        features: list[list[jax.Array]] = [[], []]
+        if how.hidden:
+            params = _watched(params, features[0])
+            told = {**told, "params": _watched(told["params"], features[1])}
+        outputs, own = self.student.apply(params, own, batch, key=key, train=True)
+        target, _ = self.frozen[NAME].apply(told["params"], told["rest"], batch, key=None, train=False)
+        loss = how.weight * distance(self.config, logits(outputs), jax.lax.stop_gradient(logits(target)))
+        losses = {"distill": loss}
+        if how.hidden:
+            x, y = features[0][-1], jax.lax.stop_gradient(features[1][-1])
+            losses["hidden"] = how.hidden * likeness(x, y, loss.shape)
+        losses = {name: _for_task(self.config, value, batch) for name, value in losses.items()}
+        given = outputs if isinstance(outputs, Mapping) else {"logits": outputs}
+        return {**given, "losses": {**given.get("losses", {}), **losses}}, {**own, NAME: rest[NAME]}
+
+
+def wrap(student: Definition, teacher: Definition, config: Config, taught: Config) -> Definition:
+    """The two as one.
+
+    Args:
+        config, taught: the student's and the teacher's.
+
+    Raises:
+        InputError: they do not predict the same thing.
+    """
+    where = config.distill.teacher
+    for key in ("vocab_size", "num_classes"):
+        own, other = (getattr(c.model, key, None) for c in (config, taught))
+        if own != other:
+            raise InputError(f"distill.teacher={where} has model.{key}={other}; set model.{key} so")
+    if taught.task.name != config.task.name:
+        raise InputError(
+            f"distill.teacher={where} does task.name={taught.task.name}, not {config.task.name}; "
+            "give a teacher of the same task"
+        )
+    if config.task.name not in IMAGE_TASKS and taught.seq_len != config.seq_len:
+        raise InputError(f"distill.teacher={where} has seq_len={taught.seq_len}; set seq_len so")
+    for who, definition in (("model", student), ("teacher", teacher)):
+        if config.distill.hidden and _output(definition.params_spec) is None:
+            raise InputError(
+                f"distill.hidden finds no plain output layer in the {who}; set distill.hidden to 0"
+            )
+    spec = {"params": teacher.params_spec, "rest": teacher.rest_spec}
+    fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(Definition)}
+    fields |= {
+        "rest_spec": {**student.rest_spec, NAME: spec},
+        "held": (*student.held, NAME),
+        "unpack": lambda params, held: student.unpack(params, {part: held[part] for part in student.held}),
+    }
+    return Distilled(**fields | {"frozen": {NAME: teacher}}, student=student, config=config)
+
+
+def logits(outputs: Any) -> jax.Array:
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs
+
+
+def distance(config: Config, student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """How far logits [..., V] are from the teacher's -> [...]: T^2 KL(teacher || student) of probabilities at
+    temperature T (Hinton et al. 2015, section 2); of several labels each its own; of values, squares."""
+    t = config.distill.temperature
+    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    if config.task.name == "regress":
+        return jnp.square(student - teacher).mean(-1)
+    if config.task.name == "multilabel":
+        soft = jax.nn.sigmoid(teacher / t)
+        return t * t * (optax.sigmoid_binary_cross_entropy(student / t, soft)).mean(-1)
+    log_p, log_q = jax.nn.log_softmax(teacher / t), jax.nn.log_softmax(student / t)
+    return t * t * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def likeness(x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """How differently the student's features x [..., N, D] and the teacher's y [..., N, E] relate N rows
+    to each other (Tung and Mori 2019, eq. 2-4); of any widths -> `shape`."""
+
+    def related(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        gram = jnp.einsum("...ND,...MD->...NM", x, x)
+        return gram / jnp.maximum(jnp.linalg.norm(gram, axis=-1, keepdims=True), 1e-6)
+
+    off = jnp.square(related(x) - related(y)).sum(-1)
+    return off if off.shape == shape else jnp.broadcast_to(off.mean(), shape)
+
+
+def _for_task(config: Config, loss: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """A masked-word model's losses are told by position of the text [B, L], not of the masks [B, M]."""
+    if config.task.name != "mlm":
+        return loss
+    real = batch["masked_real"]
+    mean_B1 = (loss * real).sum(1, keepdims=True) / jnp.maximum(real.sum(1, keepdims=True), 1)
+    return jnp.broadcast_to(mean_B1, batch["segments"].shape)
+
+
+def _output(tree: Tree) -> str | None:
+    """The path of the output layer's weight."""
+    return next((name for name in OUTPUT if name in mesh.by_path(tree)), None)
+
+
+def _watched(tree: Tree, seen: list[jax.Array]) -> Tree:
+    """The parameters, of which the output layer's tells what it is multiplied with."""
+    name = _output(tree)
+    assert name is not None
+    return mesh.with_leaves(tree, {name: weights.Watched(mesh.by_path(tree)[name], seen)})
