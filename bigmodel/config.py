@@ -29,7 +29,7 @@ Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
 
 @dataclass(frozen=True)
 class Task:
-    name: Literal["lm", "mlm", "seq2seq", "classify", "multilabel", "regress", "gan", "detect"] = "lm"
+    name: Literal["lm", "mlm", "seq2seq", "classify", "multilabel", "regress", "gan", "detect", "rank"] = "lm"
     label_smoothing: float = 0.0
     mask_rate: float = 0.15  # mlm, and seq2seq on plain text: the share of tokens to be predicted
     mean_span: float = 3.0  # seq2seq on plain text: tokens in a corrupted span
@@ -40,8 +40,11 @@ class Task:
     class_weights: Literal["none", "balanced"] = "none"  # balanced: the training loss weighs classes alike
     aux_weight: float = 0.3  # of each auxiliary classifier's loss, for models that have them
     huber_delta: float = 0.0  # regress: squared error up to here, absolute beyond; 0: squared everywhere
-    top_k: int = 5  # classify: also counts a label among so many likeliest; 1: does not
+    top_k: int = 5  # classify: also counts a label among so many likeliest; rank: HR@k, NDCG@k
     gan_loss: Literal["non-saturating", "hinge", "wgan-gp"] = "non-saturating"
+    rank_loss: Literal["binary", "softmax", "rating"] = "binary"  # softmax: among the batch's items
+    negatives: int = 4  # rank, binary: for each rating of a user, items that it never rated
+    eval_negatives: int = 0  # rank: a held-out item is ranked among so many that are drawn; 0: among all
     gradient_penalty: float = 10.0  # wgan-gp: the weight of (slope - 1)^2 (Gulrajani et al. 2017)
     most_detections: int = 100  # detect: of an image, the best ones
     least_score: float = 0.05  # detect: a detection below this is none
@@ -50,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Data:
-    """What to read. `name` is a TFDS or bundled dataset, `text:GLOB` or `pairs:GLOB`: see data/sources.py."""
+    """What to read. `name`: a TFDS or bundled dataset, or files such as `text:GLOB`: see data/sources.py."""
 
     name: str = "python_source"
     split: str = "train"
@@ -61,8 +64,12 @@ class Data:
     shuffle: bool = True
     cache: bool = True  # keep decoded images in memory, and token files on disk, after the first read
     prefetch: int = 2  # batches made ready ahead of the step
-    label: str = "label"  # images: the feature that is learnt
-    group: str = ""  # images: a feature that parts the examples into groups, for gaps between them
+    label: str = "label"  # of one output an example: the feature that is learnt
+    text: str = "text"  # the feature that holds the text
+    categorical: tuple[str, ...] = ()  # tables: columns that are categories though they hold numbers
+    ignore: tuple[str, ...] = ()  # tables: columns left out
+    min_count: int = 2  # tables: a category that fewer training rows have is an unknown one
+    group: str = ""  # a feature that parts the examples into groups, for gaps between them
     image_size: int = 0  # images: resized to this, then cut square; 0: as stored, if all have one size
     eval_crop: float = 1.0  # evaluation resizes to image_size / eval_crop, and cuts the middle out
     mean: tuple[float, ...] = ()  # of a channel, in 0..1, for normalising; nothing: 0.5
@@ -73,7 +80,7 @@ class Data:
     # Classes are drawn ~ their count, its root, alike; over, under: in epochs of equal counts, see balance.py
     balance: Literal["none", "sqrt", "balanced", "over", "under"] = "none"
     max_boxes: int = 100  # detect: places for an image's boxes; one with more is a bad record
-    max_skipped: int = 0  # images: so many bad records are skipped and reported; one more is an error
+    max_skipped: int = 0  # records or rows of files: so many bad ones are skipped, one more is an error
 
 
 @dataclass(frozen=True)
@@ -363,7 +370,7 @@ def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
         yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
     if task.next_sentence and not getattr(c.model, "pooler", False):
         yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
-    for key in ("focal_gamma", "aux_weight", "huber_delta", "gradient_penalty"):
+    for key in ("focal_gamma", "aux_weight", "huber_delta", "eval_negatives", "gradient_penalty"):
         if getattr(task, key) < 0:
             yield key, f"is {getattr(task, key)}: set it to 0 or more"
     if task.gan_loss == "wgan-gp" and getattr(c.model, "norm", "") == "batch":

@@ -48,7 +48,11 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
     return values
 
 
-LABELS = ("label", "group")  # what of a batch `collect` keeps beside the predictions, but for these tasks:
+LABELS = (
+    "label",
+    "label_scale",
+    "group",
+)  # what of a batch `collect` keeps beside the predictions, but for these tasks:
 BESIDE = {"gan": ("image",), "detect": ("boxes", "labels")}
 
 
@@ -56,7 +60,8 @@ def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
     """What the task keeps of every example of a split, once each and in order, on every host.
 
     -> {"output": float32 [N, ...], "label": [N, ...], and "group": [N] if the config names one}; for tasks
-    whose predictions are not their logits, what tasks.PREDICTIONS says.
+    whose predictions are not their logits, what tasks.PREDICTIONS says. Numbers that were standardised are in
+    their own unit again.
     """
     parts: list[Examples] = []
     wanted = (*BESIDE.get(program.config.task.name, LABELS), "mask")
@@ -67,6 +72,9 @@ def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
             beside = everywhere({name: batch[name] for name in names})
             got = jax.device_get({**program.predict(state, batch), **beside})
             there = got.pop("mask") > 0
+            if (scale_B2 := got.pop("label_scale", None)) is not None:
+                for name in ("output", "label"):
+                    got[name] = got[name] * scale_B2[:, 1:] + scale_B2[:, :1]
             parts.append({name: value[there] for name, value in got.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -38,6 +38,7 @@ class Transformer:
     # The residual stream's width over mesh.tensor, too. Not in T5: there XLA (jax 0.10.2) computes wrong
     # gradients on data x fsdp x tensor, off by percents, without a word; a test holds this.
     STREAM_OVER_TENSOR: ClassVar[bool] = True
+    INPUTS: ClassVar[tuple[str, ...]] = ("text",)
     name: str = "transformer"
     depth: int = 4
     width: int = 128
@@ -200,6 +201,7 @@ class T5(Transformer):
 class ViT(Transformer):
     """Image classifier on patches (Dosovitskiy et al. 2020)."""
 
+    INPUTS = ("image",)
     TASKS = IMAGE_TASKS
     name: str = "vit"
     patch: int = 4  # pixels a side
@@ -219,6 +221,7 @@ class RNN:
     """LSTM or GRU over tokens: a language model, or a classifier that reads the last state."""
 
     TASKS = ("lm", "classify")
+    INPUTS = ("text",)
     name: str = "rnn"
     cell: Literal["lstm", "gru"] = "lstm"
     depth: int = 2
@@ -255,6 +258,7 @@ class ImageModel:
     """An image classifier (or regressor) without derived sizes, whose sizes suit any mesh."""
 
     TASKS: ClassVar[tuple[str, ...]] = IMAGE_TASKS
+    INPUTS: ClassVar[tuple[str, ...]] = ("image",)  # what of a dataset it can take; the first that is there
 
     def resolve(self) -> Self:
         return self
@@ -280,13 +284,16 @@ class CNN(ImageModel):
 class MLP(ImageModel):
     """Dense + ReLU for each entry of `widths`, then a dense layer to the classes."""
 
+    INPUTS = ("image", "table")
     name: str = "mlp"
     widths: tuple[int, ...] = (512, 512)
     dropout: float = 0.0
     num_classes: int = 10
+    rows: int = 0  # tables: categories over all columns, an unknown one for each among them
+    embed_width: int = 16  # of a category
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from _positive(self, "widths", "num_classes")
+        yield from _positive(self, "widths", "num_classes", "embed_width")
         yield from _rate(self)
 
 
@@ -436,4 +443,56 @@ class Detector(ImageModel):
             yield "levels", f"is {self.levels}: give stages in a row out of 1,2,3,4, such as 2,3,4"
 
 
-Model = GPT | BERT | T5 | RNN | ViT | CNN | MLP | AlexNet | VGG | ResNet | Inception | GAN | Detector
+@dataclass(frozen=True)
+class Recommender:
+    """Who likes what: `mf`, `ncf`, `two_tower` on ids of users and items; `dlrm` on rows of a table."""
+
+    name: str = "recommender"
+    kind: Literal["mf", "ncf", "two_tower", "dlrm"] = "mf"
+    users: int = 1024  # rows of the users' table: one for whoever is unknown, then one for each user
+    items: int = 512
+    rows: int = 0  # dlrm: categories over all columns, an unknown one for each among them
+    width: int = 16  # of an embedding (ncf: of its product part)
+    widths: tuple[int, ...] = (64, 32, 16)  # ncf's network, each tower, dlrm's last network
+    bottom: tuple[int, ...] = (64, 32)  # dlrm: hidden layers under the numbers
+    temperature: float = 0.1  # two_tower: cosines are divided by it
+    num_classes: int = 2  # dlrm
+
+    @property
+    def TASKS(self) -> tuple[str, ...]:
+        return IMAGE_TASKS if self.kind == "dlrm" else ("rank",)
+
+    @property
+    def INPUTS(self) -> tuple[str, ...]:
+        return ("table",)
+
+    def resolve(self) -> Self:
+        return self
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from _positive(self, "users", "items", "width", "widths", "num_classes")
+        if self.bottom:
+            yield from _positive(self, "bottom")
+        if self.temperature <= 0:
+            yield "temperature", f"is {self.temperature}: set it above 0, such as 0.1"
+
+    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
+        return ()
+
+
+Model = (
+    GPT
+    | BERT
+    | T5
+    | RNN
+    | ViT
+    | CNN
+    | MLP
+    | AlexNet
+    | VGG
+    | ResNet
+    | Inception
+    | GAN
+    | Detector
+    | Recommender
+)

@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
     (r"/experts/down/bias$", ("expert", None)),
     (r"/layers/\d+/(inputs|state)/kernel$", ("fsdp", None, "tensor")),  # recurrent [inputs, gates, width]
     (r"/layers/\d+/(inputs|state)/bias$", (None, "tensor")),
+    (r"/rows$", (AXES, None)),  # large tables: rows over the whole mesh
     (r"/table$", ("tensor", "fsdp")),  # embeddings [vocabulary, width]
     (r"/(q|k|v|up|gate)/bias$", ("tensor",)),
     (r"/(out|down)/kernel$", ("tensor", "fsdp")),  # row-parallel [hidden, width]

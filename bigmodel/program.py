@@ -49,10 +49,13 @@ class Program:
         return self.lower().compile(dict(self.config.compiler_options))
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
-        """This host's rows of a batch (numpy) -> the global batch on the mesh."""
+        """This host's rows of a batch (numpy) -> the global batch on the mesh.
+
+        A batch of evaluation may hold more than `batch_spec` says."""
+        sharding, size = mesh_lib.batch_sharding(self.mesh), self.config.batch_size
         return {
-            name: jax.make_array_from_process_local_data(s.sharding, batch[name], s.shape)
-            for name, s in self.batch_spec.items()
+            name: jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
+            for name, rows in batch.items()
         }
 
 
@@ -111,8 +114,8 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
             out_shardings=(state_sharding, everywhere),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(on_mesh(eval_step), in_shardings=(None, batch_sharding), out_shardings=everywhere),
-        predict=jax.jit(on_mesh(predict), in_shardings=(None, batch_sharding), out_shardings=everywhere),
+        eval_step=jax.jit(on_mesh(eval_step), in_shardings=(None, sharding), out_shardings=everywhere),
+        predict=jax.jit(on_mesh(predict), in_shardings=(None, sharding), out_shardings=everywhere),
     )
 
 

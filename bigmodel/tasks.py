@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigmodel import detection
+from bigmodel import detection, ranking
 from bigmodel.config import Config
 from bigmodel.config import Task as TaskConfig
 from bigmodel.metrics import Metrics
@@ -294,6 +294,7 @@ TASKS: dict[str, tuple[Callable[[Batch], jax.Array], Terms]] = {  # what weighs 
     "regress": (_weight, _regress),
     "gan": (_weight, _gan),
     "detect": (_detect_weight, _detect),
+    "rank": (_weight, ranking.terms),
 }
 
 
@@ -302,6 +303,7 @@ def _logits_alone(outputs: Any, task: TaskConfig) -> dict[str, jax.Array]:
 
 
 PREDICTIONS: dict[str, Callable[[Any, TaskConfig], dict[str, jax.Array]]] = {  # where it is not the logits
+    "rank": lambda outputs, task: {name: x for name, x in outputs.items() if name != "in_batch"},
     "gan": lambda outputs, task: {"fake": outputs["image"].astype(jnp.float32)},
     "detect": lambda outputs, task: detection.decode(
         outputs, task.most_detections, task.nms_overlap, task.least_score

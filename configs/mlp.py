@@ -1,9 +1,13 @@
-"""A multilayer perceptron: two hidden layers of 512 with ReLU.
+r"""A multilayer perceptron: two hidden layers of 512 with ReLU, for images or the rows of a table.
 
-python scripts/train.py --config=configs/mlp.py --workdir=runs/mlp
+    python scripts/train.py --config=configs/mlp.py --workdir=runs/mlp
+    python scripts/train.py --config=configs/mlp.py:data=table:people.csv,classes=2,rows=1024 \
+        --config.data.label=income --workdir=runs/people
 
 Claim: the floor that any network for images should beat. Planned for 28 x 28 pixels: 0.67 M parameters,
-0.5 GFLOP a step of 128; not measured. Any TFDS image classification set of one image size works.
+0.5 GFLOP a step of 128; not measured. Any TFDS image classification set of one image size works. A table's
+categories are embedded: `rows` over all columns (errors name the number). `--config.task.name=regress` with
+classes=1 learns a number.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from bigmodel import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Arguments: `data` (a dataset's name), `classes`."""
-    args = config_lib.parse_arg(arg, data="digits", classes=10)
+    """Arguments: `data` (a dataset's name), `classes`, `rows` (of a table's categories)."""
+    args = config_lib.parse_arg(arg, data="digits", classes=10, rows=0)
     config = ml_collections.ConfigDict()
     config.model = {"name": "mlp", "widths": (512, 512), "dropout": 0.2, "num_classes": args.classes}
+    config.model.rows = args.rows
     config.task = {"name": "classify"}
     config.data = {"name": args.data}
     config.batch_size = 128

@@ -14,7 +14,18 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bigmodel.config import Config, Data, InputError
-from bigmodel.data import balance, images, labels, objectives, objects, sources, text, transforms
+from bigmodel.data import (
+    balance,
+    images,
+    labels,
+    objectives,
+    objects,
+    ratings,
+    sources,
+    tables,
+    text,
+    transforms,
+)
 from bigmodel.data.labels import Shapes
 from bigmodel.families import IMAGE_TASKS
 
@@ -243,6 +254,60 @@ def _objects(config: Config, split: str, workdir: pathlib.Path | None, train: bo
     return Parts(objects.Records(source, config, where), objects.Prepare(config, train), facts)
 
 
+def _texts(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    d = config.data
+    tokenizer = _tokenizer(config, workdir, special=2)
+    cls = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2) - 2
+    _texts_shapes(config)  # whatever is wrong with the features
+    opened = labels.open_split(config, split, tuple(filter(None, (d.text, d.label, d.group))))
+    where = labels.where(config, opened, split)
+    source = labels.Numbered(config, opened, where)
+
+    def prepare(weights: np.ndarray | None) -> transforms.Transform:
+        def finish(batch: Mapping[str, np.ndarray], positions: np.ndarray) -> transforms.Batch:
+            ids = tokenizer.encode_all(batch[d.text].tolist())
+            rows = objectives.whole_texts(ids, config.seq_len, first=cls, end=tokenizer.separator)
+            return {**rows, **labels.finish(config, batch, weights)}
+
+        return finish
+
+    parts = _labelled(config, train, source, where, prepare, lambda: labels.column(source, d.label))
+    return parts._replace(facts=parts.facts | {"tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len})
+
+
+def _texts_shapes(config: Config) -> Shapes:
+    features = labels.features(config)
+    labels.require(config, features, config.data.text)
+    labels.check(config, labels.numbered(config, features))
+    tokens: Shapes = dict.fromkeys(("tokens", "segments", "positions"), ((config.seq_len,), np.int32))
+    return tokens | labels.shapes(config)
+
+
+def _tables(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    tables.shapes(config)  # whatever is wrong with the columns
+    columns = tables.fitted(config, workdir)
+    source = labels.open_split(config, split)
+    where = labels.where(config, source, split)
+    rows = labels.Numbered(config, tables.Encoded(config, source, columns), where)
+
+    def label_of() -> np.ndarray:
+        return labels.column(labels.Numbered(config, source, where), config.data.label).astype(np.int64)
+
+    parts = _labelled(
+        config, train, rows, where, functools.partial(tables.prepare, config, columns), label_of
+    )
+    return parts._replace(facts=parts.facts | {"columns": columns.fingerprint})
+
+
+def _rank(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+    """The ratings of `data.split`, the last one of each user held out for evaluation."""
+    found, task = ratings.load(config), config.task
+    facts: dict[str, Any] = {"source": found.fingerprint, "loss": task.rank_loss}
+    if train and task.rank_loss == "binary":
+        facts |= {"negatives": task.negatives, "draws": config.seed}
+    return Parts(ratings.Split(found, not train), ratings.finisher(config, found, train), facts)
+
+
 class Kind(NamedTuple):
     """How a task's batches are made, from (config, split, workdir, train), and their shapes."""
 
@@ -255,10 +320,30 @@ KINDS = {
     "lm": Kind(_lm, _lm_shapes),
     "mlm": Kind(_mlm, _mlm_shapes),
     "seq2seq": Kind(_seq2seq, _seq2seq_shapes),
-    **dict.fromkeys(IMAGE_TASKS, Kind(_images, images.shapes, labels.class_names)),
+    **dict.fromkeys(
+        IMAGE_TASKS,
+        Kind(
+            lambda config, *args: _content(config).parts(config, *args),
+            lambda config: _content(config).shapes(config),
+            labels.class_names,
+        ),
+    ),
     "gan": Kind(_gan, _gan_shapes),
     "detect": Kind(_objects, objects.shapes, objects.class_names),
+    "rank": Kind(_rank, ratings.shapes),
 }
+CONTENTS = {  # of what one output is made from
+    "image": Kind(_images, images.shapes),
+    "text": Kind(_texts, _texts_shapes),
+    "table": Kind(_tables, tables.shapes),
+}
+
+
+def _content(config: Config) -> Kind:
+    """The first that the model takes and the dataset has; if it has none, the last, whose error tells."""
+    takes, shown = config.model.INPUTS, {"image": "image", "text": config.data.text}
+    features = labels.features(config)
+    return CONTENTS[next((kind for kind in takes if shown.get(kind) in features), takes[-1])]
 
 
 def class_names(config: Config) -> tuple[str, ...]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from bigmodel.config import Config, InputError
 from bigmodel.data import sources
+from bigmodel.data.delimited import TableFiles
 from bigmodel.data.transforms import Batch
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape after the batch's dimension, dtype)
@@ -158,7 +159,12 @@ def check(config: Config, label: sources.Feature) -> None:
     if task in ONE_CLASS and (label.shape or not label.dtype.startswith(("int", "uint"))):
         raise InputError(
             f"data.label={config.data.label!r} of data.name={name!r} is not one class an example; set "
-            "task.name to multilabel or regress, or data.label to another feature"
+            "task.name to multilabel or regress, or data.label to a feature of names or of whole numbers"
+        )
+    if task != "classify" and label.dtype == "text":
+        raise InputError(
+            f"data.label={config.data.label!r} of data.name={name!r} is text; set task.name to "
+            "classify, or correct what is no number in it"
         )
     if task != "regress" and (label.num_classes or 0) > classes:
         raise InputError(
@@ -171,12 +177,6 @@ def check(config: Config, label: sources.Feature) -> None:
         )
     if task != "classify" and config.task.class_weights != "none":
         raise InputError(f"task.class_weights needs task.name=classify, not {task}; set it to none")
-
-
-def class_names(config: Config) -> tuple[str, ...]:
-    """What the dataset calls its classes; nothing where it has no names for them."""
-    name = name_of(config)
-    return sources.features_of(config.data.name, config.data.data_dir)[name].names if name else ()
 
 
 def name_of(config: Config) -> str:
@@ -192,3 +192,87 @@ def column(source: sources.Source, key: str) -> np.ndarray:
     """One feature of every record."""
     ends = range(0, len(source), CHUNK)
     return np.concatenate([source.read(np.arange(i, min(i + CHUNK, len(source))))[key] for i in ends])
+
+
+# ------------------------------------------------------------------------------------------ text and tables
+
+
+def features(config: Config) -> Mapping[str, sources.Feature]:
+    """The features of the dataset that a text or a table comes from."""
+    d = config.data
+    text = (d.text, *d.categorical)
+    return sources.features_of(d.name, d.data_dir, text=text, max_skipped=d.max_skipped)
+
+
+def open_split(config: Config, split: str, keys: Collection[str] | None = None) -> sources.Source:
+    d = config.data
+    text = (d.text, *d.categorical)
+    return sources.open_source(
+        d.name, split, d.data_dir, keys=keys, cache=d.cache, text=text, max_skipped=d.max_skipped
+    )
+
+
+def where(config: Config, source: sources.Source, split: str) -> Where:
+    """A file and its line, if the source has them, or the number of a record."""
+    if isinstance(source, TableFiles):
+        return source.where
+    return lambda index: f"data.name={config.data.name!r} split {split!r} record {index}"
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """What the dataset calls its classes; nothing where it has no names for them."""
+    label = name_of(config)
+    if not label:
+        return ()
+    feature = features(config)[label]
+    return tuple(names(config, label)) if feature.dtype == "text" else feature.names
+
+
+def names(config: Config, key: str) -> list[str]:
+    """The different values of a text feature in the training split, sorted."""
+    return sorted({as_text(value) for value in column(open_split(config, config.data.split, (key,)), key)})
+
+
+def as_text(value: Any) -> str:
+    """A category by name: text as it is, a number as it would be written."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Numbered:
+    """A source whose label and group, where they are text, are numbers instead: the place of their name."""
+
+    def __init__(self, config: Config, source: sources.Source, where: Where) -> None:
+        self._source, self._where, self._label = source, where, config.data.label
+        self.features, self.fingerprint = source.features, source.fingerprint
+        self.num_bytes = source.num_bytes
+        keys = {key for key in (config.data.label, config.data.group) if key}
+        texts = sorted(key for key in keys if source.features[key].dtype == "text")
+        self.names = {key: names(config, key) for key in texts}
+        self._at = {key: {name: at for at, name in enumerate(known)} for key, known in self.names.items()}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Raises InputError for a label that the training split does not have."""
+        out = self._source.read(indices)
+        for key, known in self._at.items():
+            ids = np.array([known.get(as_text(value), len(known)) for value in out[key]], np.int64)
+            if key == self._label and (ids == len(known)).any():
+                row = int(np.flatnonzero(ids == len(known))[0])
+                raise InputError(
+                    f"{self._where(int(indices[row]))} has {key} {as_text(out[key][row])!r}, which no "
+                    "example of the training split has; correct it, or skip it by data.max_skipped"
+                )
+            out[key] = ids
+        return out
+
+
+def numbered(config: Config, features: Mapping[str, sources.Feature]) -> sources.Feature:
+    """The label's feature, as `Numbered` gives it."""
+    label = features[config.data.label]
+    if label.dtype == "text" and config.task.name == "classify":
+        return sources.Feature((), "int64", len(names(config, config.data.label)))
+    return label

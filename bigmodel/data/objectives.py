@@ -204,3 +204,16 @@ def sequence_pairs(
     out["target_bytes"] = token_bytes[out["targets"]] * real
     out["positions"] = np.tile(np.arange(inputs, dtype=np.int32), (len(pairs), 1))
     return out
+
+
+# ------------------------------------------------------------------------------------------- whole texts
+
+
+def whole_texts(texts: Sequence[np.ndarray], length: int, *, first: int, end: int) -> Batch:
+    """Ids -> `tokens`, `segments`, `positions` int32 [B, L]: `first`, the text (cut to fit), `end`."""
+    tokens_BL, segments_BL = np.zeros((2, len(texts), length), np.int32)
+    for row, ids in enumerate(texts):
+        ids = np.concatenate([[first], ids[: length - 2], [end]])
+        tokens_BL[row, : len(ids)], segments_BL[row, : len(ids)] = ids, 1
+    positions_BL = np.tile(np.arange(length, dtype=np.int32), (len(texts), 1))
+    return {"tokens": tokens_BL, "segments": segments_BL, "positions": positions_BL}

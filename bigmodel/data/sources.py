@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import InputError
+from bigmodel.data import delimited
 from bigmodel.data.builders.prepare import find, one_line, prepared
+from bigmodel.data.delimited import TableFiles
 from bigmodel.data.files import Feature as Feature
 from bigmodel.data.files import PairFiles, TextFiles
 from bigmodel.data.files import Source as Source
@@ -37,15 +39,19 @@ def open_source(
     *,
     keys: Collection[str] | None = None,
     cache: bool = True,
+    text: Collection[str] = (),
+    max_skipped: int = 0,
 ) -> Source:
     """Opens a split of a dataset; a bundled one is made first if need be.
 
     Args:
-        name: `mnist`, `name/config:version` (TFDS), `python_source`, `digits`, `text:GLOB` or `pairs:GLOB`.
+        name: `mnist`, `name/config:version` (TFDS), a bundled one such as `digits`, `text:GLOB`, `pairs:GLOB`
+            or `table:GLOB`.
         split: a split's name, or a TFDS slice of it such as `train[:10%]`.
         data_dir: TFDS's directory; None is its own default.
         keys: the features to read; None reads all plain ones (images, labels, text).
         cache: keep decoded records of fixed size in memory, so each is decoded once.
+        text, max_skipped: of tables, see delimited.py.
 
     Raises:
         InputError: unknown or not prepared dataset, unknown split, no data, no random access.
@@ -54,11 +60,16 @@ def open_source(
         return TextFiles(name, split)
     if name.startswith("pairs:"):
         return PairFiles(name, split)
+    if name.startswith("table:"):
+        return TableFiles(name, split, text=text, max_skipped=max_skipped)
     return TfdsSource(name, split, data_dir, keys=keys, cache=cache)
 
 
-def features_of(name: str, data_dir: str | None = None) -> Mapping[str, Feature]:
-    """The features of a dataset whose data need not be there (they are part of its TFDS code).
+def features_of(
+    name: str, data_dir: str | None = None, *, text: Collection[str] = (), max_skipped: int = 0
+) -> Mapping[str, Feature]:
+    """The features of a dataset whose data need not be there (they are part of its TFDS code); a table's
+    columns are read from its files.
 
     Raises:
         InputError: unknown dataset.
@@ -67,6 +78,8 @@ def features_of(name: str, data_dir: str | None = None) -> Mapping[str, Feature]
         return TextFiles.features
     if name.startswith("pairs:"):
         return PairFiles.features
+    if name.startswith("table:"):
+        return delimited.features(name, text=text, max_skipped=max_skipped)
     return _features(find(name, data_dir))
 
 

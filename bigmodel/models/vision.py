@@ -1,6 +1,6 @@
 """Plain stacks: MLP, CNN, AlexNet and VGG. Legend: B batch, H height, W width, C channels, D features.
 
-Each maps batch `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype.
+Each (except a table's MLP) maps batch `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from bigmodel import mesh
 from bigmodel.config import Config, InputError
 from bigmodel.families import CNN as CNNConfig
 from bigmodel.families import MLP as MLPConfig
 from bigmodel.families import VGG as VGGConfig
 from bigmodel.families import VGG_STAGES
 from bigmodel.families import AlexNet as AlexNetConfig
-from bigmodel.models import layers, ops
+from bigmodel.models import embedding, layers, ops
 
 
 class CNN(nnx.Module):
@@ -87,22 +89,35 @@ class Classifier(nnx.Module):
                 layers.dropout, rate=self.rate, key=None if key is None else jax.random.fold_in(key, index)
             )
             x_BD = jax.nn.relu(dense(drop(x_BD))) if self.first else drop(jax.nn.relu(dense(x_BD)))
+            # Left to itself on data x fsdp x tensor, XLA (jax 0.10.2) computes wrong gradients, as in a Conv.
+            x_BD = mesh.shard(x_BD, mesh.BATCH, None)
         return self.head(x_BD)
 
 
 class MLP(nnx.Module):
-    """Dense + ReLU and dropout for each entry of `widths`; Dense."""
+    """Dense + ReLU and dropout for each entry of `widths`; Dense.
+
+    batch: `image`, or a table's `numeric` [B, N] and `categorical` [B, C], whose embeddings join the numbers.
+    """
 
     def __init__(self, config: Config, spec: Spec, rngs: nnx.Rngs):
         assert isinstance(config.model, MLPConfig)
-        c = config.model
+        c, dtype = config.model, config.param_dtype
         self.compute_dtype = config.compute_dtype
-        flat = math.prod(spec["image"].shape[1:])
-        self.classifier = Classifier(flat, c.widths, c.num_classes, c.dropout, config.param_dtype, rngs)
+        table = functools.partial(embedding.TableInputs, c.rows, c.embed_width, spec, dtype=dtype, rngs=rngs)
+        self.table = None if "image" in spec else table()
+        if self.table is None:
+            flat = math.prod(spec["image"].shape[1:])
+        else:
+            flat = self.table.numbers + self.table.categories * c.embed_width
+        self.classifier = Classifier(flat, c.widths, c.num_classes, c.dropout, dtype, rngs)
 
     def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
-        x_BHWC = batch["image"].astype(self.compute_dtype)
-        return self.classifier(x_BHWC.reshape(x_BHWC.shape[0], -1), key)
+        if self.table is None:
+            x_BHWC = batch["image"].astype(self.compute_dtype)
+            return self.classifier(x_BHWC.reshape(x_BHWC.shape[0], -1), key)
+        parts = [x.reshape(len(x), -1) for x in self.table(batch, self.compute_dtype) if x is not None]
+        return self.classifier(jnp.concatenate(parts, 1), key)
 
 
 class AlexNet(nnx.Module):

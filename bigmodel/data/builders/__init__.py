@@ -11,6 +11,8 @@ BUILDERS = {
     "python_source": ("bigmodel.data.builders.python_source", "PythonSource"),
     "digits": ("bigmodel.data.builders.digits", "Digits"),
     "shapes": ("bigmodel.data.builders.shapes", "Shapes"),
+    "clicks": ("bigmodel.data.builders.clicks", "Clicks"),
+    "lowrank_ratings": ("bigmodel.data.builders.lowrank_ratings", "LowrankRatings"),
 }
 
 

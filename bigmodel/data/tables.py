@@ -1,0 +1,201 @@
+"""Rows of a table ready for the model: numbers standardised, categories numbered, as fitted on training rows.
+
+A batch holds `numeric` float32 [B, N] and `categorical` int32 [B, C] (each if there are such columns), what
+labels.py adds, and for task.name=regress `label_scale` float32 [B, 2]: the mean and the standard deviation by
+which its `label` was standardised. The categories of all columns are rows of one embedding table: a column
+has an id for what is unknown, then its known ones, and starts where the one before it ends.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config import Config, InputError
+from bigmodel.data import labels, sources
+from bigmodel.data.builders.prepare import write_atomically
+from bigmodel.data.transforms import Batch
+
+FILE = "columns.json"  # in the workdir
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What training rows say about each column."""
+
+    numeric: dict[
+        str, list[float]
+    ]  # the median, which stands for a missing one; mean and deviation after that
+    categories: dict[str, list[str]]  # the known ones, whose ids start at 1 (and the column's offset)
+    label_scale: list[float]  # mean and deviation of a number that is learnt
+
+    @property
+    def rows(self) -> int:
+        """Categories over all columns, the unknown ones among them."""
+        return sum(len(known) + 1 for known in self.categories.values())
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+
+
+def kinds(config: Config, features: Mapping[str, sources.Feature]) -> tuple[list[str], list[str]]:
+    """-> (columns of numbers, columns of categories): all but the label and those that `data.ignore` names.
+
+    Raises:
+        InputError: a column that the config names and the table lacks, or one that is neither.
+    """
+    d = config.data
+    unknown = {*d.ignore, *d.categorical} - set(features)
+    if unknown:
+        raise InputError(
+            f"data.ignore or data.categorical names {min(unknown)!r}, which data.name={d.name!r} lacks; "
+            f"it has {', '.join(features)}"
+        )
+    used = {key: feature for key, feature in features.items() if key not in (d.label, *d.ignore)}
+    for key, feature in used.items():
+        if feature.shape or feature.dtype == "bool":
+            raise InputError(
+                f"data.name={d.name!r} has {key!r} of shape {feature.shape} and type {feature.dtype}, "
+                "neither a number nor a category; name it in data.ignore"
+            )
+    if not used:
+        raise InputError(f"data.name={d.name!r} has no column beside the label; data.ignore fewer")
+
+    def is_category(key: str) -> bool:
+        return used[key].dtype == "text" or used[key].num_classes is not None or key in d.categorical
+
+    return [key for key in used if not is_category(key)], [key for key in used if is_category(key)]
+
+
+def fit(config: Config, source: sources.Source) -> Columns:
+    """Reads the training rows once for each column.
+
+    Raises:
+        InputError: a column of numbers that holds none.
+    """
+    numbers, categories = kinds(config, source.features)
+    numeric = {}
+    for key in numbers:
+        values = labels.column(source, key).astype(np.float64)
+        known = values[np.isfinite(values)]
+        if not len(known):
+            raise InputError(f"column {key!r} has no number in the training split; name it in data.ignore")
+        filled = np.where(np.isfinite(values), values, np.median(known))
+        numeric[key] = [float(np.median(known)), *_scale(filled)]
+    vocabulary = {}
+    for key in categories:
+        counts = collections.Counter(map(labels.as_text, labels.column(source, key).tolist()))
+        vocabulary[key] = sorted(name for name, count in counts.items() if count >= config.data.min_count)
+    scale = [0.0, 1.0]
+    if config.task.name == "regress":
+        values = labels.column(source, config.data.label).astype(np.float64)
+        scale = _scale(values[np.isfinite(values)])
+    return Columns(numeric, vocabulary, scale)
+
+
+def _scale(values: np.ndarray) -> list[float]:
+    deviation = float(values.std()) if len(values) else 0.0
+    return [float(values.mean()) if len(values) else 0.0, deviation if deviation > 0 else 1.0]
+
+
+def fitted(config: Config, workdir: pathlib.Path | None) -> Columns:
+    """As the workdir keeps them, or fitted on the training split now and kept there.
+
+    Raises:
+        InputError: the workdir's are of another table; more categories than the model has rows for.
+    """
+    path = workdir and pathlib.Path(workdir) / FILE
+    if path and path.is_file():
+        columns = Columns(**json.loads(path.read_text()))
+        found = kinds(config, labels.features(config))
+        if (list(columns.numeric), list(columns.categories)) != found:
+            raise InputError(
+                f"{path} is of other columns than data.name={config.data.name!r}; use another workdir"
+            )
+    else:
+        columns = fit(config, labels.open_split(config, config.data.split))
+        if path:
+            text = json.dumps(dataclasses.asdict(columns))
+            write_atomically(path, lambda file: file.write(text.encode()))
+    room = getattr(config.model, "rows", 0)
+    if columns.rows > room:
+        raise InputError(
+            f"model.rows is {room}, but the table's {len(columns.categories)} columns of categories need "
+            f"{columns.rows}; set model.rows to {-(-columns.rows // 128) * 128} or more"
+        )
+    return columns
+
+
+class Encoded:
+    """A source's rows as `numeric` [B, N] and `categorical` [B, C], beside label and group."""
+
+    def __init__(self, config: Config, source: sources.Source, columns: Columns) -> None:
+        self._source, self._columns, d = source, columns, config.data
+        self._keep = tuple(key for key in (d.label, d.group) if key)
+        self.features, self.fingerprint = source.features, source.fingerprint
+        self.num_bytes = source.num_bytes
+        self._ids, offset = [], 0
+        for key, known in columns.categories.items():
+            self._ids.append((key, offset, {name: offset + at for at, name in enumerate(known, 1)}))
+            offset += len(known) + 1
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        rows = self._source.read(indices)
+        out = {key: rows[key] for key in self._keep}
+        numbers = [
+            (np.where(np.isfinite(rows[key]), rows[key], fill) - mean) / deviation
+            for key, (fill, mean, deviation) in self._columns.numeric.items()
+        ]
+        ids = [
+            [known.get(labels.as_text(value), unknown) for value in rows[key].tolist()]
+            for key, unknown, known in self._ids
+        ]
+        if numbers:
+            out["numeric"] = np.stack(numbers, 1).astype(np.float32)
+        if ids:
+            out["categorical"] = np.array(ids, np.int32).T.reshape(len(indices), -1)
+        return out
+
+
+def prepare(config: Config, columns: Columns, weights: np.ndarray | None) -> Any:
+    """-> (encoded rows, positions) -> the batch."""
+
+    def finish(batch: Mapping[str, np.ndarray], positions: np.ndarray) -> Batch:
+        out = {key: batch[key] for key in ("numeric", "categorical") if key in batch}
+        if config.task.name == "regress":
+            mean, deviation = columns.label_scale
+            scaled = (batch[config.data.label].astype(np.float64) - mean) / deviation
+            batch = {**batch, config.data.label: scaled}
+            scale = np.array([mean, deviation], np.float32)
+            out["label_scale"] = np.tile(scale, (len(positions), 1))
+        return {**out, **labels.finish(config, batch, weights)}
+
+    return finish
+
+
+def shapes(config: Config) -> labels.Shapes:
+    """What a batch holds beside `mask`."""
+    features = labels.features(config)
+    labels.require(config, features)
+    labels.check(config, labels.numbered(config, features))
+    numbers, categories = kinds(config, features)
+    out = labels.shapes(config)
+    if numbers:
+        out["numeric"] = ((len(numbers),), np.float32)
+    if categories:
+        out["categorical"] = ((len(categories),), np.int32)
+    if config.task.name == "regress":
+        out["label_scale"] = ((2,), np.float32)
+    return out

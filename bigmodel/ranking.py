@@ -1,0 +1,83 @@
+"""The task `rank`: losses on pairs of users and items, and where the item that was held out is ranked.
+
+Legend: B batch, C candidates beside an example's own item, V items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from bigmodel.config import Task as TaskConfig
+from bigmodel.metrics import Metrics
+
+Batch = Mapping[str, jax.Array]
+NEVER = jnp.finfo(jnp.float32).min
+
+
+def terms(outputs: Mapping[str, jax.Array], batch: Batch, train: bool, task: TaskConfig) -> Metrics:
+    """The loss; of evaluation also HR@k and NDCG@k, k being `task.top_k`, among all candidates."""
+    mask_B = batch["mask"]
+    if "in_batch" in outputs:
+        return {"loss": _mean(in_batch(outputs["in_batch"], batch), mask_B)}
+    own_B, other_BC, real_BC = candidates(outputs, batch)
+    if task.rank_loss == "rating":
+        error_B = own_B - batch["rating"]
+        values = {"loss": jnp.square(error_B), "mse": jnp.square(error_B), "mae": jnp.abs(error_B)}
+    elif task.rank_loss == "binary":
+        # He et al. 2017, eq. 7, over an example's own item and the others
+        weight_BC = real_BC.astype(jnp.float32)
+        nats_B = (jax.nn.softplus(other_BC) * weight_BC).sum(1)
+        values = {"loss": (jax.nn.softplus(-own_B) + nats_B) / (1 + weight_BC.sum(1))}
+    else:
+        all_BC = jnp.concatenate([own_B[:, None], jnp.where(real_BC, other_BC, NEVER)], 1)
+        values = {"loss": jax.nn.logsumexp(all_BC, axis=1) - own_B}
+    if not train:
+        values |= at_k(own_B, other_BC, real_BC, task.top_k)
+    return {name: _mean(value, mask_B) for name, value in values.items()}
+
+
+def _mean(value_B: jax.Array, mask_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (value_B * mask_B).sum(), mask_B.sum()
+
+
+def in_batch(scores_BB: jax.Array, batch: Batch) -> jax.Array:
+    """-log softmax of an example's own item among the batch's items, [B].
+
+    Popular items are met too often as negatives, so the log of an item's share of ratings is taken off its
+    score (Yi et al. 2019, eq. 3). The same item elsewhere in the batch is no negative.
+    """
+    logits_BB = scores_BB - batch["log_q"][None, :]
+    item_B = batch["item"]
+    own_BB = jnp.eye(len(item_B), dtype=bool)
+    is_other_BB = (item_B[:, None] != item_B[None, :]) & (batch["mask"][None, :] > 0)
+    logits_BB = jnp.where(own_BB | is_other_BB, logits_BB, NEVER)
+    return jax.nn.logsumexp(logits_BB, axis=1) - jnp.diagonal(logits_BB)
+
+
+def candidates(outputs: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> (the own item's score [B], the others' [B, C], which of those count [B, C])."""
+    if "scores" in outputs:
+        scores = outputs["scores"]
+        return scores[:, 0], scores[:, 1:], jnp.ones_like(scores[:, 1:], bool)
+    scores_BV, item_B = outputs["all"], batch["item"]
+    own_B = jnp.take_along_axis(scores_BV, item_B[:, None], 1)[:, 0]
+    id_V = jnp.arange(scores_BV.shape[1])
+    real_BV = (id_V > 0) & (id_V < batch["known"][:, None]) & (id_V != item_B[:, None])
+    rows_B1 = jnp.arange(len(item_B))[:, None]
+    return own_B, scores_BV, real_BV.at[rows_B1, batch["seen"]].set(False)
+
+
+def at_k(own_B: jax.Array, other_BC: jax.Array, real_BC: jax.Array, k: int) -> dict[str, jax.Array]:
+    """Whether the item is among the first k, and 1 / log2(its place + 1) if so (He et al. 2015, section 4.1).
+
+    A tie counts as half a place: an even chance of either order.
+    """
+    tie_BC = 0.5 * (other_BC == own_B[:, None]).astype(jnp.float32)
+    above_BC = jnp.where(other_BC > own_B[:, None], 1, tie_BC)
+    rank_B = jnp.where(real_BC, above_BC, 0).sum(1)
+    hit_B = rank_B < k
+    gain_B = 1 / jnp.log2(rank_B + 2)
+    return {f"hr@{k}": hit_B.astype(jnp.float32), f"ndcg@{k}": jnp.where(hit_B, gain_B, 0)}

@@ -1,0 +1,300 @@
+"""Recommenders: who is held out, negatives, metrics by hand, one device == eight, resume, learning."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, by_path, mesh_keys, steps
+
+from bigmodel import config as config_lib
+from bigmodel import evaluate, mesh, models, program, ranking, train
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.config import Config, InputError
+from bigmodel.data import batch_spec, make_pipeline, ratings
+from bigmodel.digests import digest
+from bigmodel.plan import estimate
+
+SGD = {"optim.name": "sgd", "optim.lr": 0.1, "optim.schedule": "constant", "optim.warmup_steps": 0}
+SMALL = {
+    "model.users": 64,
+    "model.items": 32,
+    "batch_size": 16,
+    "steps": 10,
+    "microbatches": 1,
+    "task.top_k": 5,
+}
+PAIRS = ["mf", "ncf", "two_tower"]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 users, each with 6 of 20 films and a last one; columns in an order of their own."""
+    rng = np.random.default_rng(0)
+    lines = ["rating,timestamp,item,user"]
+    for user in range(40):
+        for time, item in enumerate(rng.permutation(20)[:7]):
+            lines.append(
+                f"{1 + (user * item) % 5},{1000 - time if user == 3 else 1000 + time},film {item},u{user}"
+            )
+    path = tmp_path_factory.mktemp("films") / "films.csv"
+    path.write_text("\n".join([lines[0], *rng.permutation(lines[1:])]) + "\n")
+    return f"ratings:{path}"
+
+
+def config(kind: str, name: str = "lowrank_ratings", **keys: Any) -> Config:
+    changes = {key.replace("__", "."): value for key, value in keys.items()}
+    return config_lib.load(
+        f"{ROOT}/configs/recommender.py:kind={kind}", {**SMALL, "data.name": name, **changes}
+    )
+
+
+def build(c: Config) -> program.Program:
+    size = math.prod(max(n, 1) for n in config_lib.to_dict(c)["mesh"].values())
+    return program.build(c, mesh.make_mesh(c, jax.devices()[:size]), batch_spec(c))
+
+
+def start(built: program.Program) -> Any:
+    one = build(built.config.replace(mesh=config_lib.Mesh(data=1)))
+    state = jax.device_get(one.init(jax.random.key(0)))
+    return jax.device_put(state, jax.tree.map(lambda s: s.sharding, built.state_spec))
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def test_the_last_rating_of_each_user_is_held_out(films):
+    found = ratings.load(config("mf", films))
+    assert found.is_test.sum() == 40
+    path = pathlib.Path(films.partition(":")[2])
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    users = sorted({row[3] for row in rows})
+    items = sorted({row[2] for row in rows})
+    for index in np.flatnonzero(found.is_test):
+        mine = [row for row in rows if row[3] == users[found.user[index] - 1]]
+        last = max(mine, key=lambda row: int(row[1]))
+        assert items[found.item[index] - 1] == last[2]
+        assert found.rating[index] == float(last[0])
+
+
+def test_negatives_are_never_positives_and_depend_on_seed_and_place_alone(films):
+    c = config("ncf", films, task__negatives=6)
+    data, found = make_pipeline(c, "train"), ratings.load(c)
+    held = found.is_test
+    liked = set(zip(found.user[~held].tolist(), found.item[~held].tolist(), strict=True))
+    last = set(zip(found.user[held].tolist(), found.item[held].tolist(), strict=True))
+    drawn = set()
+    seen = np.zeros(found.items + 1, int)
+    for step in range(40):
+        batch = data[step]
+        for user, row in zip(batch["user"], batch["negatives"], strict=True):
+            drawn |= {(user, item) for item in row.tolist()}
+            seen[row] += 1
+    assert not liked & drawn
+    assert last & drawn  # to spare what is held out would tell which it is
+    assert seen[0] == 0
+    assert seen[1:].min() > 0.5 * seen[1:].mean()
+    parts = [make_pipeline(c, "train", process_index=i, process_count=2)[7] for i in range(2)]
+    for key, value in make_pipeline(c, "train")[7].items():
+        np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), value)
+    other = make_pipeline(config("ncf", films, task__negatives=6, seed=1), "train")[7]
+    assert (other["negatives"] != data[7]["negatives"]).any()
+
+
+def test_negatives_of_evaluation_are_distinct_and_the_same_for_every_seed(films):
+    configs = [config("ncf", films, task__eval_negatives=12, seed=seed) for seed in (0, 1)]
+    pipelines, found = [make_pipeline(c, "eval") for c in configs], ratings.load(configs[0])
+    for a, b in zip(*pipelines, strict=True):
+        np.testing.assert_array_equal(a["negatives"], b["negatives"])
+        real = a["negatives"][a["mask"] > 0]
+        assert all(len(set(row)) == 12 for row in real.tolist())
+        for user, row in zip(a["user"], real, strict=False):
+            assert not set(row.tolist()) & set(found.item[found.user == user].tolist())
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_the_spec_is_that_of_the_batches(films, kind):
+    c = config(kind, films)
+    assert make_pipeline(c, "train").spec() == batch_spec(c)
+
+
+GOOD = "user,item,rating,timestamp\n" + "".join(f"{u},{i},3,{i}\n" for u in range(6) for i in range(u, u + 4))
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "message"),
+    [
+        (GOOD.replace("timestamp", "time"), {}, r"has no column 'timestamp'.*user, item, rating, timestamp"),
+        (GOOD + "1,2,good,9\n", {}, r"t\.csv line 26 has 'good' in 'rating', a column of numbers"),
+        (GOOD + "1,2,,9\n", {}, r"t\.csv line 26 has no rating"),
+        (GOOD + "1,2,3\n", {}, r"t\.csv line 26 has 3 cells, but the header 4"),
+        (GOOD.encode() + b"\xff,2,3,4\n", {}, r"t\.csv line 26 is not UTF-8"),
+        (
+            GOOD,
+            {"model__items": 4},
+            r"model\.items is 4, but.* has \d and the unknown one; set model\.items to 128",
+        ),
+        (GOOD, {"model__users": 6}, r"model\.users is 6.*set model\.users to 128"),
+        (GOOD, {"task__eval_negatives": 99}, r"task\.eval_negatives is 99.*set it to 0"),
+        ("user,item,rating,timestamp\n1,1,3,1\n2,1,3,1\n", {}, r"nobody with two ratings"),
+    ],
+)
+def test_bad_ratings_are_named(tmp_path, content, keys, message):
+    path = tmp_path / "t.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        make_pipeline(config("ncf", f"ratings:{path}", **keys), "eval")
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def test_hits_and_gains_by_hand():
+    own = jnp.array([3.0, 1.0, 2.0])
+    others = jnp.array([[1.0, 2.0, 2.5, 9.0], [5.0, 6.0, 7.0, 8.0], [2.0, 1.0, 0.0, 9.0]])
+    real = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]], bool)
+    out = jax.jit(ranking.at_k, static_argnums=3)(own, others, real, 2)
+    np.testing.assert_allclose(out["hr@2"], [1, 0, 1])
+    np.testing.assert_allclose(out["ndcg@2"], [1, 0, 1 / np.log2(2.5)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_ranks_among_all_items_are_those_of_a_plain_sort(films, kind):
+    c = config(kind, films)
+    built = build(c.replace(mesh=config_lib.Mesh(data=1)))
+    state, data = start(built), make_pipeline(c, "eval")
+    state["params"] = jax.tree.map(lambda p: p * 8, state["params"])  # scores that differ
+    found = ratings.load(c)
+    hits, gains, count = 0.0, 0.0, 0
+    for batch in data:
+        scores = np.asarray(built.predict(state, built.put(batch))["all"])
+        assert scores.shape == (16, 32)
+        for row in np.flatnonzero(batch["mask"] > 0):
+            user, item = batch["user"][row], batch["item"][row]
+            before = set(found.item[(found.user == user) & ~found.is_test].tolist())
+            ids = [i for i in range(1, found.items + 1) if i not in before and i != item]
+            place = sum(scores[row, i] > scores[row, item] for i in ids)
+            hits, gains = hits + (place < 5), gains + (place < 5) / np.log2(place + 2)
+            count += 1
+    values = evaluate.run(built, state, data)
+    assert count == 40
+    assert values["hr@5"] == pytest.approx(hits / 40, abs=1e-6)
+    assert values["ndcg@5"] == pytest.approx(gains / 40, abs=1e-5)
+    many = build(config(kind, films, **mesh_keys({"data": 2, "fsdp": 2, "tensor": 2})))
+    placed = jax.device_put(jax.device_get(state), jax.tree.map(lambda s: s.sharding, many.state_spec))
+    for name, value in evaluate.run(many, placed, data).items():
+        assert value == pytest.approx(values[name], rel=1e-5), name
+
+
+def test_the_softmax_over_a_batch_by_hand():
+    scores = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    batch = {"item": np.array([3, 5, 3, 7]), "log_q": np.log(np.array([0.5, 0.1, 0.5, 0.2], np.float32))}
+    batch["mask"] = np.array([1, 1, 1, 0], np.float32)
+    corrected = scores - batch["log_q"]
+    expected = []
+    for row, others in ((0, [0, 1]), (1, [0, 1, 2]), (2, [1, 2])):  # 3 is no negative of 3, row 3 is padding
+        expected.append(np.log(np.exp(corrected[row, others]).sum()) - corrected[row, row])
+    np.testing.assert_allclose(jax.jit(ranking.in_batch)(scores, batch)[:3], expected, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+CASES = [(kind, {"data": 2, "fsdp": 2, "tensor": 2}) for kind in PAIRS]
+MORE = [pytest.param(kind, {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow) for kind in PAIRS]
+
+
+@pytest.mark.parametrize(("kind", "axes"), CASES + MORE, ids=str)
+def test_a_mesh_computes_what_one_device_computes(films, kind, axes):
+    runs = []
+    for keys in ({"mesh__data": 1}, mesh_keys(axes)):
+        built = build(config(kind, films, **{k.replace(".", "__"): v for k, v in SGD.items()}, **keys))
+        data = make_pipeline(built.config, "train")
+        runs.append(steps(built, start(built), 4, [data[i] for i in range(4)]))
+        rows = by_path(runs[-1][0]["params"])["items/rows"]
+        assert rows.sharding.shard_shape(rows.shape)[0] == 32 // built.mesh.size
+    (a, a_rows), (b, b_rows) = runs
+    for name in a_rows:
+        np.testing.assert_allclose(b_rows[name], a_rows[name], rtol=1e-5, err_msg=name)
+    for path, value in by_path(a["params"]).items():
+        np.testing.assert_allclose(by_path(b["params"])[path], value, rtol=0, atol=2e-6, err_msg=path)
+
+
+def test_dlrm_on_a_mesh_computes_what_one_device_computes(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = ["town,age,kind,label"]
+    lines += [f"t{rng.integers(5)},{rng.integers(80)},k{rng.integers(3)},{at % 2}" for at in range(200)]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    sgd, runs = {k.replace(".", "__"): v for k, v in SGD.items()}, []
+    for keys in ({"mesh__data": 1}, mesh_keys({"data": 2, "fsdp": 2, "tensor": 2})):
+        c = config("dlrm", f"table:{tmp_path}/t.csv", model__rows=32, model__widths=(16, 8), **sgd, **keys)
+        built, data = build(c), make_pipeline(c, "train")
+        runs.append(steps(built, start(built), 4, [data[i] for i in range(4)]))
+    (a, a_rows), (b, b_rows) = runs
+    for name in a_rows:
+        np.testing.assert_allclose(b_rows[name], a_rows[name], rtol=1e-5, err_msg=name)
+    for path, value in by_path(a["params"]).items():
+        np.testing.assert_allclose(by_path(b["params"])[path], value, rtol=0, atol=2e-6, err_msg=path)
+
+
+def test_dlrm_has_the_papers_size():
+    """Naumov et al. 2019, section 5.2: the model of the Criteo Kaggle data has "about 540M parameters"."""
+    keys = {"model.kind": "dlrm", "model.rows": 33_762_577, "model.width": 16, "model.num_classes": 1}
+    keys |= {"model.bottom": (512, 256, 64), "model.widths": (512, 256), "task.name": "multilabel"}
+    c = config_lib.load(f"{ROOT}/configs/recommender.py:kind=dlrm", keys)
+    spec = {"numeric": jax.ShapeDtypeStruct((2, 13), np.float32)}
+    spec |= {"categorical": jax.ShapeDtypeStruct((2, 26), np.int32)}
+    count = estimate.parameters(models.define(c, spec).params_spec)
+    sizes = [(13, 512), (512, 256), (256, 64), (64, 16), (16 + 27 * 26 // 2, 512), (512, 256), (256, 1)]
+    assert count == 33_762_577 * 16 + sum(i * o + o for i, o in sizes)
+    assert count == pytest.approx(540e6, rel=0.003)
+
+
+def test_neumf_by_hand():
+    """He et al. 2017, section 4.1: 8 factors, a tower 32 -> 16 -> 8 over two vectors of 16."""
+    keys = {"model.width": 8, "model.widths": (16, 16, 8), "model.users": 6040, "model.items": 3706}
+    c = config_lib.load(f"{ROOT}/configs/recommender.py:kind=ncf", keys)
+    count = estimate.parameters(models.define(c, batch_spec(c)).params_spec)
+    tower = (2 * 16 * 16 + 16) + (16 * 16 + 16) + (16 * 8 + 8)
+    assert count == (6040 + 3706) * (8 + 16) + tower + (8 + 8)
+
+
+@pytest.mark.parametrize("kind", ["mf", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PAIRS[1:])])
+def test_bfloat16_is_close_to_float32(films, kind):
+    c = config(kind, films, mesh__data=1)
+    data, outputs = make_pipeline(c, "train")[0], []
+    for dtype in ("float32", "bfloat16"):
+        built = build(c.replace(compute_dtype=dtype))
+        state = start(built)
+        outputs.append(jax.device_get(built.train_step(state, built.put(data))[1]))
+    assert outputs[1]["loss"] == pytest.approx(float(outputs[0]["loss"]), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PAIRS)
+def test_ten_examples_are_learned_by_heart(films, kind):
+    c = config(kind, films, batch_size=10, steps=300, optim__lr=2e-2, mesh__data=1)
+    built, batch = build(c), make_pipeline(c, "train")[0]
+    _, rows = steps(built, start(built), 300, [batch])
+    assert rows["loss"][-1] < 0.05 * rows["loss"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_stopped_run_ends_as_a_straight_one(films, kind, tmp_path):
+    keys = {"steps": 6, "checkpoint__every_steps": 3, "eval__every_steps": 3, "log__tensorboard": False}
+    c = config(kind, films, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, **keys)
+    straight = train.run(c, tmp_path / "straight")
+    train.run(c, tmp_path / "stopped")
+    with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
+        assert 3 in checkpoints.steps()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "6")
+    again = train.run(c, tmp_path / "stopped")
+    assert (again.step, digest(again.state)) == (6, digest(straight.state))
