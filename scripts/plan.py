@@ -42,6 +42,9 @@ def main() -> int:
         "--search-over", default="remat,microbatches", metavar="KEYS",
         help="what --search may change beside the mesh: any of remat,microbatches,batch_size",
     )  # fmt: skip
+    flags.add_argument(
+        "--timeline", type=pathlib.Path, metavar="DIR", help="a step's trace and picture go here"
+    )
     args, overrides = cli.parse(flags)
     config = config_lib.load(args.config, overrides)
     assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))

@@ -290,7 +290,8 @@ def test_planned_bytes_are_live_bytes(family, keys):
     assert arguments == pytest.approx(live + device_bytes(batch), rel=0.02)
     state, metrics = compiled(state, batch)
     outputs = compiled.memory_analysis().output_size_in_bytes
-    assert outputs == pytest.approx(device_bytes(state) + device_bytes(metrics), rel=0.02)
+    pointers = 8 * len(jax.tree.leaves((state, metrics)))  # XLA counts the table of a result's parts too
+    assert outputs == pytest.approx(device_bytes(state) + device_bytes(metrics) + pointers, rel=0.02)
 
 
 def device_bytes(tree) -> int:

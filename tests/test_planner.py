@@ -64,12 +64,20 @@ def test_assumptions_are_replaced(monkeypatch):
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 'bigmodel[plan]'")
 def test_libtpu_plans_and_says_what_does_not_fit():
     result = run_script(
-        "plan.py", "--config=configs/gpt.py:size=124m", "--config.model.depth=2", "--target=v5e:2x4"
+        "plan.py",
+        "--config=configs/gpt.py:size=124m",
+        "--config.model.depth=2",
+        "--target=v5e:2x4",
+        limit_s=500,
     )
     assert result.code == 0
     assert "libtpu" in result.out
     result = run_script(
-        "plan.py", "--config=configs/gpt.py:size=6.7b", "--target=v5e:2x4", "--config.batch_size=8"
+        "plan.py",
+        "--config=configs/gpt.py:size=6.7b",
+        "--target=v5e:2x4",
+        "--config.batch_size=8",
+        limit_s=500,
     )
     assert result.code == 2
     assert "does not fit" in result.err
