@@ -500,7 +500,7 @@ def test_steps_that_train_compose_and_training_goes_on(dense, tmp_path):
     assert rows[1]["nonzero_params"] < (1 - 0.5 * kernels) * rows[1]["params"]
     assert rows[2]["nonzero_params"] < (1 - 0.75 * kernels) * rows[2]["params"]
     assert rows[3]["flops_per_example"] < 0.7 * rows[0]["flops_per_example"]
-    assert rows[4]["memory_bytes"] < 0.3 * rows[3]["memory_bytes"]
+    assert rows[4]["memory_bytes"] < 0.4 * rows[3]["memory_bytes"]  # a scale for every 4 codes is as large
     config = workdir.read_config(tmp_path / "out")
     assert train.run(config.replace(steps=config.steps + 2), tmp_path / "out").step == config.steps + 2
 
