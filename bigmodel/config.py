@@ -21,6 +21,7 @@ import ml_collections
 from bigmodel import typed
 from bigmodel.families import GPT, Model
 from bigmodel.smaller import Distill, Prune, Quantize
+from bigmodel.tuning import Init, Lora
 from bigmodel.typed import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -102,6 +103,7 @@ class Optim:
     penalty_on: str = r"/(kernel|table)$"  # regex on parameter paths: which ones l1 and l2 touch
     clip_norm: float = 1.0  # by global norm; 0: off
     ema_decay: float = 0.0  # exponential moving average of the parameters, used by evaluation; 0: off
+    freeze: str = ""  # regex on parameter paths: these stay as they are, without gradient; "": none
     every: int = 1  # steps from one update to the next; the gradients between are dropped
     # Parameters with an optimizer of their own: name -> {"on": regex on their paths, and the keys above that
     # differ there}, e.g. {"head": {"on": "^/head/", "lr": 1e-2}}; clip_norm is then of a group's gradients.
@@ -116,7 +118,7 @@ class Group(Optim):
 
 
 OTHERS = "others"  # the group of the parameters that no other group takes
-OF_ALL = ("ema_decay", "groups")  # keys that cannot differ from group to group
+OF_ALL = ("ema_decay", "freeze", "groups")  # keys that cannot differ from group to group
 
 
 def optim_groups(optim: Optim) -> dict[str, Group]:
@@ -191,6 +193,8 @@ class Config:
     prune: Prune = field(default_factory=Prune)
     quantize: Quantize = field(default_factory=Quantize)
     distill: Distill = field(default_factory=Distill)
+    lora: Lora = field(default_factory=Lora)
+    init: Init = field(default_factory=Init)
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
@@ -265,7 +269,8 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The inverse of `from_dict`; plain values, fit for JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    plain = dataclasses.asdict(config, dict_factory=lambda pairs: {typed.key_of(k): v for k, v in pairs})
+    return json.loads(json.dumps(plain))
 
 
 def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
@@ -346,7 +351,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
     for name, group in optim_groups(c.optim).items():
         yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in _group_problems(name, group))
-    for name in ("prune", "quantize", "distill"):
+    for name in ("prune", "quantize", "distill", "lora", "init"):
         yield from ((f"{name}.{key}", problem) for key, problem in getattr(c, name).problems())
     yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
     if not re.fullmatch(r"bytes|bpe:\d+|hf:.+", c.data.tokenizer):
@@ -403,7 +408,7 @@ def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:
             yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
     if optim.every < 1:
         yield "every", f"is {optim.every}: set it to 1 or more"
-    yield from typed.regex_problems(optim, "weight_decay_on", "penalty_on", "on")
+    yield from typed.regex_problems(optim, "weight_decay_on", "penalty_on", "freeze", "on")
 
 
 def _group_problems(name: str, group: Group) -> Iterable[tuple[str, str]]:

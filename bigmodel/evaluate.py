@@ -12,7 +12,9 @@ import numpy as np
 
 from bigmodel import data, infer, mesh, metrics, models, pictures, tasks
 from bigmodel.config import Config, InputError, Task
-from bigmodel.data import Pipeline, Prefetch
+from bigmodel.data import Pipeline, Prefetch, open_source
+from bigmodel.data.sources import features_of
+from bigmodel.data.text import Tokenizer, special_id
 from bigmodel.families import CNN
 from bigmodel.metrics import Sums
 from bigmodel.program import Program, State
@@ -219,3 +221,28 @@ WHOLE: dict[str, Callable[[Program, Examples], dict[str, float]]] = {
     "gan": _distances,
     "detect": lambda program, examples: {k: v for k, v in _precision(examples).items() if k != "per_class"},
 }
+
+
+def bleu(program: Program, state: State, tokenizer: Tokenizer) -> dict[str, float]:
+    """Of a run on pairs of texts, `bleu` and `chrf`, 0 to 100, of the greedy answers to the evaluation split,
+    by sacrebleu (Post 2018); {} for any other run. `eval.batches` bounds how many are answered."""
+    config = program.config
+    d = config.data
+    if config.task.name != "seq2seq" or not {"source", "target"} <= set(features_of(d.name, d.data_dir)):
+        return {}
+    import sacrebleu
+
+    source = open_source(d.name, d.eval_split, d.data_dir, keys=("source", "target"))
+    size, start = config.batch_size, special_id(tokenizer, getattr(config.model, "vocab_size", 0), "start")
+    count = len(source) if config.eval.batches < 0 else min(len(source), config.eval.batches * size)
+    decoder = infer.Decoder(program, state, end=tokenizer.separator, start=start)
+    writer, answers, wanted = infer.Writer(decoder, tokenizer), [], []
+    for first in range(0, count, size):
+        rows = source.read(np.arange(first, min(first + size, count)))
+        asked, told = ([text.decode() for text in rows[key].tolist()] for key in ("source", "target"))
+        answers += writer.write(asked, infer.context(config))
+        wanted += told
+    return {
+        "bleu": sacrebleu.corpus_bleu(answers, [wanted]).score,
+        "chrf": sacrebleu.corpus_chrf(answers, [wanted]).score,
+    }

@@ -146,7 +146,7 @@ class GPT(Transformer):
 class BERT(Transformer):
     """Encoder with a masked-word head (Devlin et al. 2018)."""
 
-    TASKS = ("mlm",)
+    TASKS = ("mlm", *IMAGE_TASKS)
     name: str = "bert"
     vocab_size: int = 264  # [MASK] and [CLS] are its last two ids
     norm_eps: float = 1e-12
@@ -155,10 +155,11 @@ class BERT(Transformer):
     mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu_exact"
     token_types: int = 2  # a type for each sentence of a pair; 0: none
     pooler: bool = False  # Dense + tanh on the first position: what next-sentence prediction reads
-    head: Literal["mlm", "none"] = "mlm"  # none: the encoder alone
+    head: Literal["mlm", "none"] = "mlm"  # of the task mlm; none: the encoder alone
+    num_classes: int = 2  # of a classifier, or numbers of a regression
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from _positive(self, "vocab_size")
+        yield from _positive(self, "vocab_size", "num_classes")
         yield from super().problems()
         if self.token_types < 0:
             yield "token_types", f"is {self.token_types}: set it to 0 or more"

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, mesh, program, sampling, workdir
+from bigmodel import data, mesh, optim, program, sampling, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError, Mesh
-from bigmodel.data.text import Tokenizer
+from bigmodel.data.text import Tokenizer, special_id
 from bigmodel.models import cache as cache_lib
 from bigmodel.models import module
 from bigmodel.models.module import Definition
@@ -59,6 +59,9 @@ def load(
     part = "ema" if "ema" in built.state_spec else "params"
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         params, _, step = checkpoints.restore(built.state_spec[part], step, part=part)
+        if part == "ema" and optim.split(config, built.state_spec["params"])[1]:
+            whole, _, _ = checkpoints.restore(built.state_spec["params"], step, part="params")
+            params = optim.join(params, whole)  # what is frozen has no average
         rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
     return built, {part: params, "params": params, "rest": rest}
 
@@ -79,11 +82,19 @@ class Decoder:
     """
 
     def __init__(
-        self, built: Program, state: State, *, end: int | None = None, slots: int = 0, cache_dtype: str = ""
+        self,
+        built: Program,
+        state: State,
+        *,
+        end: int | None = None,
+        start: int | None = None,
+        slots: int = 0,
+        cache_dtype: str = "",
     ) -> None:
         """
         Args:
             end: the id that ends an answer; None: none does.
+            start: the id that a decoder of inputs and targets starts from; None: `end`.
             slots: of a cache row; 0: as many as the context, or the window if that is narrower.
             cache_dtype: the compute dtype's, or int8.
 
@@ -91,6 +102,7 @@ class Decoder:
             InputError: the model generates no text.
         """
         self.program, self.end = built, -1 if end is None else end
+        self.start = max(self.end, 0) if start is None else start
         config = built.config
         if config.task.name not in READERS:
             raise InputError(
@@ -235,12 +247,12 @@ def _read_lm(
 def _read_seq2seq(
     decoder: Decoder, params: Params, rest: Any, state: dict[str, Any], tokens_BL: jax.Array
 ) -> dict[str, Any]:
-    """Inputs through the encoder; the decoder starts from the end id, as it did in training."""
+    """Inputs through the encoder; the decoder starts as it did in training."""
     at_L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)
     segments_BL = (at_L < state["at"][:, None]).astype(jnp.int32)
     batch = {"tokens": tokens_BL, "segments": segments_BL, "cache": state["cache"]}
     _, cache = decoder.apply(params, rest, batch)
-    start_B = jnp.full_like(state["token"], max(decoder.end, 0))
+    start_B = jnp.full_like(state["token"], decoder.start)
     state = {**state, "cache": cache, "segments": segments_BL, "token": start_B}
     return decoder.step(params, rest, {**state, "at": jnp.zeros_like(start_B)})
 
@@ -334,7 +346,8 @@ class Writer:
         """The run in `directory`; `options` as `Decoder` takes them. Raises InputError as `load`."""
         built, state = load(directory, step)
         tokenizer = data.get_tokenizer(built.config, pathlib.Path(directory))
-        return cls(Decoder(built, state, end=tokenizer.separator, **options), tokenizer)
+        start = special_id(tokenizer, getattr(built.config.model, "vocab_size", 0), "start")
+        return cls(Decoder(built, state, end=tokenizer.separator, start=start, **options), tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
         """A prompt's ids as in training: a separator stands before a document, and after an input."""

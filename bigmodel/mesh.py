@@ -35,6 +35,10 @@ _plain = contextvars.ContextVar("plain", default=False)
 # Parameter path -> mesh axes of its last dimensions; the first match wins, and the last rule covers all.
 # Leading dimensions (a scanned stack's depth, a convolution's window) are never split.
 RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
+    (r"/(out|down)/kernel/a$", ("tensor", None)),  # adapters [inputs, rank], [rank, outputs]: as their weight
+    (r"/(out|down)/kernel/b$", (None, "fsdp")),
+    (r"/kernel/a$", ("fsdp", None)),
+    (r"/kernel/b$", (None, "tensor")),
     (r"/router/kernel$", ("fsdp", None)),
     (r"/experts/(up|gate)/kernel$", ("expert", "fsdp", "tensor")),  # [experts, width, hidden]
     (r"/experts/down/kernel$", ("expert", "tensor", "fsdp")),

@@ -47,6 +47,44 @@ def _chain(config: Config) -> optax.GradientTransformation:
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config)))
 
 
+def split(config: Config, params: Tree) -> tuple[Tree, Tree]:
+    """Parameters -> (those that are trained, those that are frozen): the same nesting, without the others.
+
+    With adapters (`lora.rank`), they and what `lora.train` finds are trained.
+
+    Raises:
+        InputError: `optim.freeze` or `lora.train` finds no parameter, or nothing is left to train.
+    """
+    freeze, lora = config.optim.freeze, config.lora
+    if not freeze and not lora.rank:
+        return params, {}
+    flat = {tuple(entry.key for entry in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    names = {keys: "/" + "/".join(map(str, keys)) for keys in flat}
+    for key, pattern in (("optim.freeze", freeze), ("lora.train", lora.train if lora.rank else "")):
+        if pattern and not any(re.search(pattern, name) for name in names.values()):
+            tops = ", ".join(f"/{key}/" for key in params)
+            raise InputError(f"{key}={pattern!r} matches no parameter; paths begin with {tops}")
+    parts: tuple[Tree, Tree] = ({}, {})
+    for keys, name in names.items():
+        frozen = bool(freeze and re.search(freeze, name))
+        if lora.rank and not name.startswith("/lora/"):
+            frozen |= not (lora.train and re.search(lora.train, name))
+        inner = parts[frozen]
+        for part in keys[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[keys[-1]] = flat[keys]
+    if not parts[0]:
+        raise InputError(f"optim.freeze={freeze!r} matches every parameter; narrow it, or nothing is trained")
+    return parts
+
+
+def join(a: Tree, b: Tree) -> Tree:
+    """The inverse of `split`: nested dicts, one inside the other; where both have a leaf, `a`'s."""
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping):
+        return a
+    return {**b, **{key: join(value, b[key]) if key in b else value for key, value in a.items()}}
+
+
 def group_names(patterns: Mapping[str, str], params: Tree) -> Tree:
     """params -> a tree of the name of the group that each belongs to.
 
@@ -84,6 +122,9 @@ def _standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return wrapped
+
+
+norm = _standard_promotion(optax.tree.norm)  # of all gradients, whose dtypes may differ
 
 
 def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:

@@ -92,8 +92,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         return update(config, model, task, tx, pieces, state, batch)
 
     def outputs(state: State, batch: Batch) -> Any:
-        params = state["ema"] if "ema" in state else state["params"]
-        return model.apply(params, state["rest"], batch, key=None, train=False)[0]
+        return model.apply(averaged(state), state["rest"], batch, key=None, train=False)[0]
 
     def eval_step(state: State, batch: Batch) -> Metrics:
         return task.terms(outputs(state, batch), batch, False)
@@ -166,19 +165,25 @@ def optimizer(config: Config, model: Definition) -> optax.GradientTransformation
 def state_of(
     config: Config, tx: optax.GradientTransformation, params: Any, rest: Any, step_key: jax.Array
 ) -> State:
-    """The state at step 0 with these parameters."""
+    """The state at step 0 with these parameters. What is frozen has no optimizer state and no average."""
+    trained, _ = optim.split(config, params)
     state = {
         "step": jnp.int32(0),
         "key": jax.random.key_data(step_key),
         "params": params,
         "rest": rest,
-        "opt": tx.init(params),
+        "opt": tx.init(trained),
     }
     if config.optim.ema_decay:
-        state["ema"] = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        state["ema"] = jax.tree.map(lambda p: p.astype(jnp.float32), trained)
     if config.compute_dtype == "float16":
         state["loss_scale"] = optim.loss_scale_init()
     return state
+
+
+def averaged(state: State) -> Any:
+    """The parameters that are evaluated: the moving average, of those that have one."""
+    return optim.join(state.get("ema", {}), state["params"])
 
 
 def update(
@@ -192,16 +197,16 @@ def update(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One training step. -> (the next state, scalar metrics: loss, grad_norm, lr and the task's own)."""
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
-    grads, rest, terms = gradients(model, task, pieces, scale, state, batch)
+    trained, frozen = optim.split(config, state["params"])
+    grads, rest, terms = gradients(model, task, pieces, scale, state, batch, trained, frozen)
     with jax.named_scope("optimizer"):  # so that a plan can tell its time apart
-        updates, opt = tx.update(grads, state["opt"], state["params"])
-        new = dict(state, rest=rest, opt=opt, params=optax.apply_updates(state["params"], updates))
+        updates, opt = tx.update(grads, state["opt"], trained)
+        trained = optax.apply_updates(trained, updates)
+        new = dict(state, rest=rest, opt=opt, params=optim.join(trained, frozen))
     if config.optim.ema_decay:
         d = config.optim.ema_decay
-        new["ema"] = jax.tree.map(
-            lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], new["params"]
-        )
-    grad_norm = optax.tree.norm(grads)
+        new["ema"] = jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], trained)
+    grad_norm = optim.norm(grads)
     metrics = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in terms.items()}
     metrics |= {"grad_norm": grad_norm, **optim.learning_rates(config, state["step"])}
     if scale is not None:  # float16: an overflow skips the update and halves the scale
@@ -214,34 +219,43 @@ def update(
 
 
 def gradients(
-    model: Definition, task: tasks.Task, pieces: int, scale: jax.Array | None, state: State, batch: Batch
+    model: Definition,
+    task: tasks.Task,
+    pieces: int,
+    scale: jax.Array | None,
+    state: State,
+    batch: Batch,
+    trained: Any,
+    frozen: Any,
 ) -> tuple[Any, Any, Metrics]:
     """-> (gradients of the batch's mean loss, rest, metric sums), over `pieces` microbatches.
+
+    The gradients are of the `trained` parameters alone; nothing is computed for the `frozen` ones.
 
     The loss is divided by the whole batch's weight, so that cutting it into pieces changes only rounding.
     """
     total = jnp.maximum(task.weight(batch), 1e-9)
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
 
-    def loss(params: Any, rest: Any, piece: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        outputs, rest = model.apply(params, rest, piece, key=key, train=True)
+    def loss(trained: Any, rest: Any, piece: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        outputs, rest = model.apply(optim.join(trained, frozen), rest, piece, key=key, train=True)
         terms = task.terms(outputs, piece, True)
         value = terms["loss"][0] / total
         return value if scale is None else value * scale, (rest, terms)
 
     grad = jax.grad(loss, has_aux=True)
     if pieces == 1:
-        grads, (rest, terms) = grad(state["params"], state["rest"], batch, step_key)
+        grads, (rest, terms) = grad(trained, state["rest"], batch, step_key)
         return _unscale(grads, scale), rest, terms
 
     def body(carry: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         sums, rest, terms = carry
-        grads, (rest, more) = grad(state["params"], rest, *x)
+        grads, (rest, more) = grad(trained, rest, *x)
         return (jax.tree.map(jnp.add, sums, grads), rest, jax.tree.map(jnp.add, terms, more)), None
 
     xs = (jax.tree.map(lambda x: _cut(x, pieces), dict(batch)), jax.random.split(step_key, pieces))
     first = jax.tree.map(lambda x: x[0], xs)
-    grads, (_, terms) = jax.eval_shape(grad, state["params"], state["rest"], *first)
+    grads, (_, terms) = jax.eval_shape(grad, trained, state["rest"], *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, terms))
     (grads, rest, terms), _ = jax.lax.scan(body, (zeros[0], state["rest"], zeros[1]), xs)
     return _unscale(grads, scale), rest, terms

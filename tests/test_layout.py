@@ -14,6 +14,7 @@ ORDER = """
     __init__
     typed
     families | smaller
+    tuning
     config
     workdir | hardware
     mesh
@@ -33,6 +34,7 @@ ORDER = """
     models/module | models/ops
     models/weights
     models/layers | models/attention | models/cache | models/held | models/distilled | models/embedding
+    models/lora
     models/moe | models/recommender | models/vision | models/resnet | models/gan | models/recurrent
     models/transformer | models/inception | models/detector
     models/gpt | models/bert | models/t5 | models/vit
@@ -62,6 +64,7 @@ ORDER = """
     log
     sampling
     infer | pictures
+    sentences
     evaluate
     train
     compress/__init__ | compress/recipe | compress/trained

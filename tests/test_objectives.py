@@ -116,7 +116,7 @@ def test_corrupted_rows_fill_their_shapes_and_lose_nothing():
     batch = rows(20, window)
     out = objectives.corrupt_spans(
         batch, np.arange(20), seed=0, rate=0.15, mean_span=3.0, inputs=64, targets=targets,
-        last_sentinel=383, end=256, token_bytes=BYTES,
+        last_sentinel=383, end=256, start=256, token_bytes=BYTES,
     )  # fmt: skip
     assert (out["segments"] == 1).all()
     assert (out["decoder_segments"] == 1).all()

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 from dataclasses import replace
 
-from bigmodel import log, train, workdir
+from bigmodel import log, program, train, workdir
 from bigmodel.compress import distill, prune, quantize, recipe, report, structure, trained
 from bigmodel.compress.recipe import Op, Stage
 from bigmodel.compress.trained import Trained
@@ -91,5 +91,5 @@ def tune(model: Trained, steps: int, lr: float, scratch: pathlib.Path) -> Traine
     )  # fmt: skip
     trained.save(trained.changed(model, config, model.params, model.rest), scratch)
     result = train.run(config, scratch)
-    params = result.state.get("ema", result.state["params"])
+    params = program.averaged(result.state)
     return Trained(result.program, params, result.state["rest"], scratch, result.state, result.step)

@@ -97,7 +97,7 @@ def _mlm(config: Config, split: str, workdir: pathlib.Path | None, train: bool) 
     task, seed = config.task, config.seed if train else EVAL_SEED
     tokenizer = _tokenizer(config, workdir, special=2)
     vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
-    mask_id, cls = vocab_size - 1, vocab_size - 2
+    mask_id, cls = (text.special_id(tokenizer, vocab_size, role) for role in ("mask", "cls"))
     length = config.seq_len - 3 if task.next_sentence else config.seq_len
     packed, facts = _packed(config, split, tokenizer, length)
     mask = functools.partial(
@@ -141,6 +141,7 @@ def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None, train: bo
     tokenizer = _tokenizer(config, workdir, special=spans)
     vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + spans)
     shape: dict[str, Any] = {"inputs": inputs, "targets": targets, "end": tokenizer.separator}
+    shape["start"] = text.special_id(tokenizer, vocab_size, "start")
     token_bytes = _all_bytes(tokenizer, vocab_size)
     if paired:
         source = sources.open_source(config.data.name, split, config.data.data_dir, keys=("source", "target"))
@@ -161,7 +162,7 @@ def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None, train: bo
         seed=seed,
         rate=task.mask_rate,
         mean_span=task.mean_span,
-        last_sentinel=vocab_size - 1,
+        last_sentinel=text.special_id(tokenizer, vocab_size, "sentinel"),
         token_bytes=token_bytes,
         **shape,
     )
@@ -257,7 +258,7 @@ def _objects(config: Config, split: str, workdir: pathlib.Path | None, train: bo
 def _texts(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
     d = config.data
     tokenizer = _tokenizer(config, workdir, special=2)
-    cls = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2) - 2
+    cls = text.special_id(tokenizer, getattr(config.model, "vocab_size", tokenizer.vocab_size + 2), "cls")
     _texts_shapes(config)  # whatever is wrong with the features
     opened = labels.open_split(config, split, tuple(filter(None, (d.text, d.label, d.group))))
     where = labels.where(config, opened, split)
@@ -357,7 +358,7 @@ def class_names(config: Config) -> tuple[str, ...]:
 def _tokenizer(config: Config, workdir: pathlib.Path | None, special: int) -> text.Tokenizer:
     """The tokenizer, whose ids and `special` more have to fit the model's vocabulary."""
     tokenizer = text.get_tokenizer(config, workdir)
-    needed = tokenizer.vocab_size + special
+    needed = tokenizer.vocab_size + (0 if getattr(tokenizer, "special", {}) else special)  # it has its own
     room = getattr(config.model, "vocab_size", needed)
     if needed > room:
         more = f" and task.name={config.task.name} needs {special} more" if special else ""

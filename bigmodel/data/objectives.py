@@ -166,7 +166,7 @@ def corrupt(ids: np.ndarray, noise: np.ndarray, last_sentinel: int) -> tuple[np.
 
 def corrupt_spans(
     batch: Mapping[str, np.ndarray], serials: np.ndarray, *, seed: int, rate: float, mean_span: float,
-    inputs: int, targets: int, last_sentinel: int, end: int, token_bytes: np.ndarray,
+    inputs: int, targets: int, last_sentinel: int, end: int, start: int, token_bytes: np.ndarray,
 ) -> Batch:  # fmt: skip
     """`tokens`, `segments` [B, N] -> what `sequence_pairs` gives, from corrupted spans of each row.
 
@@ -177,16 +177,18 @@ def corrupt_spans(
         ids = batch["tokens"][row][batch["segments"][row] > 0]
         noise = noise_spans(len(ids), rate, mean_span, generator(seed, int(serial), SPANS))
         pairs.append(corrupt(ids, noise, last_sentinel))
-    return sequence_pairs(pairs, inputs=inputs, targets=targets, end=end, token_bytes=token_bytes)
+    return sequence_pairs(
+        pairs, inputs=inputs, targets=targets, end=end, start=start, token_bytes=token_bytes
+    )
 
 
 def sequence_pairs(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, inputs: int, targets: int, end: int,
-    token_bytes: np.ndarray,
+    start: int, token_bytes: np.ndarray,
 ) -> Batch:  # fmt: skip
     """Ids of inputs and targets -> arrays; what is too long is cut, and each ends with `end`.
 
-    -> `tokens`, `segments`, `positions` int32 [B, inputs]; `decoder_tokens` (the targets, one later),
+    -> `tokens`, `segments`, `positions` int32 [B, inputs]; `decoder_tokens` (`start`, then the targets),
     `decoder_segments`, `targets` int32, `target_bytes` uint8, [B, targets]. Segment 1 is text, 0 padding.
     """
     shape = {"tokens": inputs, "segments": inputs, "targets": targets, "decoder_segments": targets}
@@ -199,7 +201,7 @@ def sequence_pairs(
             ids = np.append(ids[: room - 1], end)
             out[key][row, : len(ids)], out[mask][row, : len(ids)] = ids, 1
     real = out["decoder_segments"] > 0
-    shifted = np.concatenate([np.full((len(pairs), 1), end, np.int32), out["targets"][:, :-1]], 1)
+    shifted = np.concatenate([np.full((len(pairs), 1), start, np.int32), out["targets"][:, :-1]], 1)
     out["decoder_tokens"] = np.where(real, shifted, 0)
     out["target_bytes"] = token_bytes[out["targets"]] * real
     out["positions"] = np.tile(np.arange(inputs, dtype=np.int32), (len(pairs), 1))

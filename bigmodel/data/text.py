@@ -142,6 +142,18 @@ class BPE:
             ) from error
 
 
+def special_id(tokenizer: Tokenizer, vocab_size: int, role: str) -> int:
+    """The id of `mask`, `cls`, `sentinel` (the first, others counting down) or `start` (of a decoder): a
+    pretrained tokenizer's own, else counted down from the end of the model's vocabulary."""
+    own = {
+        "mask": vocab_size - 1,
+        "cls": vocab_size - 2,
+        "sentinel": vocab_size - 1,
+        "start": tokenizer.separator,
+    }
+    return int(getattr(tokenizer, "special", {}).get(role, own[role]))
+
+
 def get_tokenizer(config: Config, workdir: pathlib.Path | None = None) -> Tokenizer:
     """The tokenizer of `config.data.tokenizer`; BPE is trained on the training split, once.
 

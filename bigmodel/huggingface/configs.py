@@ -147,6 +147,10 @@ def _bert(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
     model |= {"name": "bert", "mlp": _named(ACTIVATIONS, hf, "hidden_act", "gelu", where)}
     model |= {"pooler": has["pooler"], "head": "mlm" if has["mlm"] else "none"}
     task = {"name": "mlm", "next_sentence": has["next_sentence"]}
+    if "classifier.weight" in names:
+        kinds = {"regression": "regress", "multi_label_classification": "multilabel"}
+        task = {"name": kinds.get(str(hf.get("problem_type")), "classify")}
+        model["num_classes"] = classes(hf, where)
     return {"model": model, "seq_len": number(hf, "max_position_embeddings", 512, where), "task": task}
 
 
@@ -238,7 +242,7 @@ def write(config: Config, layout: Layout, channels: int = 3) -> Tree:
         out |= {"embedding_size": c.channels[0], "depths": list(RESNET_STAGES[c.depth])}
         out["hidden_sizes"] = [width * (4 if bottleneck else 1) for width in c.channels]
         out |= {"layer_type": "bottleneck" if bottleneck else "basic", "num_channels": channels}
-    if hasattr(c, "num_classes"):
+    if config.task.name in families.IMAGE_TASKS and hasattr(c, "num_classes"):
         out["id2label"] = {str(k): f"LABEL_{k}" for k in range(c.num_classes)}
         out["label2id"] = {label: int(k) for k, label in out["id2label"].items()}
     return out

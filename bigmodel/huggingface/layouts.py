@@ -134,7 +134,7 @@ def _llama(c: families.GPT) -> Layout:
     )  # fmt: skip
 
 
-def _bert(c: families.BERT, next_sentence: bool) -> Layout:
+def _bert(c: families.BERT, next_sentence: bool, classifies: bool) -> Layout:
     layer, block, tables = "bert.encoder.layer.{i}", "blocks", "bert.embeddings"
     rows: list[Row] = [
         ("embed/table", f"{tables}.word_embeddings.weight", SAME),
@@ -152,20 +152,23 @@ def _bert(c: families.BERT, next_sentence: bool) -> Layout:
     ]
     if c.pooler:
         rows += _dense("pooler", "bert.pooler.dense")
-    if c.head == "mlm":
+    if classifies:
+        rows += _dense("head", "classifier")
+    elif c.head == "mlm":
         rows += _dense("transform", "cls.predictions.transform.dense")
         rows += _norm("transform_norm", "cls.predictions.transform.LayerNorm")
         rows.append(("head_bias", "cls.predictions.bias", SAME))
     if next_sentence:
         rows += _dense("next_sentence", "cls.seq_relationship")
-    mlm = "BertForPreTraining" if next_sentence else "BertForMaskedLM"
+    mlm = c.head == "mlm" and not classifies
+    name = "BertForPreTraining" if next_sentence else "BertForMaskedLM" if mlm else "BertModel"
     decoder = {
         "cls.predictions.decoder.weight": f"{tables}.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
     return Layout(
-        "bert", mlm if c.head == "mlm" else "BertModel", tuple(rows), {"i": c.depth}, prefix="bert.",
-        copies=decoder if c.head == "mlm" else {}, unused=r"embeddings\.position_ids$",
+        "bert", "BertForSequenceClassification" if classifies else name, tuple(rows), {"i": c.depth},
+        prefix="bert.", copies=decoder if mlm else {}, unused=r"embeddings\.position_ids$",
     )  # fmt: skip
 
 
@@ -259,7 +262,8 @@ def of(config: Config) -> Layout | None:
     elif isinstance(c, families.BERT):
         bert = {"position": "learned", "norm": "layernorm", "bias": True, "norm_order": "post", "experts": 0}
         if _has(c, bert, ACTIVATIONS, "post") and c.token_types and c.head_dim * c.heads == c.width:
-            return _bert(c, config.task.next_sentence)
+            classifies = config.task.name in families.IMAGE_TASKS
+            return _bert(c, config.task.next_sentence and not classifies, classifies)
     elif isinstance(c, families.T5):
         if _has(c, {"norm": "rmsnorm", "bias": False, "experts": 0}, T5_ACTIVATIONS):
             return _t5(c)

@@ -25,6 +25,7 @@ from bigmodel.models import (
     vision,
     vit,
 )
+from bigmodel.models.lora import wrap as with_adapters
 
 FAMILIES = {
     "gpt": gpt.GPT,
@@ -55,4 +56,5 @@ def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.D
 
 def _alone(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
     family = FAMILIES[config.model.name]
-    return held.wrap(module.define(lambda rngs: family(config, spec, rngs)), config.quantize)
+    definition = held.wrap(module.define(lambda rngs: family(config, spec, rngs)), config.quantize)
+    return with_adapters(definition, config.lora)

@@ -23,7 +23,8 @@ class BERT(nnx.Module):
 
     batch: `tokens`, `segments`, `positions` int32 [B, L]; `types` int32 [B, L] if the model has token types
     (left out: 0); for `head=mlm` `masked_positions` int32 [B, M].
-    -> `hidden` [B, L, D]; `pooled` [B, D] with a pooler; `logits` [B, M, V] with the mlm head;
+    -> `hidden` [B, L, D]; `pooled` [B, D] with a pooler; `logits` [B, M, V] with the mlm head, or of a
+    classifier or regression [B, classes], from what is pooled, or without a pooler the first position;
     `next_sentence` [B, 2] where the batch has one; `losses` as GPT's with experts.
     """
 
@@ -42,7 +43,9 @@ class BERT(nnx.Module):
         dense = functools.partial(layers.Dense, width, std=std, dtype=dtype, rngs=rngs)
         self.pooler = dense(width) if c.pooler else None
         self.next_sentence = dense(2) if "next_sentence" in spec else None
-        mlm = c.head == "mlm"
+        classifies = config.task.name in families.IMAGE_TASKS
+        mlm = c.head == "mlm" and not classifies
+        self.head = dense(c.num_classes) if classifies else None
         self.transform = dense(width) if mlm else None
         self.transform_norm = transformer.norm(c, dtype) if mlm else None
         self.head_bias = nnx.Param(jnp.zeros((c.vocab_size,), dtype)) if mlm else None
@@ -64,6 +67,11 @@ class BERT(nnx.Module):
         outputs: dict[str, Any] = {"hidden": x_BLD}
         if self.pooler is not None:
             outputs["pooled"] = jnp.tanh(self.pooler(x_BLD[:, 0]))
+        if self.head is not None:
+            first_BD = outputs.get("pooled", x_BLD[:, 0])
+            key = None if key is None else jax.random.fold_in(key, c.depth + 1)
+            outputs["logits"] = self.head(layers.dropout(first_BD, c.dropout, key))
+            losses = {name: x_BL.mean(1) for name, x_BL in losses.items()}
         if self.transform is not None:
             outputs["logits"] = self._masked_words(x_BLD, batch["masked_positions"])
         if self.next_sentence is not None:

@@ -34,12 +34,18 @@ class Definition:
     unpack: Callable[[Tree, Tree], Tree] = lambda params, held: params  # the inverse
     # What training runs forward beside it: part of `rest` -> its definition, whose params and rest are there.
     frozen: Mapping[str, Definition] = field(default_factory=dict)
+    more: Callable[[jax.Array], Tree] = lambda key: {}  # parameters that the module itself has not
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest)."""
         _, params, rest = _split(self.construct(key))
         params, held = self.pack(params)
-        return params, {**rest, **held}
+        return {**params, **self.more(jax.random.fold_in(key, 1))}, {**rest, **held}
+
+    def whole(self, params: Tree, rest: Tree) -> Tree:
+        """The module's own parameters as plain arrays, whatever they are held as."""
+        held = {part: rest[part] for part in self.held}
+        return jax.tree.map(lambda s, w: w.astype(s.dtype), self.whole_spec, self.unpack(params, held))
 
     def apply(
         self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool

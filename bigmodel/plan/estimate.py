@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from bigmodel import hardware
+from bigmodel import hardware, optim
 from bigmodel import mesh as mesh_lib
 from bigmodel.data import text
 from bigmodel.plan import calibrate, flops, hlo, schedule
@@ -51,6 +51,11 @@ def active_parameters(program: Program) -> int:
         if "/experts/" in mesh_lib.path_str(path)
     )
     return parameters(spec) - round(experts * (1 - share))
+
+
+def trained_parameters(program: Program) -> int:
+    """Parameters that training changes: not those that are frozen."""
+    return parameters(optim.split(program.config, program.state_spec["params"])[0])
 
 
 def memory(program: Program, compiled: Compiled, target: Target) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from bigmodel import mesh, tasks
+from bigmodel import mesh, models, optim, tasks
 from bigmodel.config import Config
 from bigmodel.models.module import Definition
 from bigmodel.program import Program, gradients
@@ -48,22 +48,24 @@ def model_flops(program: Program) -> float:
     """FLOPs that training on one global batch needs: forward, and twice that backward (PaLM, appendix B).
 
     What is recomputed (remat) does not count, so that MFU measures useful work. Where a step passes through
-    its networks several times (a GAN's), the gradient is counted itself, as it is written.
+    its networks several times (a GAN's), or parameters are frozen, the gradient itself is counted.
     """
-    if tasks.make(program.config).passes_many:
+    frozen = optim.split(program.config, program.state_spec["params"])[1]
+    if frozen or tasks.make(program.config).passes_many:
         return gradient_flops(program)
     return 3 * forward_flops(program) + teacher_flops(program)
 
 
 def gradient_flops(program: Program) -> float:
-    """FLOPs of the gradient over one global batch, recomputation (remat) included."""
-    task, spec = tasks.make(program.config), program.state_spec
+    """FLOPs of the loss and its gradient over one global batch, nothing computed again (remat)."""
+    config, batch_spec = program.config.replace(remat="none"), _shapes(program.batch_spec)
+    model, task = models.define(config, batch_spec), tasks.make(config)
 
     def gradient(state: Any, batch: Any) -> Any:
         with mesh.plain():
-            return gradients(program.model, task, 1, None, state, batch)[0]
+            return gradients(model, task, 1, None, state, batch, *optim.split(config, state["params"]))[0]
 
-    return _needed_flops(jax.make_jaxpr(gradient)(_shapes(spec), _shapes(program.batch_spec)).jaxpr)
+    return _needed_flops(jax.make_jaxpr(gradient)(_shapes(program.state_spec), batch_spec).jaxpr)
 
 
 def _shapes(spec: Any) -> Any:
@@ -72,8 +74,10 @@ def _shapes(spec: Any) -> Any:
 
 
 def by_formula(config: Config) -> float | None:
-    """Training FLOPs a token by the family's formula; None: it has none."""
-    formula = getattr(config.model, "formula_flops", None)
+    """Training FLOPs a token by the family's formula; None: it has none, or parameters are frozen."""
+    formula = (
+        None if config.optim.freeze or config.lora.rank else getattr(config.model, "formula_flops", None)
+    )
     return formula(config.seq_len) if formula else None
 
 

@@ -65,6 +65,7 @@ def make(
         "remat": config.remat,
         "parameters": estimate.parameters(program.model.whole_spec),
         "active_parameters": estimate.active_parameters(program),
+        "trained_parameters": estimate.trained_parameters(program),
         "steps": count,
         "microbatches": microbatches(config, program.mesh),
         "tokens_per_step": tokens,
@@ -192,6 +193,8 @@ def table(r: Receipt) -> list[str]:
     low, high = (duration(s) for s in r["total_s_range"])
     sparse = r["active_parameters"] != r["parameters"]
     active = f" ({quantity(r['active_parameters'])} active)" if sparse else ""
+    if r["trained_parameters"] != r["parameters"]:
+        active += f" ({quantity(r['trained_parameters'])} trained)"
     mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items()) or "one device"
     formula = r["formula_flops_per_token"]
     agree = "" if not formula else f" (by formula {formula / r['model_flops_per_token'] - 1:+.1%})"

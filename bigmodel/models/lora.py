@@ -1,0 +1,113 @@
+"""Low-rank adapters (Hu et al. 2021) on any model: W + (alpha / rank) A B in place of W, which stays.
+
+`wrap` adds them to a Definition under "lora/"; the modules do not know. A layer that asks for `product(x, W)`
+gets x W + (alpha / rank) (x A) B, inside the scanned block: neither W + A B nor its gradient is ever held.
+
+Legend: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from bigmodel import mesh
+from bigmodel.config import InputError
+from bigmodel.models import ops, weights
+from bigmodel.models.module import Definition, Tree
+from bigmodel.tuning import Lora
+
+NAME = "lora"  # where the adapters are among the parameters
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapted:
+    """base [.., I, O], an array or a `weights.Quantized`, and what is added to it: scale * a @ b."""
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    scale: float = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    def __getitem__(self, index: Any) -> Self:
+        assert index is ...
+        return self
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The sum, for layers that need the weight itself, and for an export."""
+        return (self.base.astype(jnp.float32) + self.scale * (self.a @ self.b)).astype(dtype)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        low = ops.dense(ops.dense(x, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        return weights.product(x, self.base) + low * jnp.asarray(self.scale, x.dtype)
+
+
+def wrap(definition: Definition, how: Lora) -> Definition:
+    """The definition with an adapter on each weight [.., I, O] whose path `how.on` finds.
+
+    A starts out random, B at zero, so that the model starts out as it was; both are float32.
+
+    Raises:
+        InputError: no weight has such a path.
+    """
+    if not how.rank:
+        return definition
+    known = {name for name, sums in definition.products.items() if sums == (-2,)}
+    chosen = {name for name in known if re.search(how.on, "/" + name)}
+    if not chosen:
+        raise InputError(
+            f"lora.on={how.on!r} finds no weight of this model; it has {', '.join(sorted(known))}"
+        )
+    shapes = {
+        mesh.path_str(path): w.shape
+        for path, w in jax.tree_util.tree_leaves_with_path(definition.whole_spec)
+        if mesh.path_str(path) in chosen
+    }
+
+    def more(key: jax.Array) -> Tree:
+        adapters: dict[Any, Any] = {}
+        for each, (name, (*depth, i, o)) in zip(
+            jax.random.split(key, len(shapes)), shapes.items(), strict=True
+        ):
+            inner = adapters
+            for part in name.split("/"):
+                inner = inner.setdefault(int(part) if part.isdigit() else part, {})
+            inner["a"] = jax.random.normal(each, (*depth, i, how.rank), jnp.float32) * i**-0.5
+            inner["b"] = jnp.zeros((*depth, how.rank, o), jnp.float32)
+        return {**definition.more(key), NAME: adapters}
+
+    def unpack(params: Tree, held: Tree) -> Tree:
+        adapters, params = params[NAME], {key: value for key, value in params.items() if key != NAME}
+
+        def adapted(path: Any, w: Any) -> Any:
+            name = mesh.path_str(path)
+            if name not in chosen:
+                return w
+            inner = adapters
+            for part in name.split("/"):
+                inner = inner[int(part) if part.isdigit() else part]
+            return Adapted(w, inner["a"], inner["b"], how.alpha / how.rank)
+
+        whole = definition.unpack(params, held)
+        return jax.tree_util.tree_map_with_path(adapted, whole, is_leaf=_is_weight)
+
+    spec = {**definition.params_spec, **jax.eval_shape(more, jax.random.key(0))}
+    return dataclasses.replace(definition, params_spec=spec, more=more, unpack=unpack)
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, weights.Quantized | weights.Rounded)
