@@ -306,11 +306,11 @@ def test_ten_pairs_learnt_by_heart_are_answered_without_a_fault(tmp_path):
     (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
     config = tiny(
         "t5", data__name=f"pairs:{tmp_path}/pairs.tsv", data__eval_split="train", model__vocab_size=264,
-        model__width=64, seq_len=24, steps=400, optim__lr=5e-3,
+        model__width=64, seq_len=24, steps=600, optim__lr=2e-3,
         **FAST | {"eval__batches": -1, "eval__every_steps": 1000, "checkpoint__every_steps": 1000},
     )  # fmt: skip
     result = train.run(config, tmp_path / "run")
-    assert result.metrics["eval/train/loss"] < 0.05
+    assert result.metrics["eval/train/accuracy"] > 0.99
     ran = run_script("evaluate.py", f"--workdir={tmp_path}/run")
     assert ran.code == 0, ran
     values = json.loads(ran.out)
