@@ -1,9 +1,12 @@
 """Writes a trained model for others to read.
 
     python scripts/export.py --workdir=runs/124m --format=safetensors --out=DIR
+    python scripts/export.py --workdir=runs/124m --format=stablehlo --out=DIR
 
-safetensors: the parameters (their moving average, if the run has one) in Hugging Face's layout where there is
-one, with a config.json that transformers loads; else under the names of this package.
+safetensors: the parameters (their moving average, if the run has one) in Hugging Face's layout where there
+is one, with a config.json that transformers loads; else under the names of this package.
+stablehlo: the forward pass, and a language model's prefill and decode with a cache, for batches of any size
+on CPU, GPU and TPU; the weights; and saved_model.py, which loads them and needs jax and flatbuffers alone.
 """
 
 from __future__ import annotations
@@ -16,11 +19,16 @@ from bigmodel.config import InputError
 def main() -> int:
     flags = cli.parser(__doc__)
     flags.add_argument("--workdir", required=True, help="a run that scripts/train.py or import_hf.py made")
-    flags.add_argument("--format", choices=("safetensors",), default="safetensors")
+    flags.add_argument("--format", choices=("safetensors", "stablehlo"), default="safetensors")
     flags.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     args, rest = cli.parse(flags)
     if rest:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    if args.format == "stablehlo":
+        from bigmodel import export
+
+        print(f"exported  {', '.join(export.stablehlo(args.workdir, args.out))} in {args.out}")
+        return 0
     from bigmodel import transfer
 
     layout, *files = transfer.export_safetensors(args.workdir, args.out)

@@ -5,11 +5,19 @@ python scripts/generate.py --workdir=runs/toy --prompt="def main(" --length=200 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import sys
+from typing import TYPE_CHECKING
 
 import cli
 
 from bigmodel.config import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bigmodel import infer, sampling
 
 
 def main() -> int:
@@ -27,6 +35,8 @@ def main() -> int:
     flags.add_argument(
         "--stop", action="append", default=[], help="text that ends the answer, left out of it"
     )
+    flags.add_argument("--beams", type=int, default=0, help="above 0: beam search for the likeliest answer")
+    flags.add_argument("--draft", help="a small model's run, of the same vocabulary, that proposes tokens")
     flags.add_argument("--cache_dtype", default="", choices=["", "int8"], help="of keys and values")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
@@ -35,15 +45,38 @@ def main() -> int:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
     if args.length < 1:
         raise InputError(f"--length={args.length}: set it to 1 or more")
+    if args.beams < 0 or (args.beams and args.draft):
+        raise InputError(f"--beams={args.beams}: set it to 0 or more, and to 0 with --draft")
     from bigmodel import infer, sampling
 
     keys = [field.name for field in dataclasses.fields(sampling.Sampling)]
     settings = sampling.Sampling(**{key: getattr(args, key) for key in keys}).check()
     prompts = args.prompt or ["import "]
     writer = infer.Writer.load(args.workdir, args.step, cache_dtype=args.cache_dtype)
-    for prompt, text in zip(prompts, writer.write(prompts, args.length, settings, args.stop), strict=True):
+    if args.beams or args.draft:
+        texts = [writer.decode(ids, args.stop)[0] for ids in answers(writer, prompts, settings, args)]
+    else:
+        texts = writer.write(prompts, args.length, settings, args.stop)
+    for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text if writer.continues else text)
     return 0
+
+
+def answers(
+    writer: infer.Writer, prompts: list[str], settings: sampling.Sampling, args: argparse.Namespace
+) -> list[np.ndarray]:
+    """Ids by beam search, or with a draft's proposals."""
+    from bigmodel import infer
+    from bigmodel.beam import BeamSearch
+    from bigmodel.speculative import Speculative
+
+    ids = [writer.encode(prompt).tolist() for prompt in prompts]
+    if args.beams:
+        return [beams[0] for beams in BeamSearch(writer.decoder, args.beams).generate(ids, args.length)[0]]
+    draft = infer.Writer.load(args.draft).decoder
+    answer = Speculative(writer.decoder, draft).generate(ids, args.length, settings)
+    print(f"{answer.passes} passes, {answer.kept:.0%} of the draft's tokens kept", file=sys.stderr)
+    return answer.ids
 
 
 if __name__ == "__main__":

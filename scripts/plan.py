@@ -4,6 +4,9 @@ step's time, and the whole run's hours, energy, emissions and dollars. Trains no
     python scripts/plan.py --config=configs/gpt.py:size=llama-7b --target=v5e:16x16 --config.mesh.fsdp=256 \\
         --json=plan.json
 
+With --mode=serve, what serving the model costs: the largest batch and context that fit, the latency of a
+prompt and of a token, tokens a second and dollars a million tokens.
+
 Targets: TPU slices (v4, v5e, v5p, v6e, tpu7x, as v5e:16x16 or 2*v5e:16x16), NVIDIA hosts x GPUs (a100-80,
 h100, h200, b200, as h100:8x8), and this machine (cpu, cpu:8). TPUs and GPUs are planned with their own
 compilers after `pip install 'bigmodel[plan]'`.
@@ -45,12 +48,18 @@ def main() -> int:
     flags.add_argument(
         "--timeline", type=pathlib.Path, metavar="DIR", help="a step's trace and picture go here"
     )
+    flags.add_argument(
+        "--mode", choices=("train", "serve"), default="train", help="serve: batch, latency, dollars a token"
+    )
+    flags.add_argument("--prompt", type=int, default=0, help="--mode=serve: its tokens; 0: half of seq_len")
     args, overrides = cli.parse(flags)
     config = config_lib.load(args.config, overrides)
     assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
     if args.search < 0:
         raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")
     cli.no_accelerator_needed(bool(args.target))
+    if args.mode == "serve":
+        return _serve(config, args.target, args.prompt, assume, args.json)
     from bigmodel.plan import planner, receipt
 
     ranking: list[dict[str, Any]] = []
@@ -76,6 +85,18 @@ def main() -> int:
     if args.json:
         written = plan.receipt | ({"search": ranking} if ranking else {})
         args.json.write_text(json.dumps(written, indent=2) + "\n")
+    return 0
+
+
+def _serve(
+    config: config_lib.Config, spec: str, prompt: int, assume: dict[str, float], out: pathlib.Path | None
+) -> int:
+    from bigmodel.plan import serve
+
+    plan = serve.plan(config, spec, prompt=prompt, assume=assume)
+    print("\n".join(serve.table(plan)))
+    if out:
+        out.write_text(json.dumps(plan, indent=2) + "\n")
     return 0
 
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from conftest import build, mesh_keys, start, tiny
 
-from bigmodel import infer, sampling
+from bigmodel import engine, infer, sampling, speculative
+from bigmodel.beam import BeamSearch
 from bigmodel.config import InputError
+from bigmodel.engine import Engine, Request, Sizes
 from bigmodel.sampling import Sampling
+from bigmodel.speculative import Speculative
 
 LLAMA = {
     "model__position": "rope", "model__kv_heads": 2, "model__norm": "rmsnorm", "model__mlp": "swiglu",
@@ -129,6 +132,145 @@ def test_an_int8_cache_is_small_and_near():
     answers = [infer.generate(d, PROMPTS, 12) for d in (made, small)]
     same = [(a[:4] == b[:4]).all() for a, b in zip(*answers, strict=True)]
     assert sum(same) >= 2
+
+
+# ---------------------------------------------------------------------------------------- continuous batching
+
+
+def test_what_joins_and_leaves_changes_no_answer():
+    made, _, _ = decoder("llama")
+    rng = np.random.default_rng(0)
+    mixed = [Sampling(), Sampling(temperature=1.0, top_k=7, seed=3), Sampling(repetition_penalty=1.5)]
+    requests = [
+        Request(rng.integers(0, 60, rng.integers(1, 15)).tolist(), int(rng.integers(1, 17)), mixed[i % 3])
+        for i in range(9)
+    ]
+    batch = Engine(made, Sizes(slots=3, page=4, pages=12, chunk=6, prompts=2))
+    answers = engine.run(batch, requests)
+    assert batch.load == {"running": 0, "waiting": 0, "pages_used": 0, "pages": 12}
+    for first in (0, 3, 6):  # offline, three at once
+        three = requests[first : first + 3]
+        settings = [r.settings for r in three]
+        offline = infer.generate(made, [r.prompt for r in three], [r.length for r in three], settings)
+        assert answers[first : first + 3] == [ids.tolist() for ids in offline]
+
+
+def test_a_request_that_is_cancelled_gives_its_pages_back():
+    made, _, _ = decoder("llama")
+    batch = Engine(made, Sizes(slots=3, page=4, pages=12, chunk=6, prompts=2))
+    numbers = [batch.add(Request([1, 2, 3], 20)) for _ in range(4)]
+    assert not batch.load["pages_used"]
+    batch.step()
+    assert batch.load["running"] == 2
+    batch.cancel(numbers[0])
+    batch.cancel(numbers[3])
+    left = set()
+    while batch.busy:
+        left |= {news.number for news in batch.step()}
+    assert left == {numbers[1], numbers[2]}
+    assert batch.load["pages_used"] == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([], 3), "one id of a prompt"),
+        (Request([1], 0), "a length of 1"),
+        (Request([1] * 30, 3), "33, more than the model's context of 32"),
+        (Request([64], 3), "must lie in 0 to 63"),
+    ],
+)
+def test_a_request_that_never_fits_is_refused(request_, message):
+    with pytest.raises(InputError, match=message):
+        Engine(decoder("llama")[0], Sizes(slots=3, page=4, pages=12)).add(request_)
+
+
+# -------------------------------------------------------------------------------- drafts, and search
+
+
+def test_a_draft_changes_no_greedy_token_and_saves_passes():
+    made, _, _ = decoder("llama")
+    other, _, _ = decoder("learned")
+    expected = [ids.tolist() for ids in infer.generate(made, PROMPTS, 12)]
+    itself = Speculative(made, made, proposals=3).generate(PROMPTS, 12)
+    assert [ids.tolist() for ids in itself.ids] == expected
+    assert itself.passes == 3  # 1 id of the prompt, then 4 a pass
+    assert itself.kept == 1
+    drafted = Speculative(made, other, proposals=2).generate(PROMPTS, 12)
+    assert [ids.tolist() for ids in drafted.ids] == expected
+
+
+def test_judged_proposals_follow_the_large_models_distribution():
+    rng, rows, n = np.random.default_rng(0), 40_000, 2
+    p, q = rng.dirichlet(np.ones(4), n + 1), rng.dirichlet(np.ones(4), n)
+    x = np.stack([rng.choice(4, rows, p=q[i]) for i in range(n)], 1).astype(np.int32)
+    wide = [np.broadcast_to(a, (rows, *a.shape)).astype(np.float32) for a in (p, q)]
+    keys = jax.random.split(jax.random.key(1))
+    ids, count = jax.device_get(jax.jit(speculative.judge)(*wide, x, *keys))
+    for place in range(n + 1):  # p does not depend on what came before: neither may the ids
+        drawn = ids[count > place, place]
+        expected = len(drawn) * p[place]
+        counts = np.bincount(drawn, minlength=4)
+        assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees: 1 in 1,000
+    kept = np.minimum(p[0], q[0]).sum()
+    assert abs((count > 1).mean() - kept) < 4 * (kept * (1 - kept) / rows) ** 0.5
+
+
+@pytest.mark.slow
+def test_speculative_answers_are_distributed_as_the_models_own():
+    made, _, _ = decoder("llama")
+    other, _, _ = decoder("learned")
+    rows = 512
+    draft = Speculative(made, other, proposals=2)
+    counts: list[dict[int, int]] = [{}, {}]
+    for seed in range(4):
+        each = [Sampling(temperature=0.7, top_k=4, seed=seed * rows + i) for i in range(rows)]
+        plain = infer.generate(made, [PROMPTS[0]] * rows, 3, each)
+        drafted = draft.generate([PROMPTS[0]] * rows, 3, each).ids
+        for count, answers in zip(counts, (plain, drafted), strict=True):
+            for ids in answers:
+                count[int(ids[2])] = count.get(int(ids[2]), 0) + 1
+    a, b = (np.array([count.get(i, 0) for i in range(64)], float) for count in counts)
+    often = a + b >= 20
+    freedom = int(often.sum()) - 1
+    chi = ((a - b) ** 2 / np.maximum(a + b, 1))[often].sum()
+    assert chi < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["learned", "t5"])
+def test_as_many_beams_as_ids_find_the_likeliest_answer(name):
+    """Of two ids, 64 beams see all answers: the best is that of an exhaustive search by the forward pass."""
+    made, built, state = decoder(name)
+    prompt = PROMPTS[0]
+    ids, scores = BeamSearch(made, beams=64, penalty=0.0).generate([prompt], 2)
+    pad = np.zeros((64, 32), np.int32)
+    at = np.broadcast_to(np.arange(32, dtype=np.int32), (64, 32))
+    batch = {"tokens": pad.copy(), "positions": at}
+    start = len(prompt) - 1
+    batch["tokens"][:, : len(prompt)] = prompt
+    batch["segments"] = (at <= start).astype(np.int32)
+    key = "tokens"
+    if name == "t5":
+        key, start = "decoder_tokens", 0
+        batch |= {"decoder_tokens": pad.copy(), "decoder_segments": (at < 2).astype(np.int32)}
+    else:
+        batch["segments"] = (at <= start + 1).astype(np.int32)
+    batch[key][:, start + 1] = np.arange(64)
+    logits, _ = jax.jit(lambda p, b: built.model.apply(p, {}, b, key=None, train=False))(
+        state["params"], batch
+    )
+    share = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
+    both = share[0, start][:, None] + share[:, start + 1]
+    best = np.unravel_index(both.argmax(), both.shape)
+    assert ids[0][0].tolist() == list(best)
+    np.testing.assert_allclose(scores[0, 0], both.max(), rtol=1e-4)
+    np.testing.assert_allclose(scores[0], np.sort(both.ravel())[::-1][:64], rtol=1e-3)
+
+
+def test_one_beam_is_greedy():
+    made, _, _ = decoder("learned")
+    ids, _ = BeamSearch(made, beams=1).generate(PROMPTS, 12)
+    assert [beams[0].tolist() for beams in ids] == [a.tolist() for a in infer.generate(made, PROMPTS, 12)]
 
 
 # ------------------------------------------------------------------------------------------------ sampling

@@ -15,6 +15,8 @@ ORDER = """
     typed
     families | smaller
     tuning
+    typed | saved_model
+    families
     config
     workdir | hardware
     mesh
@@ -65,6 +67,9 @@ ORDER = """
     sampling
     infer | pictures
     sentences
+    engine | predict | openai_api | speculative | beam | export | plan/serve
+    worker
+    serve
     evaluate
     train
     compress/__init__ | compress/recipe | compress/trained

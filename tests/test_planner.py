@@ -10,7 +10,7 @@ from conftest import run_script, tiny
 
 from bigmodel import mesh
 from bigmodel.config import InputError
-from bigmodel.plan import planner, receipt, target, timeline
+from bigmodel.plan import planner, receipt, serve, target, timeline
 
 LIBTPU = target.installed("libtpu")
 
@@ -117,3 +117,21 @@ def test_what_the_compiler_refuses_is_one_line(monkeypatch):
     assert isinstance(short, planner.DoesNotFit)
     assert short.missing_bytes == pytest.approx(4.25 * 2**30)
     assert "check compiler_options" in str(refuse("INVALID_ARGUMENT: No such compile option: 'xla_nonsense'"))
+
+
+def test_a_plan_for_serving_fills_the_memory_and_names_its_price(monkeypatch):
+    monkeypatch.setattr(target, "installed", lambda package: False)
+    config = tiny("gpt", batch_size=8, model__position="rope")
+    r = serve.plan(config, "h100:1x1", prompt=5)
+    assert r["peak_bytes"] <= r["capacity_bytes"]
+    assert r["batch"] > 1000
+    assert r["cache_bytes_per_token"] == 2 * 2 * 32 * 4  # keys and values, layers, width, bytes
+    assert r["tokens_per_s"] == pytest.approx(r["batch"] / r["token_s"])
+    hour = r["tokens_per_s"] * 3600 / 1e6 * r["dollars_per_million_tokens"]
+    twice = serve.plan(config, "h100:1x1", prompt=5, assume={"dollars_per_chip_hour": 2 * hour})
+    assert twice["dollars_per_million_tokens"] == pytest.approx(2 * r["dollars_per_million_tokens"])
+    assert "tokens/s" in "\n".join(serve.table(r))
+    with pytest.raises(InputError, match="--mode=serve is for Transformers"):
+        serve.plan(tiny("mlp"), "h100:1x1")
+    with pytest.raises(InputError, match="--prompt=16: choose 1 to 15"):
+        serve.plan(config, "h100:1x1", prompt=16)

@@ -47,12 +47,18 @@ def write(
         row_BL = jnp.take_along_axis(pages_BT, jnp.maximum(at_BL, 0) // slots, 1, mode="clip")
     row_BL = jnp.where(real_BL, row_BL, cache["k"].shape[0])  # beyond the last row: dropped
     slot_BL = jnp.maximum(at_BL, 0) % slots
+    one = at_BL.shape[1] == 1 and pages_BT is None and mesh.platform() == "tpu"
+    here_BS = (jnp.arange(slots, dtype=jnp.int32) == slot_BL[:, :1]) & real_BL[:, :1]
     out = dict(cache)
     for name, new_BLGK in (("k", k_BLGK), ("v", v_BLGK)):
         if f"{name}_scale" in cache:
             new_BLGK, scale_BLG = quantize(new_BLGK)
             out[f"{name}_scale"] = cache[f"{name}_scale"].at[row_BL, :, slot_BL].set(scale_BLG, mode="drop")
-        rows = cache[name].at[row_BL, :, slot_BL].set(new_BLGK.astype(cache[name].dtype), mode="drop")
+        new_BLGK = new_BLGK.astype(cache[name].dtype)
+        if one:  # a TPU scatters row after row, for a small part of its bandwidth
+            rows = jnp.where(here_BS[:, None, :, None], new_BLGK.swapaxes(1, 2), cache[name])
+        else:
+            rows = cache[name].at[row_BL, :, slot_BL].set(new_BLGK, mode="drop")
         out[name] = rows if pages_BT is not None else mesh.shard(rows, mesh.BATCH, "tensor", None, None)
     return out
 

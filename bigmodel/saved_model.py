@@ -1,0 +1,80 @@
+"""Loads an exported model. This file goes with every export; it needs jax, and flatbuffers for jax.export.
+
+    import saved_model
+    model = saved_model.load("DIR")
+    print(model.signatures)
+    outputs = model("forward", {"tokens": ..., "segments": ..., "positions": ...})
+
+Language models have three functions: `forward`, the logits of whole sequences; `prefill`, `tokens` [b, L]
+and `lengths` [b] -> `logits` [b, V] of what follows, and `cache`; `decode`, `token` [b], `at` [b] (its
+position) and `cache` -> the same. Any b will do.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import struct
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
+TYPES |= {"I8": "int8", "U8": "uint8", "I64": "int64", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn"}
+MALFORMED = (struct.error, LookupError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError)
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """A .safetensors file -> its arrays by name. Raises ValueError for one that is cut short or malformed."""
+    content = path.read_bytes()
+    try:
+        (size,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + size])
+        data, out = memoryview(content)[8 + size :], {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            first, last = entry["data_offsets"]
+            dtype = jax.numpy.dtype(TYPES[entry["dtype"]])
+            if not 0 <= first <= last <= len(data):
+                raise ValueError(f"{name} lies outside the file")
+            out[name] = np.frombuffer(data[first:last], dtype).reshape(entry["shape"])
+        return out
+    except MALFORMED as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+class Model:
+    """Exported functions with their weights."""
+
+    def __init__(self, directory: str | pathlib.Path) -> None:
+        path = pathlib.Path(directory)
+        about = json.loads((path / "model.json").read_text())
+        self.config: dict[str, Any] = about["config"]
+        arrays = read_safetensors(path / "weights.safetensors")
+        self._weights = [jax.device_put(arrays[name]) for name in about["weights"]]
+        self._functions = {
+            name: export.deserialize(bytearray((path / f"{name}.stablehlo").read_bytes()))
+            for name in about["functions"]
+        }
+        self._calls = {name: jax.jit(function.call) for name, function in self._functions.items()}
+
+    @property
+    def signatures(self) -> dict[str, Any]:
+        """Each function's inputs, as (shape, dtype)."""
+
+        def inputs(function: export.Exported) -> Any:
+            (_, given), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
+            return jax.tree.map(lambda x: (str(x.shape), str(x.dtype)), given)
+
+        return {name: inputs(function) for name, function in self._functions.items()}
+
+    def __call__(self, name: str, inputs: dict[str, Any]) -> Any:
+        return self._calls[name](self._weights, inputs)
+
+
+def load(directory: str | pathlib.Path) -> Model:
+    """The model that was exported to `directory`."""
+    return Model(directory)

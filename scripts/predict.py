@@ -1,0 +1,110 @@
+"""Predictions of a trained model for many inputs, one JSON line each; run again, it goes on where it stopped.
+
+    python scripts/predict.py --workdir=runs/cnn --inputs=images/ --out=predictions.jsonl
+    python scripts/predict.py --workdir=runs/mf --inputs=pairs.csv --out=scores.jsonl
+
+--inputs: a directory of images (png, jpg, jpeg; searched through), or a CSV. A model that reads text wants
+a column `text`, one that reads images `image` (paths, relative to the CSV); any other the columns that its
+batches have, such as `user` and `item`, or `serial` for a GAN, whose images come as base64 of a PNG. Each
+line has `input` (a path, or the row's number) and the prediction.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+from typing import Any
+
+import cli
+
+from bigmodel.config import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def main() -> int:
+    flags = cli.parser(__doc__)
+    flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
+    flags.add_argument("--inputs", required=True, type=pathlib.Path, help="a directory or a CSV")
+    flags.add_argument("--out", required=True, type=pathlib.Path, help="a .jsonl; what is there is kept")
+    flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    args, rest = cli.parse(flags)
+    if rest:
+        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    named = inputs_of(args.inputs)
+    done = done_in(args.out, [name for name, _ in named])
+    from rich.progress import track
+
+    from bigmodel.predict import Predictor
+
+    predictor = Predictor.load(pathlib.Path(args.workdir), args.step)
+    size = predictor.program.config.batch_size
+    with args.out.open("a") as file:
+        for first in track(range(done, len(named), size), "predicting", disable=done == len(named)):
+            part = named[first : first + size]
+            try:
+                rows, _ = predictor.predict([value for _, value in part])
+            except InputError as error:
+                raise InputError(f"{args.inputs}, from {part[0][0]}: {error}") from error
+            lines = [json.dumps({"input": name, **row}) for (name, _), row in zip(part, rows, strict=True)]
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+    print(f"predicted {len(named) - done} of {len(named)} in {args.out}")
+    return 0
+
+
+def inputs_of(path: pathlib.Path) -> list[tuple[str, Any]]:
+    """(name, what the predictor reads) of every input. Raises InputError."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise InputError(f"--inputs={path} holds no {', '.join(SUFFIXES)}; give a directory of images")
+        return [(str(file.relative_to(path)), file) for file in files]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--inputs={path} is no directory and no CSV: {error}") from error
+    if not rows:
+        raise InputError(f"--inputs={path} has no rows below its header")
+    if "image" in rows[0]:
+        return [(row["image"], path.parent / row["image"]) for row in rows]
+    return [(str(number), row if "text" in row else numbers(row, number)) for number, row in enumerate(rows)]
+
+
+def numbers(row: dict[str, str], number: int) -> dict[str, float]:
+    try:
+        return {key: float(value) for key, value in row.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--inputs: row {number} has what is no number ({error})") from error
+
+
+def done_in(path: pathlib.Path, names: list[str]) -> int:
+    """How many of the inputs `path` has already; a line that was cut short is taken off.
+
+    Raises:
+        InputError: it holds predictions for other inputs.
+    """
+    if not path.is_file():
+        if not path.parent.is_dir():
+            raise InputError(f"--out={path}: {path.parent} is no directory; make it")
+        return 0
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    for number, line in enumerate(whole.splitlines()):
+        try:
+            name = json.loads(line)["input"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--out={path} line {number + 1} is no prediction; choose another file"
+            ) from error
+        if number >= len(names) or name != names[number]:
+            raise InputError(f"--out={path} holds predictions for other inputs; choose another file")
+    if whole != text:
+        path.write_text(whole)
+    return whole.count("\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

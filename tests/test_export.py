@@ -1,0 +1,99 @@
+"""What is exported runs in a process that has jax and nothing of this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import build, run_script, start, tiny
+
+from bigmodel import export, infer, saved_model, workdir
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.config import InputError
+
+ALONE = """
+import json, sys
+import numpy as np
+import saved_model
+sys.path[:] = [p for p in sys.path if p != REPOSITORY]
+model = saved_model.load(".")
+prompt = [3, 1, 4, 1, 5]
+tokens = np.zeros((3, 16), np.int32)
+tokens[:, :5] = prompt
+out = model("prefill", {"tokens": tokens, "lengths": np.array([5, 4, 5], np.int32)})
+ids, at = [], np.array([5, 4, 5], np.int32)
+for _ in range(8):
+    token = np.asarray(out["logits"].argmax(-1)).astype(np.int32)
+    ids.append(int(token[0]))
+    out = model("decode", {"token": token, "at": at, "cache": out["cache"]})
+    at += 1
+lone = model("forward", {"tokens": tokens[:1], "segments": (tokens[:1] > 0).astype(np.int32),
+                         "positions": np.arange(16, dtype=np.int32)[None]})
+assert "bigmodel" not in sys.modules and "flax" not in sys.modules
+print(json.dumps({"ids": ids, "first": int(np.asarray(lone)[0, 4].argmax()), "shape": np.shape(lone)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("export") / "run"
+    directory.mkdir()
+    keys = {"model__position": "rope", "model__kv_heads": 2}
+    config = tiny("gpt", model__depth=1, model__vocab_size=264, batch_size=1, **keys)
+    workdir.write_config(directory, config)
+    state = start(build(config))
+    state["params"] = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, state["params"])
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(0, state, {})
+    return directory
+
+
+def test_an_export_runs_without_this_package(run_dir, tmp_path):
+    ran = run_script("export.py", f"--workdir={run_dir}", "--format=stablehlo", f"--out={tmp_path}/out")
+    assert ran.code == 0, ran.err
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    (tmp_path / "out" / "alone.py").write_text(f"REPOSITORY = ''\n{ALONE}")
+    alone = subprocess.run(
+        [sys.executable, "-P", "-c", "import sys; sys.path.insert(0, '.'); exec(open('alone.py').read())"],
+        cwd=tmp_path / "out", env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    said = json.loads(alone.stdout)
+    made = infer.Decoder(*infer.load(run_dir))
+    expected = infer.generate(made, [[3, 1, 4, 1, 5]], 8)[0].tolist()
+    assert said["ids"] == expected
+    assert said["first"] == expected[0]
+    assert said["shape"] == [1, 16, 264]
+
+
+def test_an_export_overwrites_nothing(run_dir, tmp_path):
+    with pytest.raises(InputError, match="exists; give a new directory"):
+        export.stablehlo(run_dir, tmp_path)
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
+        export.stablehlo(tmp_path, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b'\x09\0\0\0\0\0\0\0{"a": {}}']
+)
+def test_a_file_that_is_no_safetensors_is_refused(content, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        saved_model.read_safetensors(path)
+
+
+def test_what_safetensors_wrote_is_read(tmp_path):
+    from safetensors.numpy import save_file
+
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b/c": np.array([1, -2], np.int8)}
+    save_file(arrays, tmp_path / "x.safetensors")
+    read = saved_model.read_safetensors(tmp_path / "x.safetensors")
+    assert {k: v.tolist() for k, v in read.items()} == {k: v.tolist() for k, v in arrays.items()}

@@ -1,0 +1,315 @@
+"""The server in a process of its own: OpenAI's client, bad requests, clients that leave, the end."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import html
+import json
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import cv2
+import httpx
+import jax
+import numpy as np
+import openai
+import pytest
+from conftest import build, finish, run_script, start, start_script, tiny
+
+from bigmodel import infer, workdir
+from bigmodel.checkpoint import Checkpoints
+from bigmodel.openai_api import Refusal, completion
+from bigmodel.predict import Predictor
+from bigmodel.sampling import Sampling
+from bigmodel.worker import Text
+
+KEY = {"BIGMODEL_API_KEY": "sesame"}
+BEARER = {"Authorization": "Bearer sesame"}
+CONTEXT = 64
+
+
+def saved(directory: pathlib.Path, config: Any) -> pathlib.Path:
+    """A run of `config` whose state at step 0 is its checkpoint."""
+    directory.mkdir()
+    workdir.write_config(directory, config)
+    state = start(build(config))
+    state["params"] = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, state["params"])
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(0, state, {})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    config = tiny("gpt", model__depth=1, model__vocab_size=264, seq_len=CONTEXT, batch_size=1)
+    return saved(tmp_path_factory.mktemp("serve") / "tiny-gpt", config)
+
+
+class Server(NamedTuple):
+    process: subprocess.Popen[str]
+    url: str
+
+
+def served(directory: pathlib.Path, *args: str) -> Server:
+    env = KEY | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    process = start_script("serve.py", f"--workdir={directory}", "--port=0", *args, env=env)
+    line = process.stdout.readline()  # type: ignore[union-attr]
+    if not line.startswith("serving"):
+        pytest.fail(f"no server: {line}{finish(process)}")
+    return Server(process, line.split()[1])
+
+
+@pytest.fixture(scope="module")
+def server(run_dir: pathlib.Path) -> Iterator[Server]:
+    it = served(run_dir, "--slots=4", "--queue=60", "--max_body_mib=0.1")
+    yield it
+    it.process.send_signal(signal.SIGTERM)
+    assert finish(it.process)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def writer(run_dir: pathlib.Path) -> infer.Writer:
+    return infer.Writer.load(run_dir)
+
+
+def post(server: Server, body: Any, path: str = "v1/completions", **keys: Any) -> httpx.Response:
+    keys = {"headers": BEARER, "timeout": 60} | keys
+    if isinstance(body, bytes):
+        return httpx.post(server.url + path, content=body, **keys)
+    return httpx.post(server.url + path, json=body, **keys)
+
+
+def offline(writer: infer.Writer, prompts: list[str], length: int) -> list[str]:
+    return [writer.write([prompt], length)[0] for prompt in prompts]
+
+
+def test_openais_client_works_unchanged(server, writer):
+    client = openai.OpenAI(base_url=server.url + "v1", api_key="sesame")
+    (model,) = client.models.list().data
+    assert model.id == "tiny-gpt"
+    keys: dict[str, Any] = {"model": "tiny-gpt", "temperature": 0, "max_tokens": 12}
+    (expected,) = offline(writer, ["import "], 12)
+    answer = client.completions.create(prompt="import ", **keys)
+    assert answer.choices[0].text == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 12)
+    pieces = list(
+        client.completions.create(
+            prompt="import ", stream=True, stream_options={"include_usage": True}, **keys
+        )
+    )
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == expected
+    assert pieces[-1].usage.completion_tokens == 12
+    messages: Any = [{"role": "user", "content": "hello"}]
+    said = client.chat.completions.create(messages=messages, **keys).choices[0].message.content
+    stream = client.chat.completions.create(messages=messages, stream=True, **keys)
+    assert "".join(p.choices[0].delta.content or "" for p in stream) == said
+    two = client.completions.create(prompt=["a", "b"], n=2, seed=5, model="tiny-gpt", max_tokens=5)
+    assert [c.index for c in two.choices] == [0, 1, 2, 3]
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=server.url + "v1", api_key="no").models.list()
+
+
+BAD: list[tuple[int, Any]] = [
+    (400, b""),
+    (400, b"prompt"),
+    (400, b"[1, 2]"),
+    (400, b'{"prompt": "\xff"}'),
+    (400, b'{"prompt": "a", "temperature": NaN}'),
+    (400, b"[" * 50_000),
+    (400, {"prompt": 3}),
+    (400, {"prompt": "a", "max_tokens": "9"}),
+    (400, {"prompt": "a", "max_token": 9}),
+    (400, b'{"prompt": "\\ud800"}'),
+    (404, {"prompt": "a", "model": "gpt-4"}),
+    (413, b'{"prompt": "' + b"a" * 50_000_000 + b'"}'),
+    (422, {"prompt": "a" * 200}),
+    (422, {"prompt": "a", "max_tokens": 10**8}),
+    (422, {"prompt": "a", "n": 10**6}),
+    (422, {"prompt": "a", "temperature": -1}),
+    (422, {"prompt": [5000]}),
+    (422, {"prompt": []}),
+    (422, {"prompt": "a", "logprobs": 5}),
+]
+
+
+def memory_kb(process: subprocess.Popen[str]) -> int:
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+def test_bad_requests_get_one_line_and_leave_no_trace(server):
+    good = {"prompt": "a", "max_tokens": 2}
+    assert post(server, good).status_code == 200
+    before = memory_kb(server.process)
+    for status, body in BAD:
+        try:
+            response = post(server, body)
+        except httpx.WriteError:  # the server closed while 50 MB were still coming
+            assert status == 413
+            continue
+        assert response.status_code == status, (body if len(str(body)) < 99 else status, response.text)
+        message = response.json()["error"]["message"]
+        assert message
+        assert "\n" not in message
+        assert "Traceback" not in response.text
+        assert post(server, good).status_code == 200
+    assert memory_kb(server.process) - before < 50_000
+    assert httpx.get(server.url + "health").json() == {"status": "ok"}
+
+
+def test_answers_are_their_own_under_load_and_the_queue_has_an_end(server, writer):
+    prompts = [f"def f{i}(" for i in range(4)]
+    expected = dict(zip(prompts, offline(writer, prompts, 20), strict=True))
+
+    def ask(index: int) -> tuple[int, bool]:
+        prompt = prompts[index % 4]
+        response = post(server, {"prompt": prompt, "max_tokens": 20, "temperature": 0})
+        if response.status_code != 200:
+            return response.status_code, "answers are under way" in response.text
+        return 200, response.json()["choices"][0]["text"] == expected[prompt]
+
+    with concurrent.futures.ThreadPoolExecutor(96) as pool:
+        results = list(pool.map(ask, range(160)))
+    assert {status for status, _ in results} <= {200, 429}
+    assert all(right for _, right in results)
+    assert sum(status == 200 for status, _ in results) >= 64
+
+
+def test_a_client_that_leaves_is_forgotten(server):
+    url = httpx.URL(server.url)
+    body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 16}).encode()
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Authorization: Bearer sesame"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}"])
+    for _ in range(3):
+        with socket.create_connection((url.host, url.port)) as client:
+            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            time.sleep(0.1)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        lines = httpx.get(server.url + "metrics").text.splitlines()
+        load = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("bigmodel_")}
+        if not load["bigmodel_running"] + load["bigmodel_waiting"] + load["bigmodel_pages_used"]:
+            break
+        time.sleep(0.05)
+    assert load["bigmodel_pages_used"] == 0
+    assert any(line.startswith('bigmodel_requests_total{path="/v1/completions"') for line in lines)
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_is_under_way(run_dir, writer):
+    it = served(run_dir, "--slots=4")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "x", "max_tokens": 60, "n": 12, "temperature": 0}
+        answer = pool.submit(post, it, body)
+        time.sleep(0.3)
+        it.process.send_signal(signal.SIGTERM)
+        texts = [choice["text"] for choice in answer.result().json()["choices"]]
+    assert texts == offline(writer, ["x"], 60) * 12
+    code, _, err = finish(it.process)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+@pytest.mark.slow
+def test_the_page_writes_in_a_browser(server, writer):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+
+    def shown(query: str) -> str:
+        command = ["chromium", *flags, f"{server.url}?{query}"]
+        return html.unescape(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+
+    query = "prompt=import+&max_tokens=12&temperature=0"
+    assert "send the API key" in shown(query)
+    page = shown(f"{query}&key=sesame")
+    (expected,) = offline(writer, ["import "], 12)
+    assert expected.replace("\r\n", "\n").replace("\0", "") in page
+    assert "done: length" in page
+
+
+# ---------------------------------------------------------------------------------------------- in process
+
+
+def test_a_text_is_given_out_when_it_is_certain():
+    class Letters:
+        def decode(self, ids: list[int], stop: Any = ()) -> tuple[str, bool]:
+            text = bytes(ids).decode(errors="replace")
+            at = min((text.find(s) for s in stop if s in text), default=-1)
+            return (text, False) if at < 0 else (text[:at], True)
+
+    text = Text(Letters(), ("END",))  # type: ignore[arg-type]
+    assert [text.add([i], False) for i in b"aEbE"] == ["a", "", "Eb", ""]
+    assert text.add(list(b"NDx"), False) == ""
+    assert text.reason == "stop"
+    umlaut = Text(Letters(), ())  # type: ignore[arg-type]
+    first, second = "ü".encode()
+    assert [umlaut.add([first], False), umlaut.add([second], True)] == ["", "ü"]
+    assert umlaut.reason == "length"
+
+
+def test_what_openai_has_and_we_have_not_is_refused():
+    assert (
+        completion({"prompt": "a", "logprobs": None, "best_of": 1, "user": "me"}, 4).settings.temperature
+        == 1.0
+    )
+    with pytest.raises(Refusal, match="suffix is not served"):
+        completion({"prompt": "a", "suffix": "b"}, 4)
+    ask = completion({"prompt": [[1, 2], [3]], "stop": "x", "top_k": 5, "n": 2}, 4)
+    assert ask.prompts == ((1, 2), (3,))
+    assert ask.settings == Sampling(temperature=1.0, top_k=5)
+
+
+def test_an_encoder_embeds_and_a_classifier_predicts():
+    bert = build(tiny("bert", model__vocab_size=264))
+
+    class Bytes:
+        separator = 256
+
+        def encode(self, text: str) -> np.ndarray:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    predictor = Predictor(bert, start(bert), tokenizer=Bytes())  # type: ignore[arg-type]
+    vectors, count = predictor.embed(["one", "two and more", *["x"] * 8])
+    assert count == 4 + 13 + 8 * 2
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(vectors[2], vectors[9], rtol=1e-5)
+    cnn = build(tiny("cnn"))
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8)
+    _, png = cv2.imencode(".png", image)
+    rows, _ = Predictor(cnn, start(cnn)).predict([image.tolist(), base64.b64encode(png.tobytes()).decode()])
+    assert rows[0] == rows[1]
+    assert abs(sum(rows[0]["top"].values())) <= 1 + 1e-5
+
+
+@pytest.mark.slow
+def test_predictions_for_a_directory_go_on_where_they_stopped(tmp_path):
+    run = saved(tmp_path / "run", tiny("cnn", data__name="digits", batch_size=4))
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        folder = tmp_path / "images" / ("more" if index % 2 else "")
+        cv2.imwrite(str(folder / f"{index}.png"), rng.integers(0, 256, (8, 8)).astype(np.uint8))
+    out = tmp_path / "out.jsonl"
+    flags = [f"--workdir={run}", f"--inputs={tmp_path}/images", f"--out={out}"]
+    ran = run_script("predict.py", *flags)
+    assert ran.code == 0, ran.err
+    whole = out.read_text()
+    assert len(whole.splitlines()) == 6
+    assert json.loads(whole.splitlines()[0])["input"] == "0.png"
+    out.write_text(whole[: len(whole) // 2])  # cut short within a line
+    assert "of 6 in" in run_script("predict.py", *flags).out
+    assert [json.loads(line)["label"] for line in out.read_text().splitlines()] == [
+        json.loads(line)["label"] for line in whole.splitlines()
+    ]
+    (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "9.png")
+    ran = run_script("predict.py", *flags)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "predictions for other inputs" in ran.err
+    assert len(out.read_text().splitlines()) == 6
