@@ -12,11 +12,9 @@ from conftest import ROOT
 # not import each other. A package's __init__ collects its own files and stands below them.
 ORDER = """
     __init__
-    typed
+    typed | saved_model
     families | smaller
     tuning
-    typed | saved_model
-    families
     config
     workdir | hardware
     mesh
