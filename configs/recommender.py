@@ -15,7 +15,7 @@ Planned, a DLRM with the tables of the Criteo terabyte data (188 M rows) on 16 c
 65,536, of which the tables' dense update takes 50 %, memory 34 %, the exchange 15 % and matrix products
 nothing:
 
-    python scripts/plan.py --config=configs/recommender.py:kind=dlrm --config.model.rows=187767424 \
+    python scripts/plan.py --config=configs/recommender.py:kind=dlrm --config.model.rows=187767808 \
         --config.model.width=128 --config.model.bottom=512,256 --config.model.widths=1024,1024,512,256 \
         --config.batch_size=65536 --config.optim.name=sgd --config.optim.b1=0 \
         --config.compute_dtype=bfloat16 --target=v5e:4x4
