@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bigmodel import infer, mesh
 from bigmodel.config import Config, InputError
 from bigmodel.models import module
+from bigmodel.plan import compiled as compiled_lib
 from bigmodel.plan import estimate, planner, receipt, target
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
@@ -163,17 +164,15 @@ def _compile(
             return function(*args)
 
     try:
-        compiled = jax.jit(step, donate_argnums=donate).trace(*args).lower().compile()
+        made = compiled_lib.of(jax.jit(step, donate_argnums=donate).trace(*args).lower().compile())
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+        if compiled_lib.is_out_of_memory(str(error)):
             return _Compiled(math.inf, math.inf, aim.compiler)
         raise InputError(
             f"--target={aim.spec}: the compiler refuses: {' '.join(str(error).split())[:300]}"
         ) from error
-    schedule, how = estimate.step(built, compiled, aim, calibrated=True)
-    analysis = compiled.memory_analysis()
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    peak = analysis.argument_size_in_bytes + outputs + analysis.temp_size_in_bytes
+    schedule, how = estimate.step(built, made, aim, calibrated=True)
+    peak = made.argument_bytes + made.output_bytes - made.alias_bytes + made.temporary_bytes
     return _Compiled(schedule.total_s, peak, how)
 
 
