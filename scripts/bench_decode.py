@@ -5,8 +5,7 @@
 
 A model of random weights, greedy, prompts of 32 ids, 64 new ones; reading the prompt counts. Rivals:
     ours     float32 weights
-    int8     weights of one byte, a scale for each output; the inputs of every product are rounded to int8 as
-             they come, which is what int8 products need
+    int8     weights of one byte, a scale for each output; made floats where they are used
     torch    PyTorch eager through transformers, where both are installed
 
 Every round runs each rival once, in this order and then in the reverse. Printed: the median over rounds of

@@ -10,4 +10,4 @@ setup_venv test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -n 2 --dist=loadfile "$@"
+.venv/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -258,6 +258,7 @@ def test_bfloat16_is_close_to_float32(keys):
 # --------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_a_straight_one_and_draws(tmp_path):
     keys = {"steps": 4, "checkpoint__every_steps": 2, "eval__every_steps": 2, "eval__batches": 2}
     keys |= {"model__num_classes": 10, "optim__groups": {"generator": {"on": "^/generator/", "every": 2}}}

@@ -188,6 +188,7 @@ def test_a_request_that_never_fits_is_refused(request_, message):
 # -------------------------------------------------------------------------------- drafts, and search
 
 
+@pytest.mark.slow
 def test_a_draft_changes_no_greedy_token_and_saves_passes():
     made, _, _ = decoder("llama")
     other, _, _ = decoder("learned")

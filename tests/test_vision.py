@@ -69,7 +69,11 @@ def test_each_family_overfits_ten_examples(family):
     assert rows["accuracy"][-1] == 1
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=str,
+)
 def test_batch_statistics_span_the_mesh(axes):
     one, many = built("resnet", **SGD), built("resnet", **SGD, **mesh_keys(axes))
     (a, a_rows), (b, b_rows) = (steps(part, start(part), 3) for part in (many, one))
