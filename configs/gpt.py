@@ -51,6 +51,7 @@ SIZES: dict[str, dict[str, object]] = {
     "llama-33b": _llama(60, 6656, 52, 17920),
     "llama-65b": _llama(80, 8192, 64, 22016),
     "llama-70b": _llama(80, 8192, 64, 28672, kv_heads=8),
+    "1t": _llama(128, 25_600, 200, 68_096),  # nobody's: a trillion parameters to plan with
     "mixtral-8x7b": _llama(32, 4096, 32, 14336, **_MIXTRAL),
     "moe-toy": _gpt(4, 128, 4, experts=4),
     "llama3-8b": _llama(32, 4096, 32, 14336, **_LLAMA3),

@@ -22,6 +22,10 @@ TINY = [
     "--config.model.vocab_size=264", "--config.batch_size=8", "--config.seq_len=32",
     "--config.steps=3", "--config.eval.batches=2", "--config.compute_dtype=float32",
 ]  # fmt: skip
+SMALL = {
+    "v5e:16x16": "v5e:2x4", "--search=2": "--search=1",
+    "v5p:8x16x16": "v5p:2x2x2", "fsdp=512": "fsdp=4", "tensor=4": "tensor=2",
+}  # fmt: skip
 
 
 def test_the_readme_has_its_commands():
@@ -59,7 +63,8 @@ def test_python_commands_run(tmp_path):
                 f"--json={tmp_path}/b",
             ]
         args = [word.replace("=plan.json", f"={tmp_path}/plan.json") for word in args]
-        args = [word.replace("v5e:16x16", "v5e:2x4").replace("--search=2", "--search=1") for word in args]
+        for large, small in SMALL.items():
+            args = [word.replace(large, small) for word in args]
         ran = run_script(script, *args, limit_s=200)
         assert ran.code == 0, (command, args, ran)
 
