@@ -26,7 +26,7 @@ from conftest import (
 )
 
 from bigmodel import config as config_lib
-from bigmodel import evaluate, infer, mesh, program, sparsity, train, workdir
+from bigmodel import evaluate, infer, mesh, program, sparsity, train, transfer, workdir
 from bigmodel.compress import observe, prune, quantize, recipe, report, solve, stages, structure, trained
 from bigmodel.config import InputError, Prune
 from bigmodel.models import distilled, weights
@@ -228,6 +228,15 @@ def test_a_distilled_student_is_an_ordinary_smaller_model(dense, tmp_path):
     config = workdir.read_config(tmp_path / "out")
     assert config.model.channels == (4, 4)
     assert config.distill.teacher == ""
+
+
+@pytest.mark.slow
+def test_a_teacher_may_lie_in_hugging_faces_layout(gpt, tmp_path):
+    transfer.export_safetensors(gpt, tmp_path / "hf")
+    rows = stages.run(gpt, recipe.parse(f"distill:2:teacher={tmp_path}/hf"), tmp_path / "out")
+    assert rows[1]["params"] == rows[0]["params"]
+    with pytest.raises(InputError, match="does not exist"):
+        stages.run(gpt, recipe.parse(f"distill:2:teacher={tmp_path}/nothing"), tmp_path / "none")
 
 
 @pytest.mark.slow

@@ -27,13 +27,12 @@ def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path) -> Trained:
     """The student, and the teacher in its `rest`.
 
     Args:
-        teacher: a workdir; the recipe may name another.
+        teacher: a workdir.
 
     Raises:
         InputError: the student's config is wrong, or the two do not predict the same thing.
     """
-    where = op.teacher or str(teacher)
-    how = Distill(where, op.weight, op.temperature, op.hidden)
+    how = Distill(str(teacher), op.weight, op.temperature, op.hidden)
     config = model.config.replace(distill=how)
     if op.student:
         config = smaller(config, op.student)

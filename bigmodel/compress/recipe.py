@@ -91,7 +91,7 @@ class Distill:
     student: Mapping[str, Any] = field(
         default_factory=dict
     )  # keys of config.model: a new one; none: the model
-    teacher: str = ""  # a workdir; "": the one that the recipe starts from
+    teacher: str = ""  # a workdir, or a directory in Hugging Face's layout; "": what the recipe starts from
     weight: float = 1.0  # of the teacher's part of the loss
     temperature: float = 2.0
     hidden: float = 0.0  # weight of how the last hidden states relate to each other (Tung and Mori 2019)

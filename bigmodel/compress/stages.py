@@ -10,7 +10,7 @@ import pathlib
 import shutil
 from dataclasses import replace
 
-from bigmodel import log, program, train, workdir
+from bigmodel import log, program, train, transfer, workdir
 from bigmodel.compress import distill, prune, quantize, recipe, report, structure, trained
 from bigmodel.compress.recipe import Op, Stage
 from bigmodel.compress.trained import Trained
@@ -67,7 +67,7 @@ def _apply(model: Trained, op: Op, scratch: pathlib.Path, teacher: pathlib.Path)
     if isinstance(op, recipe.Finetune):
         return tune(model, op.steps, op.lr, scratch)
     if isinstance(op, recipe.Distill):
-        student = distill.begin(model, op, teacher)
+        student = distill.begin(model, op, _teacher(model, op, teacher, scratch))
         return distill.end(tune(student, op.steps, distill.learning_rate(model, op), scratch))
     if op.unit != "weights":
         return structure.apply(model, op)
@@ -75,6 +75,16 @@ def _apply(model: Trained, op: Op, scratch: pathlib.Path, teacher: pathlib.Path)
         return prune.apply(model, op)
     model = tune(prune.scheduled(model, op), op.steps, 0.0, scratch)
     return prune.finished(model)
+
+
+def _teacher(model: Trained, op: recipe.Distill, first: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
+    """The teacher's workdir; one is made in `scratch` of a directory in Hugging Face's layout."""
+    given = pathlib.Path(op.teacher) if op.teacher else first
+    if (given / "checkpoints").is_dir() or not any(given.glob("*.safetensors")):
+        return given
+    made = scratch.with_name(f"{scratch.name}-teacher")
+    transfer.import_pretrained(given, made, {"seq_len": model.config.seq_len})
+    return made
 
 
 def tune(model: Trained, steps: int, lr: float, scratch: pathlib.Path) -> Trained:
