@@ -22,8 +22,8 @@ import numpy as np
 
 from bigmodel import data, infer, mesh
 from bigmodel.config import InputError
-from bigmodel.data import transforms
-from bigmodel.data.text import Tokenizer
+from bigmodel.data import objectives, transforms
+from bigmodel.data.text import Tokenizer, special_id
 from bigmodel.program import Program, State
 
 Row = dict[str, Any]
@@ -67,7 +67,8 @@ class Predictor:
         return self._run(inputs, WRITERS.get(self.program.config.task.name, _everything))
 
     def embed(self, inputs: Sequence[Any]) -> tuple[list[list[float]], int]:
-        """-> (a vector for each text, how many tokens were read). Raises InputError if there is none."""
+        """-> (a vector of length 1 for each text, how many tokens were read): the mean over its hidden states
+        (Reimers and Gurevych 2019). A text is cut at `seq_len`. Raises InputError for a model without any."""
         rows, count = self._run(inputs, _embedding)
         return [row["embedding"] for row in rows], count
 
@@ -190,17 +191,16 @@ def decode_image(content: bytes, channels: int) -> np.ndarray:
 
 
 def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """As labelled texts are read in training (data/batches.py)."""
     assert predictor.tokenizer is not None
     text = item.get("text") if isinstance(item, Mapping) else item
     if not isinstance(text, str):
         raise InputError("a text is needed, or a row with a column `text`")
-    spec = predictor.program.batch_spec
+    spec, tokenizer = predictor.program.batch_spec, predictor.tokenizer
+    first = special_id(tokenizer, getattr(predictor.program.config.model, "vocab_size", 0), "cls")
     length = spec["tokens"].shape[1]
-    ids = np.concatenate([[predictor.tokenizer.separator], predictor.tokenizer.encode(text)])[:length]
-    padded = np.pad(ids, (0, length - len(ids))).astype(np.int32)
-    at = np.arange(length, dtype=np.int32)
-    out = {"tokens": padded, "segments": (at < len(ids)).astype(np.int32), "positions": at}
-    return {key: value for key, value in out.items() if key in spec}
+    rows = objectives.whole_texts([tokenizer.encode(text)], length, first=first, end=tokenizer.separator)
+    return {key: value[0] for key, value in rows.items() if key in spec}
 
 
 def _read_numbers(predictor: Predictor, item: Any) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import pytest
 from conftest import ROOT, build, built, by_path, mesh_keys, random_batch, run_script, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import data, infer, models, program, sentences, train, transfer, workdir
+from bigmodel import data, infer, models, program, train, transfer, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError
 from bigmodel.digests import digest
 from bigmodel.plan import estimate, flops
+from bigmodel.predict import Predictor
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
 LORA = {"lora__rank": 4, "lora__on": r"/attention/|/mlp/"}
@@ -292,9 +293,10 @@ def test_embeddings_of_a_text_do_not_depend_on_its_neighbours(corpus, tmp_path):
     built_, state = infer.load(tmp_path / "run")
     tokenizer = data.get_tokenizer(built_.config, tmp_path / "run")
     texts = ["a", "mesh shard token layer", "loss " * 30, "scan"]
-    together = sentences.embed(built_, state, tokenizer, texts)
+    predictor = Predictor(built_, state, tokenizer=tokenizer)
+    together = np.array(predictor.embed(texts)[0])
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, rtol=1e-5)
-    alone = np.concatenate([sentences.embed(built_, state, tokenizer, [text]) for text in texts])
+    alone = np.concatenate([predictor.embed([text])[0] for text in texts])
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
 
 

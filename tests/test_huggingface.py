@@ -19,8 +19,9 @@ from conftest import Ran, build, by_path, run_script, tiny
 from safetensors.numpy import load_file, save_file
 
 from bigmodel import config as config_lib
-from bigmodel import data, huggingface, infer, models, sentences, transfer
+from bigmodel import data, huggingface, infer, models, transfer
 from bigmodel.config import Config, InputError
+from bigmodel.predict import Predictor
 
 LLAMA = {
     "model__norm": "rmsnorm", "model__position": "rope", "model__mlp": "swiglu", "model__bias": False,
@@ -390,7 +391,7 @@ def test_a_real_sentence_encoder(tmp_path):
     assert ran.code == 0, ran
     built, state = infer.load(tmp_path / "run")
     tokenizer = data.get_tokenizer(built.config, tmp_path / "run")
-    got = sentences.embed(built, state, tokenizer, SENTENCES)
+    got = np.array(Predictor(built, state, tokenizer=tokenizer).embed(SENTENCES)[0])
 
     model = transformers.BertModel.from_pretrained(source).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(source)

@@ -64,7 +64,6 @@ ORDER = """
     log
     sampling
     infer | pictures
-    sentences
     engine | predict | openai_api | speculative | beam | export | plan/serve
     worker
     serve
