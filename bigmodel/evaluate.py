@@ -50,11 +50,8 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
     return values
 
 
-LABELS = (
-    "label",
-    "label_scale",
-    "group",
-)  # what of a batch `collect` keeps beside the predictions, but for these tasks:
+# What of a batch `collect` keeps beside the predictions; BESIDE for the tasks that it names.
+LABELS = ("label", "label_scale", "group")
 BESIDE = {"gan": ("image",), "detect": ("boxes", "labels")}
 
 

@@ -91,7 +91,7 @@ def load(program: Program, state: State, directory: str, skip: str = "") -> tupl
         raise InputError(f"init.from={directory} has no array that fits this model; check it, and init.skip")
     report.left.extend(sorted(arrays.keys() - set(report.loaded) - report.skipped.keys()))
     trained, frozen = optim.split(program.config, new["params"])
-    report.untrained.extend(sorted(by_path(frozen).keys() - set(report.loaded)))
+    report.untrained.extend(sorted(mesh.by_path(frozen).keys() - set(report.loaded)))
     if "ema" in state:
         new["ema"] = jax.tree.map(lambda p: p.astype("float32"), trained)
     # A CPU's arrays may lie on the numpy arrays they were made of, and on each other's: a step that is given
@@ -159,8 +159,11 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
         config.quantize.weights != "none" and (like is None or like.quantize != config.quantize)
     ):
         model = models.define(config, data.batch_spec(config))
-        whole = jax.jit(model.whole)(nested(params), nested(rest))
-        params, rest = by_path(whole), {k: x for k, x in rest.items() if k.split("/")[0] not in model.held}
+        whole = jax.jit(model.whole)(mesh.nest(params), mesh.nest(rest))
+        params, rest = (
+            mesh.by_path(whole),
+            {k: x for k, x in rest.items() if k.split("/")[0] not in model.held},
+        )
     return config, {name: np.asarray(x) for name, x in (params | rest).items()}
 
 
@@ -182,25 +185,8 @@ def _model(pretrained: Pretrained) -> Definition:
 
 
 def _shapes(model: Definition) -> dict[str, tuple[int, ...]]:
-    trees = by_path(model.params_spec), by_path(model.rest_spec)
+    trees = mesh.by_path(model.params_spec), mesh.by_path(model.rest_spec)
     return {name: x.shape for tree in trees for name, x in tree.items()}
-
-
-def by_path(tree: Any) -> Arrays:
-    """{"blocks/mlp/up/kernel": leaf}."""
-    return {mesh.path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def nested(arrays: Mapping[str, Any]) -> dict[Any, Any]:
-    """The inverse of `by_path`; digits are a list's indices, as the modules' are."""
-    out: dict[Any, Any] = {}
-    for path, x in arrays.items():
-        *parents, last = (int(part) if part.isdigit() else part for part in path.split("/"))
-        inner = out
-        for part in parents:
-            inner = inner.setdefault(part, {})
-        inner[last] = x
-    return out
 
 
 # ---------------------------------------------------------------------------------- to and from Hugging Face
@@ -229,8 +215,8 @@ def import_pretrained(
     arrays = pretrained.arrays(_shapes(model))
 
     def stored(spec: Any) -> dict[Any, Any]:
-        return nested(
-            {name: jax.device_put(arrays[name].astype(x.dtype)) for name, x in by_path(spec).items()}
+        return mesh.nest(
+            {name: jax.device_put(arrays[name].astype(x.dtype)) for name, x in mesh.by_path(spec).items()}
         )
 
     state = {"params": stored(model.params_spec), "rest": stored(model.rest_spec)}

@@ -15,12 +15,8 @@ from bigmodel.config import Config, InputError
 from bigmodel.models.distilled import NAME
 from bigmodel.smaller import Distill, Prune, Quantize
 
-DERIVED = (
-    "kv_heads",
-    "head_dim",
-    "mlp_width",
-    "decoder_depth",
-)  # from the others, unless the student sets them
+# From the others, unless the student sets them.
+DERIVED = ("kv_heads", "head_dim", "mlp_width", "decoder_depth")
 
 
 def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path) -> Trained:

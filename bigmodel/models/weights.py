@@ -11,6 +11,7 @@ Legend: I inputs, O outputs, G groups of inputs that share a scale.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -27,9 +28,36 @@ STORED = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))  # of the largest weight: where clipping is tried
 
 
+class _Whole(abc.ABC):
+    """What a layer asks of an array beside its products; `w[...]`, as an nnx.Param has it, is the weight."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: Any) -> Self:
+        assert index is ...
+        return self
+
+
+@dataclass(frozen=True)
+class _OfFloats(_Whole):
+    """A weight that holds another one as it is."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(_Whole):
     """codes x scale; `scale` has the codes' rank, and along each axis their size, or G of it, or 1.
 
     `activation`, if there is one, is the scale of the layer's inputs, which are then quantized too.
@@ -44,14 +72,6 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-1], self.size)
-
-    @property
-    def ndim(self) -> int:
-        return self.codes.ndim
-
-    def __getitem__(self, index: Any) -> Self:
-        assert index is ...
-        return self
 
     def astype(self, dtype: Any) -> jax.Array:
         codes = unpack(self.codes, self.size) if self.kind == "int4" else self.codes
@@ -87,26 +107,13 @@ class Quantized:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(_OfFloats):
     """Floats that are rounded to what `quantize` would keep of them, wherever they are used; the gradient
     passes straight through (Bengio et al. 2013; Jacob et al. 2018)."""
 
-    value: jax.Array
     sums: tuple[int, ...] = field(metadata={"static": True})
     kind: str = field(metadata={"static": True})
     group: int = field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.value.ndim
-
-    def __getitem__(self, index: Any) -> Self:
-        assert index is ...
-        return self
 
     def astype(self, dtype: Any) -> jax.Array:
         held = quantize(jax.lax.stop_gradient(self.value), self.sums, self.kind, self.group)
@@ -125,27 +132,14 @@ class Rounded:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Observed:
+class Observed(_OfFloats):
     """Floats, and a probe: an array of zeros whose "gradient" is what is learnt of the product's inputs.
 
     A gradient is the one thing that already finds its way out of a scanned, sharded model. The probe is
     `gram` [I, I], for the sum of x x^T over all positions, and `largest` [], for the largest |x|.
     """
 
-    value: jax.Array
     probe: dict[str, jax.Array]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.value.ndim
-
-    def __getitem__(self, index: Any) -> Self:
-        assert index is ...
-        return self
 
     def astype(self, dtype: Any) -> jax.Array:
         return self.value.astype(dtype)
@@ -161,23 +155,10 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Watched(_OfFloats):
     """A weight outside any loop that keeps, while a step is traced, what it is multiplied with."""
 
-    value: Any
     seen: list[jax.Array]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.value.shape)
-
-    def __getitem__(self, index: Any) -> Self:
-        assert index is ...
-        return self
 
     def astype(self, dtype: Any) -> jax.Array:
         return self.value.astype(dtype)
