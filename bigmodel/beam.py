@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel.config import InputError
-from bigmodel.infer import Decoder, context
+from bigmodel.decoder import Decoder, context
 from bigmodel.sampling import GREEDY
 
 

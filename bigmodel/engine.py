@@ -23,7 +23,7 @@ import numpy as np
 
 from bigmodel import sampling
 from bigmodel.config import InputError
-from bigmodel.infer import Decoder, context
+from bigmodel.decoder import Decoder, context
 from bigmodel.sampling import GREEDY, Draw, Sampling
 
 STEPS = 4  # ids decoded in one call: between two calls requests join, and what is new is sent

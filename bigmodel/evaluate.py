@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from bigmodel import data, infer, mesh, metrics, models, pictures, tasks
+from bigmodel import decoder as decoder_lib
 from bigmodel.config import Config, InputError, Task
 from bigmodel.data import Pipeline, Prefetch, open_source
 from bigmodel.data.sources import features_of
@@ -232,12 +233,12 @@ def bleu(program: Program, state: State, tokenizer: Tokenizer) -> dict[str, floa
     source = open_source(d.name, d.eval_split, d.data_dir, keys=("source", "target"))
     size, start = config.batch_size, special_id(tokenizer, getattr(config.model, "vocab_size", 0), "start")
     count = len(source) if config.eval.batches < 0 else min(len(source), config.eval.batches * size)
-    decoder = infer.Decoder(program, state, end=tokenizer.separator, start=start)
+    decoder = decoder_lib.Decoder(program, state, end=tokenizer.separator, start=start)
     writer, answers, wanted = infer.Writer(decoder, tokenizer), [], []
     for first in range(0, count, size):
         rows = source.read(np.arange(first, min(first + size, count)))
         asked, told = ([text.decode() for text in rows[key].tolist()] for key in ("source", "target"))
-        answers += writer.write(asked, infer.context(config))
+        answers += writer.write(asked, decoder_lib.context(config))
         wanted += told
     return {
         "bleu": sacrebleu.corpus_bleu(answers, [wanted]).score,

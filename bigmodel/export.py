@@ -22,9 +22,10 @@ from jax import export
 from safetensors.flax import save_file
 
 from bigmodel import config as config_lib
+from bigmodel import decoder as decoder_lib
 from bigmodel import infer, mesh, saved_model
 from bigmodel.config import InputError
-from bigmodel.infer import Decoder
+from bigmodel.decoder import Decoder
 from bigmodel.program import Program, State
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -98,7 +99,7 @@ def _forward(built: Program) -> tuple[Callable[..., Any], Inputs]:
 
 def bare(built: Program) -> Any:
     """The model with its quantized weights among the parameters."""
-    return infer.unheld(built.model)
+    return decoder_lib.unheld(built.model)
 
 
 def _read_by(built: Program) -> list[str]:
@@ -117,7 +118,7 @@ def _read_by(built: Program) -> list[str]:
 def _decoding(built: Program) -> dict[str, tuple[Callable[..., Any], Inputs]]:
     """`prefill` and `decode` of a language model: see saved_model.py."""
     config, model = built.config, bare(built)
-    length = infer.context(config)
+    length = decoder_lib.context(config)
     (b,) = export.symbolic_shape("b")
 
     def apply(params: Any, rest: Any, batch: Inputs) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _decoding(built: Program) -> dict[str, tuple[Callable[..., Any], Inputs]]:
         }
         return apply(params, rest, batch)
 
-    spec = infer.cache_spec(config, 1)
+    spec = decoder_lib.cache_spec(config, 1)
     rows = jax.ShapeDtypeStruct((b,), jnp.int32)
     cache = {k: jax.ShapeDtypeStruct((s.shape[0], b, *s.shape[2:]), s.dtype) for k, s in spec.items()}
     return {

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel import data, infer, mesh
+from bigmodel import decoder as decoder_lib
 from bigmodel.config import InputError
 from bigmodel.data import objectives, transforms
 from bigmodel.data.text import Tokenizer, special_id
@@ -130,7 +131,7 @@ class Answerer:
             if not isinstance(text, str):
                 raise InputError(f"input {number}: a text is needed, or a row with a column `text`")
             texts.append(text)
-        most = infer.context(self.writer.decoder.program.config)
+        most = decoder_lib.context(self.writer.decoder.program.config)
         ids = [self.writer.encode(text) for text in texts]
         answers = self.writer.write(texts, most if not self.writer.continues else max(most // 2, 1))
         return [{"text": text} for text in answers], sum(map(len, ids))

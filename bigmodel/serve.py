@@ -22,6 +22,7 @@ import prometheus_client as prometheus
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
+from bigmodel import decoder as decoder_lib
 from bigmodel import engine, infer, openai_api
 from bigmodel.config import InputError
 from bigmodel.engine import Engine, News
@@ -397,7 +398,7 @@ def load(
     sizes = engine.Sizes(slots=slots)
     writer: Writer | None = None
     predictor: Predictor | Answerer | None = None
-    if built.config.task.name in infer.READERS:
+    if built.config.task.name in decoder_lib.READERS:
         writer = Writer.of(built, state, directory, cache_dtype=cache_dtype)
     if writer is None:
         predictor = Predictor.of(built, state, directory)

@@ -18,7 +18,7 @@ import numpy as np
 
 from bigmodel import sampling
 from bigmodel.config import InputError
-from bigmodel.infer import Decoder, context
+from bigmodel.decoder import Decoder, context
 from bigmodel.sampling import GREEDY, Draw, Sampling
 
 

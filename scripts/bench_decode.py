@@ -47,12 +47,13 @@ def ours(case: str, batch: int, quantized: bool = False) -> Run:
 
     from bigmodel import config as config_lib
     from bigmodel import data, infer, mesh, program
+    from bigmodel import decoder as decoder_lib
 
     more = {"quantize.weights": "int8"} if quantized else {}
     config = config_lib.load(ROOT / CASES[case], {"batch_size": 1, **more})
     built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
     params, rest = jax.jit(built.model.init)(jax.random.key(0))
-    decoder = infer.Decoder(built, {"params": params, "rest": rest})
+    decoder = decoder_lib.Decoder(built, {"params": params, "rest": rest})
     del params, rest
     model: Any = config.model
     ids = prompts(batch, model.vocab_size)

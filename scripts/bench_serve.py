@@ -62,10 +62,10 @@ def main() -> int:
 
 def offline(workdir: str, tokens: int) -> dict[str, str]:
     """Every prompt's answer at temperature 0."""
-    from bigmodel import infer
+    from bigmodel import decoder, infer
 
     writer = infer.Writer.load(workdir)
-    room = infer.context(writer.decoder.program.config) - tokens - 1
+    room = decoder.context(writer.decoder.program.config) - tokens - 1
     texts = [f"def f{index}(" + "x, " * (index % 7) for index in range(PROMPTS)]
     longest = max(len(writer.encode(text)) for text in texts)
     if longest > room:

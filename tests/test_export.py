@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import build, run_script, start, tiny
 
+from bigmodel import decoder as decoder_lib
 from bigmodel import export, infer, saved_model, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError
@@ -65,7 +66,7 @@ def test_an_export_runs_without_this_package(run_dir, tmp_path):
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     said = json.loads(alone.stdout)
-    made = infer.Decoder(*infer.load(run_dir))
+    made = decoder_lib.Decoder(*infer.load(run_dir))
     expected = infer.generate(made, [[3, 1, 4, 1, 5]], 8)[0].tolist()
     assert said["ids"] == expected
     assert said["first"] == expected[0]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import build, mesh_keys, start, tiny
 
+from bigmodel import decoder as decoder_lib
 from bigmodel import engine, infer, sampling, speculative
 from bigmodel.beam import BeamSearch
 from bigmodel.config import InputError
@@ -34,14 +35,14 @@ PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
 
 @functools.cache
-def decoder(name: str) -> tuple[infer.Decoder, Any, Any]:
+def decoder(name: str) -> tuple[decoder_lib.Decoder, Any, Any]:
     """-> (a decoder, its program and state), made once for all tests."""
     family, keys = SETTINGS[name]
     built = build(tiny(family, seq_len=32, **keys))
     state = start(built)
     # Random weights of some size, so that the answers are not one id again and again.
     state["params"] = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, state["params"])
-    return infer.Decoder(built, state), built, state
+    return decoder_lib.Decoder(built, state), built, state
 
 
 @functools.cache
@@ -104,9 +105,9 @@ def test_an_answer_ends_with_the_end_id_or_when_told():
     ids = infer.generate(made, PROMPTS, 20)[0].tolist()
     told = infer.generate(made, PROMPTS, 20, ended=lambda row, ids: row == 0 and len(ids) > 2)
     assert told[0].tolist() == ids[: len(told[0])]
-    assert 2 < len(told[0]) <= 1 + infer.CHUNK
+    assert 2 < len(told[0]) <= 1 + decoder_lib.CHUNK
     assert len(told[1]) == 20
-    made = infer.Decoder(*decoder("learned")[1:], end=ids[6])
+    made = decoder_lib.Decoder(*decoder("learned")[1:], end=ids[6])
     assert infer.generate(made, PROMPTS, 20)[0].tolist() == ids[: ids.index(ids[6]) + 1]
 
 
@@ -116,7 +117,7 @@ def test_a_mesh_changes_no_token(axes):
     sharded = build(tiny("gpt", seq_len=32, **LLAMA, **mesh_keys(axes)))
     placed = jax.tree.map(lambda s: s.sharding, sharded.state_spec["params"])
     params = jax.device_put(jax.device_get(state["params"]), placed)
-    over = infer.Decoder(sharded, {"params": params, "rest": {}})
+    over = decoder_lib.Decoder(sharded, {"params": params, "rest": {}})
     k = over.empty_cache(4)["k"][0]
     assert k.sharding.shard_shape(k.shape) == (2, 1, 32, 8)
     expected = infer.generate(made, PROMPTS, 20)
@@ -126,7 +127,7 @@ def test_a_mesh_changes_no_token(axes):
 
 def test_an_int8_cache_is_small_and_near():
     made, built, state = decoder("llama")
-    small = infer.Decoder(built, state, cache_dtype="int8")
+    small = decoder_lib.Decoder(built, state, cache_dtype="int8")
     bytes_of = [sum(x.nbytes for x in jax.tree.leaves(d.empty_cache(4))) for d in (made, small)]
     assert bytes_of[1] < 0.4 * bytes_of[0]  # heads of 8: a byte each, and a scale of four
     answers = [infer.generate(d, PROMPTS, 12) for d in (made, small)]
@@ -345,4 +346,4 @@ def test_bad_settings_are_named(keys, message):
 def test_a_model_without_text_is_refused():
     built = build(tiny("mlp"))
     with pytest.raises(InputError, match=r"model\.name=mlp with task\.name=classify generates no text"):
-        infer.Decoder(built, {"params": {}, "rest": {}})
+        decoder_lib.Decoder(built, {"params": {}, "rest": {}})

@@ -13,7 +13,9 @@ from conftest import ROOT
 ORDER = """
     __init__
     typed | saved_model
-    families | smaller
+    families/checks | smaller
+    families/transformers | families/images | families/recurrent | families/recommenders
+    families/__init__
     tuning
     config
     workdir | hardware
@@ -63,7 +65,8 @@ ORDER = """
     ledger
     log
     sampling
-    infer | pictures
+    decoder | pictures
+    infer
     engine | predict | openai_api | speculative | beam | export | plan/serve
     worker
     serve
@@ -81,7 +84,7 @@ LEVEL = {
 }
 PACKAGE = ROOT / "bigmodel"
 FILES = {str(p.relative_to(PACKAGE).with_suffix("")): p for p in sorted(PACKAGE.rglob("*.py"))}
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 70
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 70
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "factory", "misc"}
 
 

@@ -1,7 +1,7 @@
 """What serving a language model will cost on a target: the largest batch and context, latencies, prices.
 
-The very functions that `infer.Decoder` compiles (a prompt's prefill, and a step of decoding) are compiled for
-the target and walked, as a training step is by `planner`.
+The very functions that `decoder.Decoder` compiles (a prompt's prefill, and a step of decoding) are compiled
+for the target and walked, as a training step is by `planner`.
 
 Legend: B rows, L ids of a prompt.
 """
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bigmodel import infer, mesh
+from bigmodel import decoder as decoder_lib
+from bigmodel import mesh
 from bigmodel.config import Config, InputError
 from bigmodel.models import module
 from bigmodel.plan import compiled as compiled_lib
@@ -50,12 +51,12 @@ def plan(
     Raises:
         InputError: no such target, a model that keeps no cache, or one row that does not fit.
     """
-    if config.task.name != "lm" or not infer.Decoder.keeps_cache(config):
+    if config.task.name != "lm" or not decoder_lib.Decoder.keeps_cache(config):
         raise InputError(
             f"--mode=serve is for Transformers of task.name=lm, not model.name={config.model.name} with "
             f"task.name={config.task.name}"
         )
-    prompt, context = prompt or max(infer.context(config) // 2, 1), infer.context(config)
+    prompt, context = prompt or max(decoder_lib.context(config) // 2, 1), decoder_lib.context(config)
     if not 1 <= prompt < context:
         raise InputError(f"--prompt={prompt}: choose 1 to {context - 1}, less than seq_len")
     aim = target.make(spec) if spec else target.here(jax.devices())
@@ -101,7 +102,7 @@ def table(r: Receipt) -> list[str]:
 
 
 def _params(built: Program) -> tuple[Any, Any]:
-    """Specs, with sharding, of what decoding reads: as `infer.for_decoding` arranges it."""
+    """Specs, with sharding, of what decoding reads: as `decoder.for_decoding` arranges it."""
 
     def of(tree: Any) -> Any:
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), tree)
@@ -118,7 +119,7 @@ def _params(built: Program) -> tuple[Any, Any]:
 
     stacked = jax.tree_util.tree_map_with_path(placed, whole)
     model_config: Any = config.model
-    return (_apart(stacked) if model_config.depth <= infer.UNROLLED else stacked), rest
+    return (_apart(stacked) if model_config.depth <= decoder_lib.UNROLLED else stacked), rest
 
 
 def _apart(tree: Any) -> Any:
@@ -141,13 +142,13 @@ def _cache(built: Program, rows: int) -> Any:
     def one(s: jax.ShapeDtypeStruct) -> Any:
         axes: tuple[mesh.Axes, ...] = (mesh.BATCH, "tensor", None, None)
         where = mesh.sharding(built.mesh, s.shape[1:], *axes[: len(s.shape) - 1])
-        if model.depth > infer.UNROLLED:
+        if model.depth > decoder_lib.UNROLLED:
             where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
             return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
         layer = jax.ShapeDtypeStruct(s.shape[1:], s.dtype, sharding=where)
         return module.Layers([layer] * s.shape[0])
 
-    return {name: one(s) for name, s in infer.cache_spec(built.config, rows).items()}
+    return {name: one(s) for name, s in decoder_lib.cache_spec(built.config, rows).items()}
 
 
 def _row_bytes(built: Program) -> float:
@@ -183,7 +184,7 @@ def _ids(built: Program, *shape: int) -> jax.ShapeDtypeStruct:
 
 def _decode(built: Program, aim: Target, params: Any, rest: Any, rows: int) -> _Compiled:
     """One more id for every row, at a full context."""
-    model = infer.unheld(built.model)
+    model = decoder_lib.unheld(built.model)
 
     def step(params: Any, rest: Any, cache: Any, token_B: jax.Array, at_B: jax.Array) -> Any:
         batch = {"tokens": token_B[:, None], "positions": at_B[:, None], "cache": cache}
@@ -196,7 +197,7 @@ def _decode(built: Program, aim: Target, params: Any, rest: Any, rows: int) -> _
 
 def _prefill(built: Program, aim: Target, params: Any, rest: Any, prompt: int) -> _Compiled:
     """One prompt (or as many as the mesh splits a batch into) into the cache, and the first id after it."""
-    model, rows = infer.unheld(built.model), mesh.batch_ways(built.mesh)
+    model, rows = decoder_lib.unheld(built.model), mesh.batch_ways(built.mesh)
 
     def step(params: Any, rest: Any, cache: Any, tokens_BL: jax.Array) -> Any:
         at_BL = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), tokens_BL.shape)
