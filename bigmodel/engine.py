@@ -260,7 +260,7 @@ class Engine:
             return []
         steps = STEPS
         if self._waiting:  # a slot that is free earlier is filled earlier
-            steps = min(steps, int(self._left_B[rows].min()))
+            steps = min(steps, int(np.min(self._left_B[rows])))
         ids_BN = self._call_decode(self._left_B, self._width(rows), steps)
         return [self._take(row, [int(i) for i in ids_BN[row] if i >= 0]) for row in rows]
 

@@ -127,7 +127,7 @@ def _drawn(
     features: Features | None,
 ) -> dict[str, Any]:
     """Of a GAN: distances between real images and fakes, and a grid of the real ones."""
-    out = {"examples": len(examples["image"]), **_distances(program, examples)}
+    out: dict[str, Any] = {"examples": len(examples["image"]), **_distances(program, examples)}
     if features is not None:
         real_NK, fake_NK = (features(examples[key]) for key in ("image", "fake"))
         out["frechet_logits"] = metrics.frechet(real_NK, fake_NK)

@@ -164,17 +164,18 @@ def _seen(ratings: Ratings) -> tuple[np.ndarray, np.ndarray, int]:
     train = ~ratings.is_test
     counts = np.bincount(ratings.user[train], minlength=ratings.users + 1)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    return starts, ratings.item[train], int(counts.max())  # sorted by user already
+    return starts, ratings.item[train], int(np.max(counts))  # sorted by user already
 
 
 def _check_room(config: Config, ratings: Ratings, pairs: np.ndarray, draws: int, distinct: bool) -> None:
     """Raises InputError where a user has rated so much that negatives are short."""
     liked = np.bincount(pairs[pairs % (ratings.items + 1) > 0] // (ratings.items + 1))
+    most = int(np.max(liked))
     needed = draws if distinct else min(draws, 1)
-    if draws and ratings.items - liked.max() < needed:
+    if draws and ratings.items - most < needed:
         key = "eval_negatives" if distinct else "negatives"
         raise InputError(
-            f"task.{key} is {draws}, but a user of data.name={config.data.name!r} has rated {liked.max()} of "
+            f"task.{key} is {draws}, but a user of data.name={config.data.name!r} has rated {most} of "
             f"{ratings.items} items; lower it"
             + (", or set it to 0 to rank among all items" if distinct else "")
         )
