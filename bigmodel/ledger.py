@@ -1,12 +1,19 @@
-"""What a run really spent: seconds by bucket, steps, FLOPs. `goodput` is the share of training steps."""
+"""What a run really spent: time by bucket, energy, memory, FLOPs. `goodput`: the share of training steps."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import pathlib
+import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import jax
+
+from bigmodel import energy
 
 
 class Ledger:
@@ -15,15 +22,27 @@ class Ledger:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._joules: defaultdict[str, float] = defaultdict(float)
         self.steps = 0
+        self._meter: energy.Meter | None = None
+
+    def watch(self, devices: Sequence[jax.Device]) -> None:
+        """Counts the energy of this host's devices from now on."""
+        self._meter = energy.Meter(devices)
+        self._watts, self._assumes = energy.watts(devices)
 
     @contextlib.contextmanager
     def timing(self, bucket: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began, before_j = time.perf_counter(), self.joules()
         try:
             yield
         finally:
             self.seconds[bucket] += time.perf_counter() - began
+            self._joules[bucket] += (self.joules() or 0.0) - (before_j or 0.0)
+
+    def joules(self) -> float | None:
+        """As `energy.Meter.joules`."""
+        return self._meter.joules() if self._meter else None
 
     def report(self, flops_per_step: float) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -36,4 +55,46 @@ class Ledger:
             "steps": self.steps,
             "model_flops": flops_per_step * self.steps,
             "step_s": self.seconds["step"] / self.steps if self.steps else None,
+            **self._energy(total),
         }
+
+    def _energy(self, total_s: float) -> dict[str, Any]:
+        """Joules of this host's devices in all and a step (with its input), and how they were had."""
+        if self._meter is None:
+            return {}
+        steps, joules = max(self.steps, 1), self.joules()
+        if joules is not None:
+            step_j = (joules - sum(self._joules.values())) / steps
+            return {"joules": joules, "step_j": step_j, "joules_from": f"measured: {self._meter.source}"}
+        step_j = self._watts * (self.seconds["step"] + self.seconds["input"]) / steps
+        how = f"modelled: measured time x {self._assumes}"
+        return {"joules": self._watts * total_s, "step_j": step_j, "joules_from": how}
+
+
+class ProcessMemory:
+    """By how much this process grows at most, for devices that share its memory and do not count it: CPUs.
+
+    Linux only: elsewhere it is always 0.
+    """
+
+    PROC = pathlib.Path("/proc/self")
+
+    def __init__(self) -> None:
+        self._base = self.peak_bytes = 0.0
+
+    def begin(self, held_bytes: float) -> None:
+        """Starts to count; `held_bytes` of what is to be counted are held already."""
+        with contextlib.suppress(OSError):
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)  # what was freed must not serve again unseen
+            (self.PROC / "clear_refs").write_text("5")  # the peak starts anew: man proc_pid_clear_refs
+            self._base = self._field("VmRSS") - held_bytes
+
+    def end(self) -> None:
+        """`peak_bytes` is what it was at most since `begin`."""
+        with contextlib.suppress(OSError):
+            self.peak_bytes = self._field("VmHWM") - self._base
+
+    def _field(self, name: str) -> float:
+        found = re.search(rf"^{name}:\s+(\d+) kB", (self.PROC / "status").read_text(), re.MULTILINE)
+        return 1024.0 * int(found.group(1)) if found else 0.0

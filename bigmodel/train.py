@@ -28,12 +28,13 @@ from bigmodel import data, distill, evaluate, hardware, log, mesh, program, tran
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.data import Pipeline, Prefetch
-from bigmodel.ledger import Ledger
+from bigmodel.ledger import Ledger, ProcessMemory
 from bigmodel.plan import estimate, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State
 
 DONE, BAD_INPUT, NOT_FINITE, PREEMPTED = 0, 2, 3, 75
+WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
 Resume = Literal["auto", "never", "must"]
 
 
@@ -69,6 +70,7 @@ def run(config: Config, directory: str | os.PathLike[str], resume: Resume = "aut
     log.show_logging()
     mesh.join_cluster()
     the_mesh = mesh.make_mesh(config)
+    ledger.watch(the_mesh.local_devices)
     with contextlib.ExitStack() as stack:
         first = jax.process_index() == 0
         path = stack.enter_context(workdir.claim(directory)) if first else pathlib.Path(directory)
@@ -185,7 +187,7 @@ class _Loop:
     def __init__(
         self,
         run: _Run,
-        compiled: Callable[..., Any],
+        compiled: jax.stages.Compiled,
         state: State,
         checkpoints: Checkpoints,
         writer: log.Writer,
@@ -195,7 +197,7 @@ class _Loop:
         self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
         self.config, self.ledger = run.program.config, run.ledger
         self.pending: tuple[int, Any] | None = None
-        self.window = _Window()
+        self.window, self.memory = _Window(), ProcessMemory()
         self.eval_metrics: dict[str, float] = {}
 
     def run(self, start: int) -> Result:
@@ -205,7 +207,8 @@ class _Loop:
             self.window.reset()
             for index, batch, wait_s in batches:
                 step = index + 1
-                self._step(step, batch, wait_s)
+                with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
+                    self._step(step, batch, wait_s)
                 stopping = stop_asked(step)
                 last = step >= steps or stopping
                 if (
@@ -230,6 +233,15 @@ class _Loop:
         self.ledger.steps += 1
         self.ledger.seconds["input"] += wait_s
         self.ledger.seconds["step"] += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _weighing(self, batch: Any) -> Iterator[None]:
+        """Measures the memory that one step takes, alone: twice, the device waits."""
+        jax.block_until_ready(self.state)
+        self.memory.begin(estimate.tree_bytes((self.state, batch)))
+        yield
+        jax.block_until_ready(self.state)
+        self.memory.end()
 
     def _read_pending(self) -> None:
         """Waits for the step before; stops the run if it diverged; logs it if it is its turn."""
@@ -258,6 +270,8 @@ class _Loop:
         unit = "tokens" if "tokens" in self.run_.program.batch_spec else "examples"
         per_s = self.receipt["tokens_per_step"] / whole_s
         perf[f"{unit}_per_s"] = per_s
+        if (joules := self.ledger.joules()) is not None:
+            perf["joules"] = joules
         peak = hardware.peak_flops(self.run_.program.mesh.devices.flat[0], self.config.compute_dtype)
         mfu = ""
         if peak is not None:
@@ -300,11 +314,21 @@ class _Loop:
             f"eval      step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         )
 
-    def _measured(self, report: dict[str, Any]) -> dict[str, float]:
-        """What the receipt planned, as it was; memory where the device counts it."""
-        stats = self.run_.program.mesh.local_devices[0].memory_stats() or {}
-        measured = {"step_s": report["step_s"] or 0.0, "peak_bytes": float(stats.get("peak_bytes_in_use", 0))}
-        return measured | {"state_bytes": float(estimate.tree_bytes(self.state))}
+    def _measured(self, report: dict[str, Any]) -> dict[str, tuple[float, str]]:
+        """What the receipt planned, as it was, and how it was had."""
+        the_mesh, hosts = self.run_.program.mesh, jax.process_count()
+        stats = the_mesh.local_devices[0].memory_stats() or {}
+        peak = (float(stats.get("peak_bytes_in_use", 0)), "of a device, by its allocator")
+        return {
+            "step_s": (report["step_s"] or 0.0, "mean"),
+            "peak_bytes": peak if peak[0] else (self.memory.peak_bytes, "as a step made the process grow"),
+            "state_bytes": (float(estimate.tree_bytes(self.state)), "of the live arrays"),
+            "model_flops_per_step": (
+                estimate.executed_flops(self.compiled.as_text() or "", the_mesh.size),
+                "matrix products of the compiled program, the optimizer's and what is computed again too",
+            ),
+            "step_j": (report.get("step_j", 0.0) * hosts, report.get("joules_from", "")),
+        }
 
     def _finish(self, step: int) -> None:
         """Says what was spent beside what was planned, and draws the curve."""

@@ -2,6 +2,7 @@
 
     python scripts/validate_plan.py --local --json=local.json    # this machine's CPU: predicts, then runs
     python scripts/validate_plan.py --search --json=search.json  # the meshes it ranks, on 8 CPU devices
+    python scripts/validate_plan.py --times --json=times.json    # how long planning takes, by size and chips
     python scripts/validate_plan.py TABLE.csv --json=rows.json   # published TPU runs, one a line
 
 A table's columns: model, topology, chips, depth, width, heads, kv_heads, head_dim, mlp_width, vocab_size,
@@ -12,6 +13,9 @@ decoder with its compiler options; each compiles for one to several minutes, and
 `--local` calibrates this CPU (under 30 s, kept in ~/.cache/bigmodel; --fresh measures again), predicts the
 step of a dozen GPTs and CNNs, and only then runs them: one after another in each round, so that the machine's
 drift hits all alike. Printed: the median step over all rounds, the prediction, its error.
+
+`--times` plans GPTs from 124 M to 1 T parameters on 8 to 2,048 chips, each in a process of its own and
+without what is kept of plans before: seconds and peak memory.
 
 `--search` plans every mesh of three models on 8 forced CPU devices, then runs them all: the planner's first
 choice beside the fastest mesh there is.
@@ -24,6 +28,9 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -61,15 +68,18 @@ def main() -> int:
     flags.add_argument("table", nargs="?", type=pathlib.Path, help="published step times, as CSV")
     flags.add_argument("--local", action="store_true", help="this machine's CPU, measured now")
     flags.add_argument("--search", action="store_true", help="the ranking of meshes, on 8 CPU devices")
+    flags.add_argument("--times", action="store_true", help="of planning, by size and chips; minutes")
     flags.add_argument("--fresh", action="store_true", help="calibrate again")
     flags.add_argument("--rounds", type=int, default=5, help="of every case in turn")
     flags.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     args, rest = cli.parse(flags)
-    if rest or args.local + args.search + bool(args.table) != 1:
-        raise InputError("say what to validate: a table of published runs, --local or --search; see --help")
+    if rest or args.local + args.search + args.times + bool(args.table) != 1:
+        raise InputError("say what to validate: a table, --local, --search or --times; see --help")
     cli.no_accelerator_needed(bool(args.table))
     if args.table:
         rows = published(args.table)
+    elif args.times:
+        rows = times()
     else:
         rows = ranked(args.rounds, args.fresh) if args.search else local(args.rounds, args.fresh)
     if args.json:
@@ -165,6 +175,53 @@ def row_config(row: dict[str, Any]) -> Config:
             "optim": {"name": "adamw", "weight_decay": 0.1},
         }
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- how long planning takes
+
+SIZES = {  # size -> target and what makes the model fit there
+    "124m": ("v5e:2x4", ["mesh.data=8", "batch_size=128", "microbatches=2"]),
+    "1.5b": ("v5e:4x8", ["mesh.fsdp=32", "batch_size=256", "remat=full"]),
+    "llama-7b": ("v5e:16x16", ["mesh.fsdp=256", "batch_size=1024", "remat=full"]),
+    "llama-70b": ("v5p:8x8x8", ["mesh.fsdp=512", "batch_size=1024", "remat=full"]),
+    "175b": ("v5p:8x8x16", ["mesh.fsdp=256", "mesh.tensor=4", "batch_size=1024", "remat=full"]),
+    "1t": ("v5p:8x16x16", ["mesh.fsdp=512", "mesh.tensor=4", "batch_size=2048", "remat=full"]),
+}
+
+
+def times() -> list[dict[str, Any]]:
+    """Plans each of SIZES by scripts/plan.py. -> rows of size, target, parameters, chips, plan_time_s (of the
+    whole command), process_bytes (its peak), predicted_step_s and peak_memory_bytes of a chip."""
+    rows: list[dict[str, Any]] = []
+    for size, (target, settings) in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            out = pathlib.Path(folder) / "plan.json"
+            command = [sys.executable, str(ROOT / "scripts/plan.py"), f"--target={target}", f"--json={out}"]
+            command += [f"--config=configs/gpt.py:size={size},seq_len=2048"]
+            command += [f"--config.{setting}" for setting in settings]
+            began, log = time.perf_counter(), pathlib.Path(folder) / "log"
+            environment = os.environ | {"BIGMODEL_CACHE": folder}
+            with log.open("w") as said:
+                child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+                _, status, used = os.wait4(child.pid, 0)
+            if os.waitstatus_to_exitcode(status):
+                last = log.read_text().strip().splitlines()[-1]
+                raise InputError(f"--times: {size} on {target}: {last.removeprefix('error: ')}")
+            plan = json.loads(out.read_text())
+        rows.append({
+            "size": size, "target": target, "parameters": plan["parameters"], "chips": plan["chips"],
+            "plan_time_s": time.perf_counter() - began, "cpu_s": used.ru_utime + used.ru_stime,
+            "process_bytes": 1024 * used.ru_maxrss, "predicted_step_s": plan["step_s"],
+            "peak_memory_bytes": plan["peak_bytes"],
+        })  # fmt: skip
+        row = rows[-1]
+        print(
+            f"{size:10} {row['parameters']:>18,} parameters {row['chips']:>6,} chips  planned in "
+            f"{row['plan_time_s']:5.0f} s ({row['cpu_s']:.0f} s of CPU time, "
+            f"{row['process_bytes'] / 2**30:.1f} GiB)",
+            flush=True,
+        )
+    return rows
 
 
 # ----------------------------------------------------------------------------------------- this machine's CPU

@@ -19,6 +19,7 @@ ORDER = """
     tuning
     config
     workdir | hardware
+    energy
     mesh
     data/builders/__init__ | data/builders/python_source | data/builders/digits | data/builders/shapes
     data/builders/lowrank_ratings | data/builders/clicks

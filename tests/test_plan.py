@@ -77,6 +77,14 @@ def test_flops_of_a_convolution(groups, by_hand):
     assert flops.count(model, x, w) == by_hand
 
 
+def test_what_a_compiled_program_executes_is_counted_loops_as_run():
+    def function(a, w):
+        return jax.lax.scan(lambda a, _: (jnp.tanh(a @ w), None), a, None, length=5)[0]
+
+    text = jax.jit(function).lower(jnp.ones((4, 8)), jnp.ones((8, 8))).compile().as_text()
+    assert estimate.executed_flops(text, devices=3) == 3 * 5 * 2 * 4 * 8 * 8
+
+
 def test_a_while_with_products_has_no_length():
     def model(a, w):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, a)
@@ -130,6 +138,44 @@ def loop(bound: int, step: int) -> hlo.Module:
 def test_a_loop_s_length_is_read_from_its_condition_and_its_step(bound, step, times):
     found = loop(bound, step)
     assert found.trip_count(found.tables["main"]["loop"]) == times
+
+
+UNROLLED = """\
+    HloModule m
+
+    %body (p: (f32[4,8], u32[], u32[])) -> (f32[4,8], u32[], u32[]) {
+      %p = (f32[4,8]{1,0}, u32[], u32[]) parameter(0)
+      %x = f32[4,8]{1,0} get-tuple-element(%p), index=0
+      %i = u32[] get-tuple-element(%p), index=1
+      %kept = u32[] get-tuple-element(%p), index=2
+      %one = u32[] constant(1)
+      %next = u32[] add(%i, %one)
+      %after = u32[] add(%next, %one)
+      %copied = u32[] copy(%after)
+      ROOT %out = (f32[4,8]{1,0}, u32[], u32[]) tuple(%x, %copied, %kept)
+    }
+
+    %condition (q: (f32[4,8], u32[], u32[])) -> pred[] {
+      %bound = u32[] constant(8)
+      %q = (f32[4,8]{1,0}, u32[], u32[]) parameter(0)
+      %j = u32[] get-tuple-element(%q), index=1
+      ROOT %less = pred[] compare(%j, %bound), direction=LT
+    }
+
+    ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+      %a = f32[4,8]{1,0} parameter(0)
+      %zero = u32[] constant(0)
+      %start = (f32[4,8]{1,0}, u32[], u32[]) tuple(%a, %zero, %zero)
+      %loop = (f32[4,8]{1,0}, u32[], u32[]) while(%start), condition=%condition, body=%body
+      ROOT %result = f32[4,8]{1,0} get-tuple-element(%loop), index=0
+    }
+"""
+
+
+def test_a_loop_that_the_compiler_unrolled_twice_runs_half_as_often():
+    """As a windowed product over the tensor axis does; its counter is not the first that it carries."""
+    found = module(UNROLLED)
+    assert found.trip_count(found.tables["main"]["loop"]) == 4
 
 
 def test_a_loop_s_known_length_is_believed():

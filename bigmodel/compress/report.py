@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import statistics
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigmodel import evaluate, hardware, log
+from bigmodel import energy, evaluate, log
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.compress import trained
 from bigmodel.compress.trained import Trained
@@ -24,8 +23,6 @@ BATCHES = (1, 32)  # examples whose latency is measured
 # Rounds are interleaved over the stages, so that a busy moment of the machine hits all alike; of slow models
 # there are fewer, but three.
 ROUNDS, ROUND_S, ENOUGH_S = 7, 0.15, 20.0
-CORE_WATTS = 6.0  # of a busy server core with its memory: what is assumed where nothing can be measured
-RAPL = pathlib.Path("/sys/class/powercap")  # Intel's and AMD's energy counters, on Linux
 Row = dict[str, Any]
 
 
@@ -77,17 +74,18 @@ def _disk_bytes(weights: Any) -> int:
 def time_all(rows: Sequence[Row], models: Sequence[Trained]) -> None:
     """Adds latency, throughput and energy to the rows: a forward pass on one device, of each batch size."""
     device = jax.devices()[0]
+    meter = energy.Meter([device])
     for row in rows:
         row |= {"latency_s": {}, "examples_per_s": {}, "joules_per_example": {}, "peak_bytes": {}}
     for n in BATCHES:
         calls = [_forward(model, n, device) for model in models]
-        seconds, joules = _interleaved([call for call, _ in calls])
-        for row, (_, peak), s, energy in zip(rows, calls, seconds, joules, strict=True):
+        seconds, joules = _interleaved([call for call, _ in calls], meter)
+        for row, (_, peak), s, used in zip(rows, calls, seconds, joules, strict=True):
             row["latency_s"][str(n)], row["examples_per_s"][str(n)] = s, n / s
             row["peak_bytes"][str(n)] = peak
-            watts, how = _watts(device)
-            row["joules_per_example"][str(n)] = energy / n if energy is not None else s * watts / n
-            row["joules_from"] = "measured: RAPL, the whole package" if energy is not None else how
+            watts, why = energy.watts([device])
+            row["joules_per_example"][str(n)] = s * watts / n if used is None else used / n
+            row["joules_from"] = f"modelled: latency x {why}" if used is None else f"measured: {meter.source}"
             row["latency_from"] = f"measured: median of interleaved rounds, one {device.device_kind} device"
 
 
@@ -107,7 +105,9 @@ def _forward(model: Trained, n: int, device: jax.Device) -> tuple[Callable[[], A
     return (lambda: jax.block_until_ready(compiled(params, rest, batch))), int(peak)
 
 
-def _interleaved(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], list[float | None]]:
+def _interleaved(
+    calls: Sequence[Callable[[], Any]], meter: energy.Meter
+) -> tuple[list[float], list[float | None]]:
     """-> (seconds a call, joules a call where a counter can be read): medians over the rounds."""
     for call in calls:
         call()
@@ -118,36 +118,18 @@ def _interleaved(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], list[
         if done >= 3 and time.perf_counter() - start > ENOUGH_S:
             break
         for index, call in enumerate(calls):
-            before, began, count = _energy_j(), time.perf_counter(), 0
+            before, began, count = meter.joules(), time.perf_counter(), 0
             while time.perf_counter() - began < ROUND_S or not count:
                 call()
                 count += 1
             seconds[index].append((time.perf_counter() - began) / count)
-            after = _energy_j()
-            if before is not None and after is not None and after > before:
+            after = meter.joules()
+            if before is not None and after is not None:
                 joules[index].append((after - before) / count)
     return (
         [statistics.median(times) for times in seconds],
         [statistics.median(used) if used else None for used in joules],
     )
-
-
-def _energy_j(root: pathlib.Path | None = None) -> float | None:
-    """Joules that the CPU packages have used since some moment; None where no counter can be read."""
-    counters = list((root or RAPL).glob("intel-rapl:*[0-9]/energy_uj"))
-    packages = [path for path in counters if path.parent.name.count(":") == 1]
-    try:
-        return sum(int(path.read_text()) for path in packages) / 1e6 if packages else None
-    except OSError:
-        return None
-
-
-def _watts(device: jax.Device) -> tuple[float, str]:
-    chip = hardware.chip(device)
-    if chip is not None and chip.watts:
-        return chip.watts, f"modelled: latency x {chip.watts:g} W of a chip under load"
-    cores = len(os.sched_getaffinity(0))
-    return cores * CORE_WATTS, f"modelled: latency x {CORE_WATTS:g} W x {cores} CPU cores, an assumption"
 
 
 # ------------------------------------------------------------------------------------------------ telling

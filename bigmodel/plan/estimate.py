@@ -12,9 +12,10 @@ from bigmodel import mesh as mesh_lib
 from bigmodel.data import text
 from bigmodel.plan import calibrate, flops, hlo, schedule
 from bigmodel.plan.compiled import Compiled
-from bigmodel.plan.costs import ChipCosts
+from bigmodel.plan.costs import ChipCosts, attention_flops, gemm_flops
 from bigmodel.plan.cpu_costs import CpuCosts
-from bigmodel.plan.schedule import Event, Schedule
+from bigmodel.plan.hlo import Instruction, Module
+from bigmodel.plan.schedule import Event, Schedule, Transfer
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
 
@@ -107,6 +108,26 @@ def step(
     speed = hardware.matmul_flops(program.config.compute_dtype) * devices
     seconds = flops.model_flops(program) / (speed * GUESSED_EFFICIENCY)
     return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds),)), "guess"
+
+
+def executed_flops(text: str, devices: int) -> float:
+    """FLOPs of a compiled step's matrix products over the whole mesh, what is computed again (remat) too."""
+    return schedule.walk(hlo.parse(text), _OneFlopASecond()).total_s * devices
+
+
+class _OneFlopASecond:
+    """A machine whose seconds are FLOPs: walking a schedule counts them, loops and branches as run."""
+
+    def compute_s(self, module: Module, computation: str, i: Instruction, kind: str, flops: float) -> float:
+        if kind == "attention":
+            return attention_flops(module, computation, i)
+        return flops or (gemm_flops(module, computation, i) if i.opcode == "custom-call" else 0.0)
+
+    def transfer_s(self, transfer: Transfer) -> float:
+        return 0.0
+
+    def stream(self, transfer: Transfer) -> str:
+        return ""
 
 
 def steps_for_budget(program: Program) -> int:

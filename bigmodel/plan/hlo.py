@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+WHOLE = ("s32", "u32", "s64", "u64", "s16", "u16", "s8", "u8")
 BITS = {"pred": 8, "token": 0, "opaque": 0}  # the rest carry their bits in their name: bf16, s4, f8e4m3fn
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all",
@@ -99,28 +100,37 @@ class Module:
             return int(known)
         condition = loop.attribute(r"condition=%?([\w.\-]+)") or ""
         bounds = [int(i.literal) for i in self._reachable(condition) if _is_whole_constant(i)]
-        body = loop.attribute(r"body=%?([\w.\-]+)") or ""
-        steps = self._steps(body)
         if not bounds:
             raise ValueError(f"the length of the loop {loop.name} cannot be read from {condition}")
-        return max(1, -(-max(bounds) // max(steps, 1)))
+        grows = self._grows(loop.attribute(r"body=%?([\w.\-]+)") or "", self._counter(condition))
+        return max(1, -(-max(bounds) // max(grows, 1)))
 
     def _reachable(self, name: str) -> list[Instruction]:
         found = list(self.computations.get(name, ()))
         return found + [i for j in list(found) for called in j.called for i in self._reachable(called)]
 
-    def _steps(self, body: str) -> int:
-        """By how much a loop's counter grows: the constant added to the integer that the body returns."""
+    def _counter(self, condition: str) -> int:
+        """Which of what a loop carries its condition compares: the one whole number that it takes out."""
+        taken = [
+            i for i in self.computations.get(condition, ())
+            if i.opcode == "get-tuple-element" and i.shapes[0].dims == () and i.shapes[0].dtype in WHOLE
+        ]  # fmt: skip
+        return int(taken[0].attribute(r"index=(\d+)") or 0) if len(taken) == 1 else 0
+
+    def _grows(self, body: str, counter: int) -> int:
+        """By how much a loop's counter grows in its body: by more than one where the compiler unrolled it."""
         table = self.tables.get(body, {})
         root = next((i for i in reversed(self.computations.get(body, ())) if i.opcode == "tuple"), None)
-        for name in root.operands[:1] if root else ():
-            add = table.get(name)
-            if add is not None and add.opcode == "add":
-                values = [table[o] for o in add.operands if o in table]
-                constants = [int(i.literal) for i in values if _is_whole_constant(i)]
-                if constants:
-                    return max(constants[0], 1)
-        return 1
+        at = table.get(root.operands[counter]) if root and counter < len(root.operands) else None
+        total = 0
+        while at is not None and at.opcode in ("add", "copy", "bitcast", "fusion"):
+            operands = [table[o] for o in at.operands if o in table]
+            constants = [i for i in operands if _is_whole_constant(i)]
+            if at.opcode == "fusion":  # of an addition
+                constants = [i for i in self.computations.get(at.called[0], ()) if _is_whole_constant(i)]
+            total += int(constants[0].literal) if constants else 0
+            at = next((i for i in operands if not _is_whole_constant(i)), None)
+        return total
 
     def flops(self, name: str) -> float:
         """FLOPs of the dots and convolutions in a computation and what it calls, loops not multiplied."""

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
+from bigmodel import energy
 from bigmodel.plan import estimate, flops, schedule
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.schedule import Schedule
@@ -109,16 +110,27 @@ def _price(target: Target, r: Receipt, assume: dict[str, float]) -> Receipt:
     values = {key: assume.get(key, value) for key, (value, _) in ASSUMPTIONS.items()}
     hours = r["total_s"] / 3600
     out: Receipt = {"hours": hours, "chip_hours": hours * target.chips}
-    watts = assume.get("watts", target.chip.watts if target.chip else 0.0)
+    watts, why = _watts(target, assume)
     dollars = assume.get("dollars_per_chip_hour", target.chip.dollars_per_hour if target.chip else None)
     if watts:
-        notes["watts"] = f"{watts:g} a chip under load, with its share of the host"
+        notes["watts"] = f"{watts:g} a chip: {why}"
+        out["step_j"] = watts * target.chips * r["step_s"]
         out["kwh"] = out["chip_hours"] * watts / 1000 * values["pue"]
         out["kg_co2e"] = out["kwh"] * values["kg_co2e_per_kwh"]
     if dollars is not None:
         notes["dollars_per_chip_hour"] = f"{dollars:g}: list price on demand, unless given by --assume"
         out["dollars"] = out["chip_hours"] * dollars
     return {**out, "assumptions": {**notes, **{k: str(v) for k, v in assume.items() if k not in notes}}}
+
+
+def _watts(target: Target, assume: dict[str, float]) -> tuple[float, str]:
+    """Of one chip under load, and where that is from."""
+    if "watts" in assume:
+        return assume["watts"], "as given"
+    if target.chip is not None:
+        return target.chip.watts, "under load, with its share of the host"
+    total, why = energy.watts(target.devices)
+    return total / target.chips, why
 
 
 def collectives(steps: Schedule, program: Program) -> list[Receipt]:
@@ -237,15 +249,14 @@ def _spent(r: Receipt) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def compare(r: Receipt, measured: dict[str, float]) -> list[str]:
-    """Predicted beside measured, with the error of each: `measured` maps the receipt's keys to values."""
-    lines = []
-    for key, value in measured.items():
-        if key in r and value:
-            lines.append(
-                f"{key}: planned {r[key]:.4g}, measured {value:.4g}, error {r[key] / value - 1:+.1%}"
-            )
-    return lines
+def compare(r: Receipt, measured: dict[str, tuple[float, str]]) -> list[str]:
+    """Predicted beside measured, with the error of each: `measured` maps the receipt's keys to values and how
+    they were had."""
+    return [
+        f"{key}: planned {r[key]:.4g}, measured {value:.4g} ({how}), error {r[key] / value - 1:+.1%}"
+        for key, (value, how) in measured.items()
+        if r.get(key) and value
+    ]
 
 
 def quantity(x: float) -> str:
