@@ -26,6 +26,7 @@ from bigmodel.config import InputError
 from bigmodel.decoder import Decoder, context
 from bigmodel.sampling import GREEDY, Draw, Sampling
 
+ALONE = 4
 STEPS = 4  # ids decoded in one call: between two calls requests join, and what is new is sent
 
 
@@ -63,8 +64,8 @@ class Sizes:
     slots: int = 16
     page: int = 32  # positions
     pages: int = 0  # of all slots together; 0: enough for half of the slots at full length
-    chunk: int = 64  # ids of a prompt read in one call
-    prompts: int = 4  # read in one call
+    chunk: int = 16  # ids of a prompt read in one call, of one that is alone ALONE times as many
+    prompts: int = 0  # read in one call; 0: a quarter of the slots
 
 
 class Engine:
@@ -82,9 +83,10 @@ class Engine:
         self.most_pages = -(-self.context // sizes.page)
         most = self.most_pages
         pages = sizes.pages or max(sizes.slots * most // 2, most)
-        if min(sizes.slots, sizes.page, sizes.chunk, sizes.prompts) < 1 or pages < most:
+        if min(sizes.slots, sizes.page, sizes.chunk) < 1 or sizes.prompts < 0 or pages < most:
             raise InputError(f"an engine needs slots, and {most} pages or more for one full context: {sizes}")
-        self.sizes = dataclasses.replace(sizes, pages=pages)
+        prompts = sizes.prompts or max(sizes.slots // 4, 1)
+        self.sizes = dataclasses.replace(sizes, pages=pages, prompts=prompts)
         slots = sizes.slots
         self.vocabulary: int = getattr(config.model, "vocab_size", 0)
         self._cache = decoder.empty_cache(pages, sizes.page, paged=True)
@@ -154,8 +156,8 @@ class Engine:
         """Compiles everything that `step` may call, so that no request waits for it."""
         idle = np.full(self.sizes.slots, 0, np.int32)
         for pages in self._widths():
-            for rows in sorted({1, self.sizes.prompts}):
-                self._call_read([], rows, pages)
+            for shape in self._shapes():
+                self._call_read([], shape, pages)
             self._call_decode(idle, pages, 1)
 
     def _join(self) -> None:
@@ -191,33 +193,44 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------- prompts
 
+    def _shapes(self) -> list[tuple[int, int]]:
+        """(prompts, ids of each) that reading is compiled for: several prompts, one alone, or its rest."""
+        chunk = self.sizes.chunk
+        return sorted({(1, chunk), (1, ALONE * chunk), (self.sizes.prompts, chunk)})
+
     def _read_prompts(self) -> list[News]:
-        """A chunk of up to `sizes.prompts` prompts; the first ids of those that are read to their end."""
-        unread = [r for r, s in enumerate(self._slots) if s is not None and s.read < len(s.request.prompt)]
-        rows = sorted(unread, key=lambda row: self._slots[row].number)[: self.sizes.prompts]  # type: ignore
-        if not rows:
+        """As many ids of new prompts as one call takes; the first ids of those that are read to their end."""
+        left = {r: len(s.request.prompt) - s.read for r, s in enumerate(self._slots) if s is not None}
+        oldest = sorted(filter(left.get, left), key=lambda row: self._slots[row].number)  # type: ignore
+        if not oldest:
             return []
-        ids_R = self._call_read(rows, 1 if len(rows) == 1 else self.sizes.prompts, self._width(rows))
+
+        def gain(shape: tuple[int, int]) -> tuple[int, int]:
+            return sum(min(left[row], shape[1]) for row in oldest[: shape[0]]), -shape[0] * shape[1]
+
+        shape = max(self._shapes(), key=gain)
+        rows = oldest[: shape[0]]
+        ids_R = self._call_read(rows, shape, self._width(rows))
         news = []
         for index, row in enumerate(rows):
             slot = self._slots[row]
             assert slot is not None
-            slot.read = min(slot.read + self.sizes.chunk, len(slot.request.prompt))
+            slot.read += min(left[row], shape[1])
             if slot.read == len(slot.request.prompt):
                 self._at_B[row], self._drawn_B[row] = slot.read, 0
                 self._left_B[row] = slot.request.length
                 news.append(self._take(row, [int(ids_R[index])]))
         return news
 
-    def _call_read(self, rows: Sequence[int], count: int, pages: int) -> np.ndarray:
-        """Reads the next chunk of these rows' prompts -> int32 [R], what follows each that is at its end."""
-        tokens_RC = np.zeros((count, self.sizes.chunk), np.int32)
-        at_RC, last_R = np.full_like(tokens_RC, -1), np.full(count, -1, np.int32)
-        row_R, first_R = np.full(count, self.sizes.slots, np.int32), np.zeros(count, bool)
+    def _call_read(self, rows: Sequence[int], shape: tuple[int, int], pages: int) -> np.ndarray:
+        """Reads the next ids of these rows' prompts -> int32 [R], what follows each that is at its end."""
+        tokens_RC = np.zeros(shape, np.int32)
+        at_RC, last_R = np.full_like(tokens_RC, -1), np.full(shape[0], -1, np.int32)
+        row_R, first_R = np.full(shape[0], self.sizes.slots, np.int32), np.zeros(shape[0], bool)
         for index, row in enumerate(rows):
             slot = self._slots[row]
             assert slot is not None
-            ids = slot.request.prompt[slot.read : slot.read + self.sizes.chunk]
+            ids = slot.request.prompt[slot.read : slot.read + shape[1]]
             tokens_RC[index, : len(ids)] = ids
             at_RC[index, : len(ids)] = np.arange(slot.read, slot.read + len(ids))
             row_R[index], first_R[index] = row, slot.read == 0

@@ -1,7 +1,8 @@
 """Predictions of a trained model for raw inputs: images, texts or rows of numbers in, plain values out.
 
 What an input has to be follows from what the model's batches hold: `image` (a file, or base64 of one, or
-nested lists of bytes), `tokens` (text), else numbers by name. Keys that only training needs are zeros.
+nested lists of bytes), `tokens` (text), a table's columns, `user` and `item` as the ratings call them, the
+`serial` number of a GAN's image. Keys that only training needs are zeros.
 
 Legend: B batch, L length, D width, V classes.
 """
@@ -20,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, infer, mesh
+from bigmodel import data, infer, mesh, tasks
 from bigmodel import decoder as decoder_lib
 from bigmodel.config import InputError
-from bigmodel.data import objectives, transforms
+from bigmodel.data import labels, objectives, objects, ratings, tables, transforms
+from bigmodel.data.tables import Columns
 from bigmodel.data.text import Tokenizer, special_id
 from bigmodel.program import Program, State
 
@@ -34,14 +36,27 @@ class Predictor:
     """A model's compiled forward pass at the config's batch size; the last batch of many inputs is padded."""
 
     def __init__(
-        self, program: Program, state: State, *, names: Sequence[str] = (), tokenizer: Tokenizer | None = None
-    ) -> None:
+        self, program: Program, state: State, *, names: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None, columns: Columns | None = None,
+        ids: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             names: of the classes; none: their numbers.
             tokenizer: of a model that reads text.
+            columns: of a model that reads rows of a table.
+            ids: of users and items by name, of a model that reads those.
+
+        Raises:
+            InputError: the model writes text, which `infer.Writer` does.
         """
+        if program.config.task.name in decoder_lib.READERS:
+            raise InputError(
+                f"model.name={program.config.model.name} with task.name={program.config.task.name} writes "
+                "text; use scripts/generate.py"
+            )
         self.program, self.names, self.tokenizer = program, names, tokenizer
+        self.columns, self.ids = columns, ids
         self._state = (state.get("ema", state["params"]), state["rest"])
         here = mesh.replicated(program.mesh)
         self._forward = jax.jit(self._outputs, out_shardings=here)
@@ -54,10 +69,20 @@ class Predictor:
     @classmethod
     def of(cls, program: Program, state: State, directory: pathlib.Path) -> Predictor:
         """A run that is loaded already, with what its directory knows of names and tokens."""
-        reads_text = "tokens" in program.batch_spec
-        tokenizer = data.get_tokenizer(program.config, directory) if reads_text else None
-        names = data.class_names(program.config) if "label" in program.batch_spec else ()
-        return cls(program, state, names=names, tokenizer=tokenizer)
+        config, spec = program.config, program.batch_spec
+        return cls(
+            program, state,
+            names=data.class_names(config) if spec.keys() & {"label", "labels"} else (),
+            tokenizer=data.get_tokenizer(config, directory) if "tokens" in spec else None,
+            columns=tables.fitted(config, directory) if spec.keys() & TABLE else None,
+            ids=ratings.load(config).names if "user" in spec else None,
+        )  # fmt: skip
+
+    @property
+    def reads(self) -> str:
+        """`text`, `image` or `row`."""
+        key = next(key for key in READERS if key in self.program.batch_spec)
+        return {"image": "image", "tokens": "text"}.get(key, "row")
 
     def predict(self, inputs: Sequence[Any]) -> tuple[list[Row], int]:
         """-> (a row for each input, how many tokens were read).
@@ -65,7 +90,7 @@ class Predictor:
         Raises:
             InputError: an input the model cannot read, by its number.
         """
-        return self._run(inputs, WRITERS.get(self.program.config.task.name, _everything))
+        return self._run(inputs, WRITERS[self.program.config.task.name])
 
     def embed(self, inputs: Sequence[Any]) -> tuple[list[list[float]], int]:
         """-> (a vector of length 1 for each text, how many tokens were read): the mean over its hidden states
@@ -78,18 +103,21 @@ class Predictor:
         tokens, size = 0, self.program.config.batch_size
         for first in range(0, len(inputs), size):
             part = inputs[first : first + size]
-            batch = self._batch(part, first)
+            batch, beside = self._batch(part, first)
             tokens += int((batch["segments"] > 0).sum()) if "segments" in batch else 0
             outputs = jax.device_get(self._forward(*self._state, self.program.put(batch)))
             each = {key: value for key, value in _flat(outputs) if value.ndim and len(value) == size}
-            rows += [
-                write(self, {key: value[index] for key, value in each.items()}) for index in range(len(part))
-            ]
+            for index, more in enumerate(beside):
+                rows.append(write(self, {key: value[index] for key, value in each.items()} | more))
         return rows, tokens
 
     def _outputs(self, params: Any, rest: Any, batch: Any) -> Any:
         with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
             outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
+        task = self.program.config.task
+        keep = tasks.PREDICTIONS.get(task.name)
+        if keep is not None:
+            outputs = keep(outputs, task)
         out = dict(outputs) if isinstance(outputs, Mapping) else {"logits": outputs}
         out.pop("losses", None)
         if "hidden" in out:  # one vector a text: the mean of its tokens
@@ -97,28 +125,32 @@ class Predictor:
             hidden_BLD = out.pop("hidden").astype(jnp.float32)
             out["mean"] = (hidden_BLD * real_BL1).sum(1) / jnp.maximum(real_BL1.sum(1), 1.0)
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), out)
-        if self.program.config.task.name == "mlm":
+        if task.name == "mlm":
             wide.pop("logits", None)
         return wide
 
-    def _batch(self, inputs: Sequence[Any], first: int) -> dict[str, np.ndarray]:
-        """The arrays of a batch; inputs are numbered from `first` in messages."""
+    def _batch(self, inputs: Sequence[Any], first: int) -> tuple[dict[str, np.ndarray], list[Row]]:
+        """-> (a batch's arrays, what else was learnt of each input); numbered from `first` in messages."""
         spec = self.program.batch_spec
-        read = next((READERS[key] for key in READERS if key in spec), _read_numbers)
+        read = next(READERS[key] for key in READERS if key in spec)
         batch = {key: np.zeros(s.shape, s.dtype) for key, s in spec.items()}
         batch["mask"] = (np.arange(self.program.config.batch_size) < len(inputs)).astype(np.float32)
+        beside: list[Row] = []
         for row, item in enumerate(inputs):
             try:
                 arrays = read(self, item)
             except (InputError, ValueError, TypeError, KeyError) as error:
                 raise InputError(f"input {first + row}: {error}") from error
-            for key, value in arrays.items():
-                batch[key][row] = value
-        return batch
+            for key in arrays.keys() & spec.keys():
+                batch[key][row] = arrays[key]
+            beside.append({key: value for key, value in arrays.items() if key not in spec})
+        return batch, beside
 
 
 class Answerer:
     """A model that writes text, asked for whole answers: greedy, up to what its context holds."""
+
+    reads = "text"
 
     def __init__(self, writer: infer.Writer) -> None:
         self.writer = writer
@@ -160,13 +192,20 @@ def _read_image(predictor: Predictor, item: Any) -> dict[str, Any]:
         if image.ndim != 3 or image.dtype.kind not in "iu" or image.min() < 0 or image.max() > 255:
             raise InputError("an image must be a file, base64 of one, or lists [H, W, C] of 0..255")
         image = image.astype(np.uint8)
-    if config.data.image_size:
+    size = np.array(image.shape[:2], np.float32)
+    scale = size / shape[:2]
+    if config.data.image_size and config.task.name == "detect":  # as in training
+        whole = np.array([[0, 0, *size]], np.float32)
+        image, inner = objects.letterbox(image, whole, config.data.image_size)
+        scale = size / inner[0, 2:]
+    elif config.data.image_size:
         image = transforms.center(image, config.data.image_size, config.data.eval_crop)
     elif image.shape[:2] != shape[:2]:
         image = cv2.resize(image, (shape[1], shape[0]), interpolation=cv2.INTER_AREA).reshape(*shape[:2], -1)
     if image.shape != shape:
         raise InputError(f"an image of shape {image.shape}, but the model reads {shape}")
-    return transforms.normalise({"image": image[None]}, config.data.mean, config.data.std)
+    batch = transforms.normalise({"image": image[None]}, config.data.mean, config.data.std)
+    return {"image": batch["image"][0], "size": size, "scale": scale}
 
 
 def _bytes_of(item: str | pathlib.Path) -> bytes:
@@ -204,27 +243,58 @@ def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
     return {key: value[0] for key, value in rows.items() if key in spec}
 
 
-def _read_numbers(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """A row's columns by name, of those that a batch holds; a lone number is a `serial`."""
+def _read_serial(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """Which image is drawn: a number, or a row with `serial` and, of a GAN with classes, `label`."""
     spec = predictor.program.batch_spec
-    if isinstance(item, int) and "serial" in spec:
-        item = {"serial": item}
-    if not isinstance(item, Mapping):
-        raise InputError(f"a row with columns among {', '.join(spec)} is needed")
-    known = {key: value for key, value in item.items() if key in spec and key != "mask"}
-    if not known:
-        raise InputError(f"none of its columns is one of {', '.join(spec)}")
-    out = {key: np.asarray(value).astype(spec[key].dtype) for key, value in known.items()}
+    row = item if isinstance(item, Mapping) else {"serial": item}
+    if row.get("serial") is None:
+        raise InputError("a row with a column `serial` is needed, or a number")
+    most = {"serial": 2**31, "label": getattr(predictor.program.config.model, "num_classes", 0)}
+    out = {key: _number(key, row[key]) for key in most if key in spec and row.get(key) is not None}
     for key, value in out.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise InputError(f"{key} is no finite number")
+        if not 0 <= value < most[key] or value % 1:
+            raise InputError(f"{key} is {row[key]}: give a whole number from 0 to {most[key] - 1}")
     return out
 
 
+def _number(key: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key} is {value!r}, no number") from error
+    if not math.isfinite(number):
+        raise InputError(f"{key} is {value!r}, no finite number")
+    return number
+
+
+def _read_row(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """A row of the table that the model learnt from, as numbers or text; an empty number is a missing one."""
+    assert predictor.columns is not None
+    wanted = (*predictor.columns.numeric, *predictor.columns.categories)
+    missing = [key for key in wanted if not isinstance(item, Mapping) or item.get(key) is None]
+    if missing:
+        raise InputError(f"no column {missing[0]!r}; a row with {', '.join(wanted)} is needed")
+    row: dict[str, np.ndarray] = {key: np.array([item[key]], object) for key in wanted}
+    for key in predictor.columns.numeric:
+        row[key] = np.array([_number(key, item[key]) if item[key] != "" else np.nan])
+    return {key: value[0] for key, value in predictor.columns.encode(row).items()}
+
+
+def _read_pair(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """A user and an item, by name; whoever is not among the ratings is the unknown one."""
+    assert predictor.ids is not None
+    if not isinstance(item, Mapping) or any(item.get(key) is None for key in predictor.ids):
+        raise InputError(f"a row with columns {' and '.join(predictor.ids)} is needed")
+    return {key: ids.get(labels.as_text(item[key]), 0) for key, ids in predictor.ids.items()}
+
+
+TABLE = {"numeric", "categorical"}
 READERS: dict[str, Callable[[Predictor, Any], dict[str, Any]]] = {
-    "serial": _read_numbers,  # before image: a GAN's batch has both
+    "serial": _read_serial,  # before image: a GAN's batch has both
     "image": _read_image,
     "tokens": _read_text,
+    **dict.fromkeys(TABLE, _read_row),
+    "user": _read_pair,
 }
 
 
@@ -235,7 +305,7 @@ def _class_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
     share_V = np.exp(out["logits"] - out["logits"].max())
     share_V = share_V / share_V.sum()
     best = np.argsort(-share_V)[:5]
-    names = [predictor.names[i] if i < len(predictor.names) else str(i) for i in best]
+    names = [_name(predictor, i) for i in best]
     top = {name: round(float(share_V[i]), 6) for name, i in zip(names, best, strict=True)}
     return {"label": int(best[0]), "name": names[0], "probability": float(share_V[best[0]]), "top": top}
 
@@ -246,7 +316,9 @@ def _labels_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
 
 
 def _value(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
-    return {"value": out["logits"].tolist()}
+    """Numbers in the label's own units, which training standardised."""
+    mean, deviation = predictor.columns.label_scale if predictor.columns else (0.0, 1.0)
+    return {"value": (out["logits"] * deviation + mean).tolist()}
 
 
 def _embedding(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
@@ -261,15 +333,32 @@ def _embedding(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
 
 def _picture(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
     """A generated image in -1..1 as base64 of a PNG."""
-    image = np.clip((out["image"] + 1) * 127.5, 0, 255).round().astype(np.uint8)
+    image = np.clip((out["fake"] + 1) * 127.5, 0, 255).round().astype(np.uint8)
     _, png = cv2.imencode(".png", image if image.shape[-1] == 1 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     return {"image": base64.b64encode(png.tobytes()).decode()}
 
 
-def _everything(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
-    return {key: value.tolist() for key, value in out.items()}
+def _boxes(predictor: Predictor, out: Mapping[str, Any]) -> Row:
+    """What was found, the surest first; boxes (y0, x0, y1, x1) in pixels of the image as it was given."""
+    sure = out["scores"] > 0
+    boxes = np.clip(out["found"][sure] * np.tile(out["scale"], 2), 0, np.tile(out["size"], 2))
+    labels_N = out["classes"][sure].astype(int).tolist()
+    return {
+        "boxes": boxes.round(2).tolist(), "scores": out["scores"][sure].tolist(), "labels": labels_N,
+        "names": [_name(predictor, label) for label in labels_N],
+    }  # fmt: skip
+
+
+def _name(predictor: Predictor, label: int) -> str:
+    return predictor.names[label] if label < len(predictor.names) else str(label)
+
+
+def _score(predictor: Predictor, out: Mapping[str, Any]) -> Row:
+    """How much the user likes the item: a rating, or logits."""
+    return {"score": float(out["scores"][0])}
 
 
 WRITERS: dict[str, Callable[[Predictor, Mapping[str, np.ndarray]], Row]] = {
     "classify": _class_of, "multilabel": _labels_of, "regress": _value, "mlm": _embedding, "gan": _picture,
+    "detect": _boxes, "rank": _score,
 }  # fmt: skip

@@ -10,17 +10,21 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import html
 import json
 import pathlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client as prometheus
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bigmodel import decoder as decoder_lib
 from bigmodel import engine, infer, openai_api
@@ -29,7 +33,7 @@ from bigmodel.engine import Engine, News
 from bigmodel.infer import Writer
 from bigmodel.openai_api import Ask, Refusal
 from bigmodel.predict import Answerer, Predictor
-from bigmodel.worker import Text, Worker
+from bigmodel.worker import Listener, Text, Told, Worker, tell
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 NAMES = ("completions", "chat/completions", "embeddings", "models", "predict")
@@ -84,6 +88,13 @@ class Service:
             gauge = prometheus.Gauge(f"bigmodel_{key}", "of the engine", registry=self.registry)
             gauge.set_function(lambda key=key: self.worker.batch.load[key] if self.worker else 0)  # type: ignore
 
+    @property
+    def asks(self) -> str:
+        """What the page asks for: `completion`, `text`, `image` or `row`."""
+        if self.predictor is None:
+            return "completion"
+        return self.predictor.reads
+
     def ids_of(self, prompt: str | tuple[int, ...]) -> list[int]:
         """Raises Refusal for a prompt that is too long or has no such ids."""
         assert self.writer is not None
@@ -134,15 +145,15 @@ class Service:
         """
         assert self.worker is not None
         assert self.writer is not None
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, News | Exception]]()
+        inbox = asyncio.Queue[tuple[int, News | Exception]]()
         texts = [Text(self.writer, ask.stop) for _ in requests]
         self.waiting += len(requests)
         cancels: dict[int, Callable[[], None]] = {}
+        whole = not ask.stream and not ask.stop  # then nobody looks at what has come so far
         try:
             for index, request in enumerate(requests):
                 self.tokens.labels("prompt").inc(len(request.prompt))
-                listener = _listener(loop, inbox, index)
-                cancels[index] = self.worker.submit(request, listener)
+                cancels[index] = self.worker.submit(request, _listener(inbox, index), whole)
             while cancels:
                 index, news = await inbox.get()
                 if isinstance(news, Exception):
@@ -164,14 +175,8 @@ class Service:
                 cancel()
 
 
-def _listener(
-    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[tuple[int, News | Exception]], index: int
-) -> Callable[[News | Exception], None]:
-    def listen(news: News | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(inbox.put_nowait, (index, news))
-
-    return listen
+def _listener(inbox: asyncio.Queue[tuple[int, News | Exception]], index: int) -> Listener:
+    return lambda news: inbox.put_nowait((index, news))
 
 
 # --------------------------------------------------------------------------------------------- the app
@@ -183,6 +188,13 @@ def app(service: Service, key: str = "") -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if service.worker is not None:
+            loop = asyncio.get_running_loop()
+
+            def hand_over(told: list[Told]) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(tell, told)
+
+            service.worker.hand_over = hand_over
             service.worker.start()
         yield
         if service.worker is not None:
@@ -195,23 +207,47 @@ def app(service: Service, key: str = "") -> FastAPI:
         headers = {"Retry-After": "1"} if refusal.status in (429, 503) else None
         return JSONResponse(refusal.body(), refusal.status, headers)
 
-    @api.middleware("http")
-    async def watch(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        began, path = time.perf_counter(), request.url.path
-        if key and path.startswith("/v1/"):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), key.encode()):
-                refusal = Refusal(401, "send the API key as: Authorization: Bearer KEY")
-                return JSONResponse(refusal.body(), refusal.status)
-        response = await call(request)
-        path = path if path in PATHS else "other"  # metrics keep no names that clients make up
-        service.requests.labels(path, response.status_code).inc()
-        service.seconds.labels(path).observe(time.perf_counter() - began)
-        return response
+    @api.exception_handler(ClientDisconnect)
+    async def left(request: Request, gone: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # before its body was here; nobody reads this
 
+    api.add_middleware(Watch, service=service, key=key)
     api.include_router(_text_routes(service))
     api.include_router(_other_routes(service))
     return api
+
+
+class Watch:
+    """Around every request, as plain ASGI: the API key, counts and times."""
+
+    def __init__(self, inner: ASGIApp, service: Service, key: str) -> None:
+        self.inner, self.service, self.key = inner, service, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.inner(scope, receive, send)
+            return
+        began, path, status = time.perf_counter(), scope["path"], 500
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            if self.key and path.startswith("/v1/") and not self._knows(Headers(scope=scope)):
+                refusal = Refusal(401, "send the API key as: Authorization: Bearer KEY")
+                await JSONResponse(refusal.body(), refusal.status)(scope, receive, sending)
+            else:
+                await self.inner(scope, receive, sending)
+        finally:
+            path = path if path in PATHS else "other"  # metrics keep no names that clients make up
+            self.service.requests.labels(path, status).inc()
+            self.service.seconds.labels(path).observe(time.perf_counter() - began)
+
+    def _knows(self, headers: Headers) -> bool:
+        given = headers.get("authorization", "").removeprefix("Bearer ")
+        return hmac.compare_digest(given.encode(), self.key.encode())
 
 
 async def _body(service: Service, request: Request) -> dict[str, Any]:
@@ -286,7 +322,8 @@ def _other_routes(service: Service) -> APIRouter:
 
     @router.get("/")
     async def page() -> Response:
-        return HTMLResponse(PAGE.read_text())
+        text = PAGE.read_text().replace("ASKS", service.asks).replace("MODEL", html.escape(service.name))
+        return HTMLResponse(text)
 
     return router
 
@@ -331,8 +368,8 @@ async def _respond(service: Service, request: Request, ask: Ask, kind: str) -> R
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _whole(

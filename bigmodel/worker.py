@@ -10,6 +10,9 @@ from bigmodel import engine
 from bigmodel.engine import Engine, News
 from bigmodel.infer import Writer
 
+Listener = Callable[[News | Exception], None]
+Told = tuple[Listener, News | Exception]
+
 
 class Worker(threading.Thread):
     """Steps an engine for as long as there is work. Other threads only `submit` and `cancel`."""
@@ -17,21 +20,27 @@ class Worker(threading.Thread):
     def __init__(self, batch: Engine) -> None:
         super().__init__(daemon=True, name="engine")
         self.batch, self.failure = batch, ""
+        self.hand_over: Callable[[list[Told]], None] = tell
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[int, Callable[[News | Exception], None]] = {}
+        self._listeners: dict[int, Listener] = {}
+        self._held: dict[int, list[int]] = {}  # ids so far of answers that are told as a whole
 
-    def submit(
-        self, request: engine.Request, listener: Callable[[News | Exception], None]
-    ) -> Callable[[], None]:
-        """The listener is called in this thread with the request's news -> a function that cancels it."""
+    def submit(self, request: engine.Request, listener: Listener, whole: bool = False) -> Callable[[], None]:
+        """The listener will be told the request's news, or with `whole` one, at its end -> what cancels it.
+
+        All that a step brought goes to `hand_over` at once, in this thread: waking another one costs more
+        than most of what there is to tell.
+        """
         number: list[int] = []
 
         def add() -> None:
             number.append(self.batch.add(request))
             self._listeners[number[0]] = listener
+            if whole:
+                self._held[number[0]] = []
 
         def cancel() -> None:
-            if number and self._listeners.pop(number[0], None) is not None:
+            if number and self._forget(number[0]) is not None:
                 self.batch.cancel(number[0])
 
         self._inbox.put(add)
@@ -49,17 +58,31 @@ class Worker(threading.Thread):
                     if task is None:
                         return
                     task()
-                for news in self.batch.step():
-                    listener = self._listeners.get(news.number)
-                    if listener is not None:
-                        listener(news)
-                    if news.done:
-                        self._listeners.pop(news.number, None)
+                told = [pair for news in self.batch.step() if (pair := self._told(news)) is not None]
+                if told:
+                    self.hand_over(told)
             except Exception as error:  # the requests that run are lost; /health says why
                 self.failure = f"{type(error).__name__}: {error}"
-                for listener in self._listeners.values():
-                    listener(error)
+                self.hand_over([(listener, error) for listener in self._listeners.values()])
                 return
+
+    def _told(self, news: News) -> Told | None:
+        held = self._held.get(news.number)
+        if held is not None:
+            held += news.ids
+            news = news._replace(ids=held)
+        listener = self._forget(news.number) if news.done else self._listeners.get(news.number)
+        return None if listener is None or (held is not None and not news.done) else (listener, news)
+
+    def _forget(self, number: int) -> Listener | None:
+        self._held.pop(number, None)
+        return self._listeners.pop(number, None)
+
+
+def tell(told: list[Told]) -> None:
+    """Calls each listener with its news."""
+    for listener, news in told:
+        listener(news)
 
 
 class Text:

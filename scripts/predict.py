@@ -4,9 +4,9 @@
     python scripts/predict.py --workdir=runs/mf --inputs=pairs.csv --out=scores.jsonl
 
 --inputs: a directory of images (png, jpg, jpeg; searched through), or a CSV. A model that reads text wants
-a column `text`, one that reads images `image` (paths, relative to the CSV); any other the columns that its
-batches have, such as `user` and `item`, or `serial` for a GAN, whose images come as base64 of a PNG. Each
-line has `input` (a path, or the row's number) and the prediction.
+a column `text`, one that reads images `image` (paths, relative to the CSV), one that reads a table the
+table's columns, a recommender `user` and `item` as its ratings call them, a GAN `serial`, a number for each
+image, which comes as base64 of a PNG. Each line has `input` (a path, or the row's number) and the prediction.
 """
 
 from __future__ import annotations
@@ -70,14 +70,7 @@ def inputs_of(path: pathlib.Path) -> list[tuple[str, Any]]:
         raise InputError(f"--inputs={path} has no rows below its header")
     if "image" in rows[0]:
         return [(row["image"], path.parent / row["image"]) for row in rows]
-    return [(str(number), row if "text" in row else numbers(row, number)) for number, row in enumerate(rows)]
-
-
-def numbers(row: dict[str, str], number: int) -> dict[str, float]:
-    try:
-        return {key: float(value) for key, value in row.items()}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--inputs: row {number} has what is no number ({error})") from error
+    return [(str(number), row) for number, row in enumerate(rows)]
 
 
 def done_in(path: pathlib.Path, names: list[str]) -> int:

@@ -58,10 +58,10 @@ def main() -> int:
         path, args.step, name=args.name or path.resolve().name, limits=limits, slots=args.slots,
         cache_dtype=args.cache_dtype,
     )  # fmt: skip
-    return asyncio.run(_run(service, args))
+    return _run(service, args)
 
 
-async def _run(service: object, args: object) -> int:
+def _run(service: object, args: object) -> int:
     import uvicorn
 
     from bigmodel import serve
@@ -77,14 +77,15 @@ async def _run(service: object, args: object) -> int:
         raise InputError(f"--port={port} on {host} cannot be opened; choose another") from error
     server = uvicorn.Server(config)
 
-    def stop() -> None:
-        server.should_exit = True
+    async def listen() -> None:
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, lambda: setattr(server, "should_exit", True))
+        print(f"serving   http://{host}:{socket.getsockname()[1]}/", flush=True)
+        await server._serve([socket])  # `serve` would take the signals for itself, and end by them
 
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop)
-    print(f"serving   http://{host}:{socket.getsockname()[1]}/", flush=True)
-    await server._serve([socket])  # `serve` would take the signals for itself, and end by them
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(listen())
     return 0
 
 

@@ -49,7 +49,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from bigmodel import config as config_lib  # noqa: E402
-from bigmodel import data, mesh, program  # noqa: E402
+from bigmodel import data, mesh, program, workdir  # noqa: E402
+from bigmodel.checkpoint import Checkpoints  # noqa: E402
 from bigmodel.config import Config  # noqa: E402
 from bigmodel.data import objectives, objects  # noqa: E402
 from bigmodel.families import IMAGE_TASKS  # noqa: E402
@@ -231,6 +232,17 @@ def steps(
 def by_path(tree: Any) -> dict[str, Any]:
     """{"blocks/mlp/up/kernel": leaf}."""
     return {mesh.path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def saved(directory: pathlib.Path, config: Config) -> pathlib.Path:
+    """A run of `config` whose state at step 0 is its checkpoint."""
+    directory.mkdir()
+    workdir.write_config(directory, config)
+    state = start(build(config))
+    state["params"] = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, state["params"])
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(0, state, {})
+    return directory
 
 
 # --------------------------------------------------------------------------------------------- scripts

@@ -30,6 +30,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "scanned": ("gpt", {"model__scan": True}),
     "moe": ("moe", {"model__capacity_factor": 4.0}),
     "t5": ("t5", {}),
+    "t5_moe": ("t5", {"model__experts": 4, "model__capacity_factor": 4.0}),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
@@ -72,7 +73,16 @@ def by_full_forward(name: str, prompt: tuple[int, ...], length: int) -> list[int
     return answer
 
 
-@pytest.mark.parametrize("name", ["learned", "llama", "window", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "learned",
+        "llama",
+        "window",
+        "t5",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("moe", "t5_moe")),
+    ],
+)
 def test_the_cache_changes_no_token(name):
     made, _, _ = decoder(name)
     answers = infer.generate(made, PROMPTS, 20)

@@ -21,10 +21,9 @@ import jax
 import numpy as np
 import openai
 import pytest
-from conftest import build, finish, run_script, start, start_script, tiny
+from conftest import build, finish, saved, start, start_script, tiny
 
-from bigmodel import infer, workdir
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import infer
 from bigmodel.openai_api import Refusal, completion
 from bigmodel.predict import Predictor
 from bigmodel.sampling import Sampling
@@ -33,17 +32,6 @@ from bigmodel.worker import Text
 KEY = {"BIGMODEL_API_KEY": "sesame"}
 BEARER = {"Authorization": "Bearer sesame"}
 CONTEXT = 64
-
-
-def saved(directory: pathlib.Path, config: Any) -> pathlib.Path:
-    """A run of `config` whose state at step 0 is its checkpoint."""
-    directory.mkdir()
-    workdir.write_config(directory, config)
-    state = start(build(config))
-    state["params"] = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, state["params"])
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(0, state, {})
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +59,8 @@ def server(run_dir: pathlib.Path) -> Iterator[Server]:
     it = served(run_dir, "--slots=4", "--queue=60", "--max_body_mib=0.1")
     yield it
     it.process.send_signal(signal.SIGTERM)
-    assert finish(it.process)[0] == 0
+    code, _, err = finish(it.process)
+    assert (code, err) == (0, "")  # whatever was asked, and whoever left: no trace
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +177,9 @@ def test_a_client_that_leaves_is_forgotten(server):
     body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 16}).encode()
     lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Authorization: Bearer sesame"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}"])
-    for _ in range(3):
+    for sent in (len(body), len(body), len(body) // 2):
         with socket.create_connection((url.host, url.port)) as client:
-            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            client.sendall(head.encode() + b"\r\n\r\n" + body[:sent])
             time.sleep(0.1)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -293,30 +282,3 @@ def test_an_encoder_embeds_and_a_classifier_predicts():
     rows, _ = Predictor(cnn, start(cnn)).predict([image.tolist(), base64.b64encode(png.tobytes()).decode()])
     assert rows[0] == rows[1]
     assert abs(sum(rows[0]["top"].values())) <= 1 + 1e-5
-
-
-@pytest.mark.slow
-def test_predictions_for_a_directory_go_on_where_they_stopped(tmp_path):
-    run = saved(tmp_path / "run", tiny("cnn", data__name="digits", batch_size=4))
-    (tmp_path / "images" / "more").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index in range(6):
-        folder = tmp_path / "images" / ("more" if index % 2 else "")
-        cv2.imwrite(str(folder / f"{index}.png"), rng.integers(0, 256, (8, 8)).astype(np.uint8))
-    out = tmp_path / "out.jsonl"
-    flags = [f"--workdir={run}", f"--inputs={tmp_path}/images", f"--out={out}"]
-    ran = run_script("predict.py", *flags)
-    assert ran.code == 0, ran.err
-    whole = out.read_text()
-    assert len(whole.splitlines()) == 6
-    assert json.loads(whole.splitlines()[0])["input"] == "0.png"
-    out.write_text(whole[: len(whole) // 2])  # cut short within a line
-    assert "of 6 in" in run_script("predict.py", *flags).out
-    assert [json.loads(line)["label"] for line in out.read_text().splitlines()] == [
-        json.loads(line)["label"] for line in whole.splitlines()
-    ]
-    (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "9.png")
-    ran = run_script("predict.py", *flags)
-    assert (ran.code, ran.err.count("\n")) == (2, 1)
-    assert "predictions for other inputs" in ran.err
-    assert len(out.read_text().splitlines()) == 6

@@ -36,6 +36,7 @@ class Ratings(NamedTuple):
     users: int  # the largest id
     items: int
     fingerprint: str
+    names: dict[str, dict[str, int]]  # of users and items, by what the ratings call them: their ids
 
     def pairs(self, train: bool) -> np.ndarray:
         """int64, sorted: user * (items + 1) + item of what was rated, in the training split or in both."""
@@ -56,7 +57,7 @@ def load(config: Config) -> Ratings:
         (columns["timestamp"], columns["user"])
     )  # stable: of equal times, the later line is last
     user, item, rating = (columns[key][order] for key in KEYS[:3])
-    _, numbered, counts = np.unique(user, return_inverse=True, return_counts=True)
+    users, numbered, counts = np.unique(user, return_inverse=True, return_counts=True)
     last = np.append(numbered[1:] != numbered[:-1], True)
     is_test = last & (counts[numbered] > 1)
     if not is_test.any():
@@ -72,6 +73,10 @@ def load(config: Config) -> Ratings:
         users=len(counts),
         items=len(items),
         fingerprint=fingerprint,
+        names={
+            key: {labels.as_text(name): index for index, name in enumerate(names.tolist(), 1)}
+            for key, names in (("user", users), ("item", items))
+        },
     )
     for key, largest in (("users", found.users), ("items", found.items)):
         if getattr(config.model, key) <= largest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -45,6 +46,32 @@ class Columns:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def _ids(self) -> list[tuple[str, int, dict[str, int]]]:
+        """(column, its id for what is unknown, {category: id}) of each column of categories."""
+        out, offset = [], 0
+        for key, known in self.categories.items():
+            out.append((key, offset, {name: offset + at for at, name in enumerate(known, 1)}))
+            offset += len(known) + 1
+        return out
+
+    def encode(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Raw columns [B] -> `numeric` [B, N] and `categorical` [B, C]; a number that is NaN is missing."""
+        out = {}
+        numbers = [
+            (np.where(np.isfinite(rows[key]), rows[key], fill) - mean) / deviation
+            for key, (fill, mean, deviation) in self.numeric.items()
+        ]
+        ids = [
+            [known.get(labels.as_text(value), unknown) for value in rows[key].tolist()]
+            for key, unknown, known in self._ids
+        ]
+        if numbers:
+            out["numeric"] = np.stack(numbers, 1).astype(np.float32)
+        if ids:
+            out["categorical"] = np.stack([np.array(column, np.int32) for column in ids], 1)
+        return out
 
 
 def kinds(config: Config, features: Mapping[str, sources.Feature]) -> tuple[list[str], list[str]]:
@@ -143,30 +170,13 @@ class Encoded:
         self._keep = tuple(key for key in (d.label, d.group) if key)
         self.features, self.fingerprint = source.features, source.fingerprint
         self.num_bytes = source.num_bytes
-        self._ids, offset = [], 0
-        for key, known in columns.categories.items():
-            self._ids.append((key, offset, {name: offset + at for at, name in enumerate(known, 1)}))
-            offset += len(known) + 1
 
     def __len__(self) -> int:
         return len(self._source)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         rows = self._source.read(indices)
-        out = {key: rows[key] for key in self._keep}
-        numbers = [
-            (np.where(np.isfinite(rows[key]), rows[key], fill) - mean) / deviation
-            for key, (fill, mean, deviation) in self._columns.numeric.items()
-        ]
-        ids = [
-            [known.get(labels.as_text(value), unknown) for value in rows[key].tolist()]
-            for key, unknown, known in self._ids
-        ]
-        if numbers:
-            out["numeric"] = np.stack(numbers, 1).astype(np.float32)
-        if ids:
-            out["categorical"] = np.array(ids, np.int32).T.reshape(len(indices), -1)
-        return out
+        return {key: rows[key] for key in self._keep} | self._columns.encode(rows)
 
 
 def prepare(config: Config, columns: Columns, weights: np.ndarray | None) -> Any:
