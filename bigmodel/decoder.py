@@ -23,6 +23,7 @@ from bigmodel.families import Transformer
 from bigmodel.models import cache as cache_lib
 from bigmodel.models import module
 from bigmodel.models.module import Definition
+from bigmodel.models.weights import InDigits, Quantized
 from bigmodel.program import Program, State
 from bigmodel.sampling import Sampling
 
@@ -305,11 +306,18 @@ def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]
     config, model = built.config, built.model
     c: Any = config.model
 
-    def cast(x: jax.Array) -> jax.Array:
+    on_cpu = built.mesh.devices.flat[0].platform == "cpu"
+
+    def quantized(x: Any) -> bool:
+        return isinstance(x, Quantized)
+
+    def cast(x: Any) -> Any:
+        if quantized(x):
+            return InDigits.of(x) if on_cpu else x
         return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype == config.param_dtype else x
 
     def arrange(params: Params, held: Any) -> Params:
-        params = jax.tree.map(cast, model.unpack(params, held))
+        params = jax.tree.map(cast, model.unpack(params, held), is_leaf=quantized)
         shallow = max(c.depth, getattr(c, "decoder_depth", 0)) <= UNROLLED
         return module.unstack(params) if shallow and isinstance(c, Transformer) else params
 

@@ -26,7 +26,8 @@ from bigmodel.config import InputError
 from bigmodel.decoder import Decoder, context
 from bigmodel.sampling import GREEDY, Draw, Sampling
 
-ALONE = 4
+ALONE = 4  # chunks of a prompt that are read in one call where it is the only one
+READ, DECODE = (1, 4), (1, 2, 4, 8)  # parts of the context, as pages, that calls are compiled for
 STEPS = 4  # ids decoded in one call: between two calls requests join, and what is new is sent
 
 
@@ -64,7 +65,7 @@ class Sizes:
     slots: int = 16
     page: int = 32  # positions
     pages: int = 0  # of all slots together; 0: enough for half of the slots at full length
-    chunk: int = 16  # ids of a prompt read in one call, of one that is alone ALONE times as many
+    chunk: int = 16  # ids of a prompt read in one call
     prompts: int = 0  # read in one call; 0: a quarter of the slots
 
 
@@ -155,9 +156,10 @@ class Engine:
     def warm(self) -> None:
         """Compiles everything that `step` may call, so that no request waits for it."""
         idle = np.full(self.sizes.slots, 0, np.int32)
-        for pages in self._widths():
+        for pages in self._widths(READ):
             for shape in self._shapes():
                 self._call_read([], shape, pages)
+        for pages in self._widths(DECODE):
             self._call_decode(idle, pages, 1)
 
     def _join(self) -> None:
@@ -183,13 +185,13 @@ class Engine:
         self._free += slot.pages
         self._slots[row], self._left_B[row] = None, 0
 
-    def _widths(self) -> list[int]:
+    def _widths(self, shares: Sequence[int]) -> list[int]:
         """Pages a slot that steps are compiled for: attention reads no more than the longest row needs."""
-        return sorted({-(-self.most_pages // 4**power) for power in range(3)})
+        return sorted({-(-self.most_pages // share) for share in shares})
 
-    def _width(self, rows: Sequence[int]) -> int:
+    def _width(self, rows: Sequence[int], shares: Sequence[int]) -> int:
         needed = max((len(slot.pages) for row in rows if (slot := self._slots[row])), default=1)
-        return next(width for width in self._widths() if width >= needed)
+        return next(width for width in self._widths(shares) if width >= needed)
 
     # --------------------------------------------------------------------------------------------- prompts
 
@@ -210,7 +212,7 @@ class Engine:
 
         shape = max(self._shapes(), key=gain)
         rows = oldest[: shape[0]]
-        ids_R = self._call_read(rows, shape, self._width(rows))
+        ids_R = self._call_read(rows, shape, self._width(rows, READ))
         news = []
         for index, row in enumerate(rows):
             slot = self._slots[row]
@@ -274,7 +276,7 @@ class Engine:
         steps = STEPS
         if self._waiting:  # a slot that is free earlier is filled earlier
             steps = min(steps, int(np.min(self._left_B[rows])))
-        ids_BN = self._call_decode(self._left_B, self._width(rows), steps)
+        ids_BN = self._call_decode(self._left_B, self._width(rows, DECODE), steps)
         return [self._take(row, [int(i) for i in ids_BN[row] if i >= 0]) for row in rows]
 
     def _call_decode(self, left_B: np.ndarray, pages: int, steps: int) -> np.ndarray:

@@ -4,9 +4,9 @@
     python scripts/bench_decode.py --cases=gpt2-124m --batches=1 --rivals=ours,int8
 
 A model of random weights, greedy, prompts of 32 ids, 64 new ones; reading the prompt counts. Rivals:
-    ours     float32 weights
-    int8     weights of one byte, a scale for each output; made floats where they are used
-    torch    PyTorch eager through transformers, where both are installed
+    ours     float32, as PyTorch's
+    int8     weights of one byte, a scale for each output; float32 all else
+    torch    PyTorch eager through transformers, float32, where both are installed
 
 Every round runs each rival once, in this order and then in the reverse. Printed: the median over rounds of
 the time, of new tokens a second, and of the time's ratio to `ours` in the same round.
@@ -50,7 +50,7 @@ def ours(case: str, batch: int, quantized: bool = False) -> Run:
     from bigmodel import decoder as decoder_lib
 
     more = {"quantize.weights": "int8"} if quantized else {}
-    config = config_lib.load(ROOT / CASES[case], {"batch_size": 1, **more})
+    config = config_lib.load(ROOT / CASES[case], {"batch_size": 1, "compute_dtype": "float32", **more})
     built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
     params, rest = jax.jit(built.model.init)(jax.random.key(0))
     decoder = decoder_lib.Decoder(built, {"params": params, "rest": rest})

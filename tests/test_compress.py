@@ -123,6 +123,21 @@ def test_zero_weights_stay_zero():
         assert (weights.quantize(w, (-2,), kind).astype(jnp.float32) == w).all()
 
 
+def test_products_in_digits_are_as_exact_as_those_of_floats():
+    rng = np.random.default_rng(0)
+    for sums, ask in (((-2,), weights.product), ((-1,), weights.attend)):
+        w = weights.quantize(jnp.asarray(rng.normal(size=(48, 48)), jnp.float32), sums, "int8")
+        x = rng.normal(size=(2, 3, 48)) * np.array([1, 1e-6, 1e6])[:, None]
+        whole = np.asarray(w.codes, np.float64) * np.asarray(w.scale, np.float64)
+        exact = x @ (whole if sums == (-2,) else whole.T)
+        largest = np.abs(exact).max(-1, keepdims=True)
+        for dtype, most in ((jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)):
+            y = ask(jnp.asarray(x, dtype), weights.InDigits.of(w))
+            assert y.dtype == dtype
+            assert (np.abs(np.asarray(y, np.float64) - exact) <= most * largest).all()
+    assert (ask(jnp.zeros((2, 48)), weights.InDigits.of(w)) == 0).all()
+
+
 @pytest.mark.parametrize(("family", "kind"), [("cnn", "int8"), ("moe", "int4")])
 def test_planned_bytes_are_live_bytes_and_a_fraction_of_dense(family, kind):
     built = build(tiny(family, quantize__weights=kind))

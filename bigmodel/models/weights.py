@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,16 @@ class _Whole(abc.ABC):
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]: ...
 
+    @abc.abstractmethod
+    def astype(self, dtype: Any) -> jax.Array: ...
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x [..., D] @ this [V, D] transposed -> [..., V]."""
+        return ops.dense(x, self.astype(x.dtype).T)
 
     def __getitem__(self, index: Any) -> Self:
         assert index is ...
@@ -103,6 +110,47 @@ class Quantized(_Whole):
     def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
         taken = replace(self, codes=_whole_rows(self.codes)[ids], scale=_whole_rows(self.scale)[ids])
         return taken.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InDigits(Quantized):
+    """int8 codes for decoding on a CPU, where turning them into floats takes longer than the product itself.
+
+    Few inputs are written in digits of base 254 instead, int8 each, and multiplied as such: a sum of integers
+    is exact, so three digits lose less than float32's own rounding. It has no gradient.
+    """
+
+    FEW: ClassVar[int] = 32  # rows of inputs; for more, floats are faster
+
+    @classmethod
+    def of(cls, w: Quantized) -> Quantized:
+        """w, as InDigits where it has one scale for each output, of all inputs."""
+        outputs = w.kind == "int8" and w.activation is None and 1 in w.scale.shape[-2:]
+        return cls(w.codes, w.scale, None, w.kind, w.size) if outputs else w
+
+    def product(self, x: jax.Array) -> jax.Array:
+        few = x.size <= self.FEW * x.shape[-1] and self.scale.shape[-2] == 1
+        return self._in_digits(x, 0, self.scale[0]) if few else super().product(x)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        few = x.size <= self.FEW * x.shape[-1] and self.scale.shape[-1] == 1
+        return self._in_digits(x, 1, self.scale[:, 0]) if few else super().attend(x)
+
+    def _in_digits(self, x: jax.Array, axis: int, scale: jax.Array) -> jax.Array:
+        """x [..., I], contracted with this axis of the codes, times the outputs' scale [O]."""
+        rest = x.astype(jnp.float32)
+        unit = jnp.maximum(jnp.abs(rest).max(-1, keepdims=True), 1e-30) / 127
+        rest, digits, units = rest / unit, [], []
+        for _ in range(3 if x.dtype == jnp.float32 else 2):
+            digit = jnp.round(rest)
+            digits.append(digit.astype(jnp.int8))
+            units.append(unit)
+            rest, unit = (rest - digit) * 254, unit / 254
+        sums = jax.lax.dot_general(
+            jnp.stack(digits), self.codes, (((x.ndim,), (axis,)), ((), ())), preferred_element_type=jnp.int32
+        )
+        return ((sums.astype(jnp.float32) * jnp.stack(units)).sum(0) * scale).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +245,7 @@ def product(x: jax.Array, w: Any) -> jax.Array:
 
 def attend(x: jax.Array, table: Any) -> jax.Array:
     """x [..., D] @ table [V, D] transposed -> [..., V] in x's dtype."""
-    return table.attend(x) if isinstance(table, Watched) else ops.dense(x, table.astype(x.dtype).T)
+    return ops.dense(x, table.astype(x.dtype).T) if isinstance(table, jax.Array) else table.attend(x)
 
 
 def conv(x: jax.Array, w: Any, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
