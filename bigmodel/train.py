@@ -80,7 +80,7 @@ def run(config: Config, directory: str | os.PathLike[str], resume: Resume = "aut
             train_data = data.make_pipeline(config, "train", path, **rows)
             eval_data = data.make_pipeline(config, "eval", path, **rows)
             the_program = _build(config, the_mesh)
-        return _Run(the_program, path, train_data, eval_data, ledger).train(stack)
+        return Run(the_program, path, train_data, eval_data, ledger).train(stack)
 
 
 def _build(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
@@ -105,7 +105,7 @@ def _check_resume(path: pathlib.Path, resume: Resume) -> None:
 
 
 @dataclass
-class _Run:
+class Run:
     """One run's parts, and the loop over them."""
 
     program: Program
@@ -142,7 +142,7 @@ class _Run:
         writer = stack.enter_context(
             log.Writer(self.path, first_step=start, tensorboard=config.log.tensorboard)
         )
-        loop = _Loop(self, compiled, state, checkpoints, writer, receipt)
+        loop = Loop(self, compiled, state, checkpoints, writer, receipt)
         try:
             return loop.run(start)
         finally:
@@ -181,12 +181,12 @@ class _Run:
         return state
 
 
-class _Loop:
+class Loop:
     """The steps of one run. Metrics are read one step late, so that the device never waits for the host."""
 
     def __init__(
         self,
-        run: _Run,
+        run: Run,
         compiled: jax.stages.Compiled,
         state: State,
         checkpoints: Checkpoints,
@@ -198,17 +198,18 @@ class _Loop:
         self.config, self.ledger = run.program.config, run.ledger
         self.pending: tuple[int, Any] | None = None
         self.window, self.memory = _Window(), ProcessMemory()
+        self.progress = log.Progress()
         self.eval_metrics: dict[str, float] = {}
 
     def run(self, start: int) -> Result:
         steps, run = self.config.steps, self.run_
         prefetch = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch)
-        with _sigterm() as stop_asked, log.Progress() as self.progress, prefetch as batches:
+        with _sigterm() as stop_asked, self.progress, prefetch as batches:
             self.window.reset()
             for index, batch, wait_s in batches:
                 step = index + 1
                 with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
-                    self._step(step, batch, wait_s)
+                    self.step(step, batch, wait_s)
                 stopping = stop_asked(step)
                 last = step >= steps or stopping
                 if (
@@ -224,7 +225,8 @@ class _Loop:
         code = PREEMPTED if stopping and step < steps else DONE
         return Result(code, step, self.eval_metrics, run.path, run.program, self.state)
 
-    def _step(self, step: int, batch: Any, wait_s: float) -> None:
+    def step(self, step: int, batch: Any, wait_s: float) -> None:
+        """Trains step number `step`, the first being 1; its batch took `wait_s` seconds to wait for."""
         began = time.perf_counter()
         self.state, metrics = self.compiled(self.state, batch)
         self._read_pending()

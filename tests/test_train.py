@@ -43,14 +43,14 @@ def cnn(**overrides: Any) -> Config:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """SIGTERM arrives in the middle of each of these steps."""
-    whole_step = train._Loop._step
+    whole_step = train.Loop.step
 
     def step_with_signal(self: Any, step: int, batch: Any, wait_s: float) -> None:
         if step in steps:
             signal.raise_signal(signal.SIGTERM)
         whole_step(self, step, batch, wait_s)
 
-    monkeypatch.setattr(train._Loop, "_step", step_with_signal)
+    monkeypatch.setattr(train.Loop, "step", step_with_signal)
 
 
 def rows_by_name(path: pathlib.Path) -> dict[str, list[int]]:
