@@ -24,9 +24,9 @@ import numpy as np
 from bigmodel import data, infer, mesh, tasks
 from bigmodel import decoder as decoder_lib
 from bigmodel.config import InputError
-from bigmodel.data import labels, objectives, objects, ratings, tables, transforms
+from bigmodel.data import labels, objects, ratings, tables, transforms
 from bigmodel.data.tables import Columns
-from bigmodel.data.text import Tokenizer, special_id
+from bigmodel.data.text import Tokenizer
 from bigmodel.program import Program, State
 
 Row = dict[str, Any]
@@ -236,11 +236,9 @@ def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
     text = item.get("text") if isinstance(item, Mapping) else item
     if not isinstance(text, str):
         raise InputError("a text is needed, or a row with a column `text`")
-    spec, tokenizer = predictor.program.batch_spec, predictor.tokenizer
-    first = special_id(tokenizer, getattr(predictor.program.config.model, "vocab_size", 0), "cls")
-    length = spec["tokens"].shape[1]
-    rows = objectives.whole_texts([tokenizer.encode(text)], length, first=first, end=tokenizer.separator)
-    return {key: value[0] for key, value in rows.items() if key in spec}
+    program, tokenizer = predictor.program, predictor.tokenizer
+    rows = data.whole_texts(program.config, tokenizer)([tokenizer.encode(text)])
+    return {key: value[0] for key, value in rows.items() if key in program.batch_spec}
 
 
 def _read_serial(predictor: Predictor, item: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init = {"from": args["from"]}
     config.lora = {"rank": args.rank, "on": r"/(attention|cross|mlp)/"}
     if args.task:
-        config.lora.train = "^/head/"
+        config.lora.train = "^/(pooler|head)/"
     config.batch_size = 16
     config.steps = 500
     config.optim = {"name": "adamw", "lr": 1e-3, "warmup_steps": 20, "b2": 0.999}

@@ -17,6 +17,7 @@ from bigmodel import data, infer, models, program, train, transfer, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError
 from bigmodel.digests import digest
+from bigmodel.models import layers
 from bigmodel.plan import estimate, flops
 from bigmodel.predict import Predictor
 
@@ -265,25 +266,82 @@ def test_adapters_learn_ten_examples():
 # ------------------------------------------------------------------------------------------ texts and heads
 
 
-def test_an_encoder_gets_a_head_of_its_own():
-    """Which reads the first position through the pooler; what stands in padding changes nothing."""
-    config = tiny("bert", task__name="classify", task__next_sentence=False, model__num_classes=3)
+HEADS = ["gpt", "bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "t5"))]
+CLASSIFY = {"task__name": "classify", "model__num_classes": 3}
+
+
+def head_of(family: str, **keys: Any) -> Any:
+    return tiny(family, **CLASSIFY | ({"task__next_sentence": False} if family == "bert" else {}) | keys)
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_head_reads_the_whole_text_and_no_padding(family):
     batch = {"tokens": np.arange(32, dtype=np.int32).reshape(2, 16)}
-    batch |= {
-        "segments": np.ones((2, 16), np.int32),
-        "positions": np.tile(np.arange(16, dtype=np.int32), (2, 1)),
-    }
-    batch["segments"][:, 12:] = 0
+    batch["segments"] = (np.arange(16) < [[12], [16]]).astype(np.int32)
+    batch["positions"] = np.tile(np.arange(16, dtype=np.int32), (2, 1))
     specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    model = models.define(config, specs)
+    model = models.define(head_of(family), specs)
     assert model.params_spec["head"]["kernel"].shape == (32, 3)
-    assert "transform" not in model.params_spec
-    run = jax.jit(lambda params, batch: model.apply(params, {}, batch, key=None, train=False)[0]["logits"])
+    assert not model.params_spec.keys() & {"transform", "decoder", "decoder_bias"}
+
+    def run(params: Any, batch: Any) -> Any:
+        out = model.apply(params, {}, batch, key=None, train=False)[0]
+        return out["logits"] if isinstance(out, dict) else out
+
+    run = jax.jit(run)
     params = jax.jit(model.init)(jax.random.key(0))[0]
     logits = run(params, batch)
-    padded = {**batch, "tokens": np.where(batch["segments"] > 0, batch["tokens"], 7).astype(np.int32)}
-    np.testing.assert_allclose(run(params, padded), logits, rtol=0, atol=1e-6)
     assert logits.shape == (2, 3)
+    tokens = np.where(batch["segments"] > 0, batch["tokens"], 7).astype(np.int32)
+    np.testing.assert_allclose(run(params, {**batch, "tokens": tokens}), logits, rtol=0, atol=1e-6)
+    for at in (0, 5, 11):  # the last of the first text
+        other = {**batch, "tokens": batch["tokens"].copy()}
+        other["tokens"][0, at] = 40
+        changed = np.abs(run(params, other) - logits).max(1)
+        assert changed[0] > 1e-4
+        assert changed[1] == 0
+
+
+def test_what_stands_for_a_text():
+    x = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+    segments = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    found = {how: np.asarray(layers.read(x, segments, how)) for how in ("first", "last", "mean")}
+    np.testing.assert_array_equal(found["first"], x[:, 0])
+    np.testing.assert_array_equal(found["last"], [x[0, 2], x[1, 3]])
+    np.testing.assert_allclose(found["mean"], [x[0, :3].mean(0), x[1].mean(0)], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("family", ["gpt", "bert", "rnn", "t5"])
+def test_a_pretrained_model_learns_to_tell_texts_apart(family, rank, corpus, tmp_path):
+    """By configs/finetune.py: all arrays but the head are the source's; evaluation and prediction follow."""
+    lengths = {"data__name": corpus, "model__vocab_size": 384, "seq_len": 32}
+    there = save_run(tiny(family, **lengths), tmp_path / "old")
+    rows = [f"a {word} film {i},{kind}" for i in range(60) for word, kind in WORDS]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    # An RNN has no attention: its adapters are on the products with the state.
+    keys = {"data.name": f"table:{tmp_path}/t.csv", "steps": 150, "optim.lr": 1e-2, "eval.batches": -1}
+    keys |= {"lora.on": "/layers/"} if family == "rnn" else {}
+    source = f"{ROOT}/configs/finetune.py:from={tmp_path}/old,task=classify,classes=3,rank={rank}"
+    config = config_lib.load(source, keys)
+    result = train.run(config, tmp_path / "new")
+    report = json.loads((tmp_path / "new" / "init.json").read_text())
+    assert {path for path in report["new"] if not path.startswith("lora/")} >= {"head/kernel"} - set(
+        report["skipped"]
+    )
+    assert set(report["loaded"]) == there.keys() & by_path(result.state["params"]).keys() - set(
+        report["skipped"]
+    )
+    assert result.metrics["eval/test/accuracy"] > 0.95
+    ran = run_script("evaluate.py", f"--workdir={tmp_path}/new")
+    assert ran.code == 0, ran
+    assert json.loads(ran.out)["accuracy"] == pytest.approx(result.metrics["eval/test/accuracy"])
+    (row,), _ = Predictor.load(tmp_path / "new").predict(["a awful film 61"])
+    assert row["name"] == "bad"
+
+
+WORDS = [("awful", "bad"), ("nice", "good"), ("so-so", "fine"), ("great", "good")]
 
 
 @pytest.mark.slow

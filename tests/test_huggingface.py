@@ -34,6 +34,7 @@ OURS: dict[str, Config] = {
     "bert": tiny("bert", model__depth=2),
     "t5": tiny("t5", model__decoder_depth=2),
     "t5 v1.1": tiny("t5", model__mlp="geglu", model__tie_embeddings=False, model__scale_output=False),
+    "gpt2 classifier": tiny("gpt", task__name="classify", model__num_classes=3),
     "vit": tiny("vit", data__image_size=8),
     "resnet": tiny("resnet", model__stem="imagenet"),
 }
@@ -266,6 +267,7 @@ def _oracles(t: Any) -> dict[str, Any]:
     gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     gpt2 = {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
     gpt2 |= {"bos_token_id": 0, "eos_token_id": 0}
+    classes = {"num_labels": 3, "pad_token_id": 0}
     vit = {"image_size": 8, "patch_size": 4, "num_labels": 10, "intermediate_size": 64}
     vit |= {key: value for key, value in sizes.items() if key != "vocab_size"}
     resnet = {"embedding_size": 8, "num_labels": 10}
@@ -275,6 +277,8 @@ def _oracles(t: Any) -> dict[str, Any]:
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**llama)),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**llama, num_local_experts=4)),
+        "gpt2-classifier": lambda: t.GPT2ForSequenceClassification(t.GPT2Config(**gpt2, **classes)),
+        "llama-classifier": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**llama, **classes)),
         "bert": lambda: t.BertForPreTraining(t.BertConfig(**bert)),
         "bert-mlm": lambda: t.BertForMaskedLM(t.BertConfig(**bert)),
         "bert-classifier": lambda: t.BertForSequenceClassification(t.BertConfig(**bert, num_labels=3)),
@@ -287,8 +291,11 @@ def _oracles(t: Any) -> dict[str, Any]:
     }
 
 
-ORACLES = ("gpt2", "llama", "mixtral", "bert", "bert-mlm", "bert-encoder", "bert-classifier", "t5", "t5-v1.1",
-           "vit", "resnet-10", "resnet-50")  # fmt: skip
+ORACLES = [
+    "gpt2", "llama", "mixtral", "bert", "bert-mlm", "bert-encoder", "bert-classifier", "t5", "t5-v1.1", "vit",
+    "resnet-10", "resnet-50",
+    *(pytest.param(f"{name}-classifier", marks=pytest.mark.slow) for name in ("gpt2", "llama")),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -317,6 +324,7 @@ def inputs(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]
         return {"image": image}, {"pixel_values": image.transpose(0, 3, 1, 2)}
     tokens, decoder = rng.integers(1, 60, (2, 3, 16)).astype(np.int32)
     real = (np.arange(16) < np.array([[16], [11], [5]])).astype(np.int32)
+    tokens *= real  # transformers' GPT-2 and Llama find a text's end by its ids
     positions = np.tile(np.arange(16, dtype=np.int32), (3, 1))
     ours = {"tokens": tokens, "segments": real, "positions": positions, "masked_positions": positions}
     ours |= {"decoder_tokens": decoder[:, :7], "decoder_segments": np.ones((3, 7), np.int32)}

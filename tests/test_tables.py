@@ -196,7 +196,7 @@ def test_texts_with_classes_by_name(tmp_path):
     texts = source.read(data.indices(0))
     for row, (text, kind) in enumerate(zip(texts["review"], texts["verdict"], strict=True)):
         ids = batch["tokens"][row]
-        assert ids[0] == 262
+        assert ids[0] == 256  # as before any document of a language model
         cut = bytes(text[:14])
         assert bytes(ids[1 : 1 + len(cut)].tolist()) == cut
         assert ids[1 + len(cut)] == 256

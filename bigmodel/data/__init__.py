@@ -1,6 +1,6 @@
 """Data: `make_pipeline(config, "train")[step]` gives the batch of a step; `batch_spec(config)` its shapes."""
 
-from bigmodel.data.batches import class_names
+from bigmodel.data.batches import class_names, whole_texts
 from bigmodel.data.pipeline import Pipeline, Prefetch, batch_spec, make_pipeline
 from bigmodel.data.sources import open_source
 from bigmodel.data.text import get_tokenizer
@@ -13,4 +13,5 @@ __all__ = [
     "get_tokenizer",
     "make_pipeline",
     "open_source",
+    "whole_texts",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -257,8 +257,8 @@ def _objects(config: Config, split: str, workdir: pathlib.Path | None, train: bo
 
 def _texts(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
     d = config.data
-    tokenizer = _tokenizer(config, workdir, special=2)
-    cls = text.special_id(tokenizer, getattr(config.model, "vocab_size", tokenizer.vocab_size + 2), "cls")
+    tokenizer = _tokenizer(config, workdir, special=2 if _starts(config) == "cls" else 0)
+    arrange = whole_texts(config, tokenizer)
     _texts_shapes(config)  # whatever is wrong with the features
     opened = labels.open_split(config, split, tuple(filter(None, (d.text, d.label, d.group))))
     where = labels.where(config, opened, split)
@@ -266,14 +266,31 @@ def _texts(config: Config, split: str, workdir: pathlib.Path | None, train: bool
 
     def prepare(weights: np.ndarray | None) -> transforms.Transform:
         def finish(batch: Mapping[str, np.ndarray], positions: np.ndarray) -> transforms.Batch:
-            ids = tokenizer.encode_all(batch[d.text].tolist())
-            rows = objectives.whole_texts(ids, config.seq_len, first=cls, end=tokenizer.separator)
+            rows = arrange(tokenizer.encode_all(batch[d.text].tolist()))
             return {**rows, **labels.finish(config, batch, weights)}
 
         return finish
 
     parts = _labelled(config, train, source, where, prepare, lambda: labels.column(source, d.label))
     return parts._replace(facts=parts.facts | {"tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len})
+
+
+def whole_texts(
+    config: Config, tokenizer: text.Tokenizer
+) -> Callable[[Sequence[np.ndarray]], transforms.Batch]:
+    """Ids of texts -> a batch's arrays, with what the model was taught to see before and after a text."""
+    starts, vocab_size = _starts(config), getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
+    first = {"separator": [tokenizer.separator], "cls": [text.special_id(tokenizer, vocab_size, "cls")]}
+    return functools.partial(
+        objectives.whole_texts,
+        length=config.seq_len,
+        first=first.get(starts, []),
+        end=tokenizer.separator,
+    )
+
+
+def _starts(config: Config) -> str:
+    return getattr(config.model, "STARTS", "separator")
 
 
 def _texts_shapes(config: Config) -> Shapes:

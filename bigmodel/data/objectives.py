@@ -211,11 +211,11 @@ def sequence_pairs(
 # ------------------------------------------------------------------------------------------- whole texts
 
 
-def whole_texts(texts: Sequence[np.ndarray], length: int, *, first: int, end: int) -> Batch:
+def whole_texts(texts: Sequence[np.ndarray], *, length: int, first: Sequence[int], end: int) -> Batch:
     """Ids -> `tokens`, `segments`, `positions` int32 [B, L]: `first`, the text (cut to fit), `end`."""
     tokens_BL, segments_BL = np.zeros((2, len(texts), length), np.int32)
     for row, ids in enumerate(texts):
-        ids = np.concatenate([[first], ids[: length - 2], [end]])
+        ids = np.concatenate([np.array(first, np.int32), ids[: length - 1 - len(first)], [end]])
         tokens_BL[row, : len(ids)], segments_BL[row, : len(ids)] = ids, 1
     positions_BL = np.tile(np.arange(length, dtype=np.int32), (len(texts), 1))
     return {"tokens": tokens_BL, "segments": segments_BL, "positions": positions_BL}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-IMAGE_TASKS = ("classify", "multilabel", "regress")  # of one output an example
+IMAGE_TASKS = ("classify", "multilabel", "regress")  # of one output an example: an image, a text, a row
 TOKEN_TASKS = ("lm", "mlm", "seq2seq")  # on sequences of seq_len tokens
 
 

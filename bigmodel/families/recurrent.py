@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from bigmodel.families.checks import positive, rate
+from bigmodel.families.checks import IMAGE_TASKS, positive, rate
 
 
 @dataclass(frozen=True)
 class RNN:
     """LSTM or GRU over tokens: a language model, or a classifier that reads the last state."""
 
-    TASKS = ("lm", "classify")
+    TASKS = ("lm", *IMAGE_TASKS)
     INPUTS = ("text",)
+    STARTS = "separator"  # what stands before a whole text
     name: str = "rnn"
     cell: Literal["lstm", "gru"] = "lstm"
     depth: int = 2
@@ -24,7 +25,7 @@ class RNN:
     vocab_size: int = 264
     dropout: float = 0.0  # between the layers, not from step to step
     tie_embeddings: bool = False  # a language model's output layer is the embedding's table
-    num_classes: int = 2  # of a classifier
+    num_classes: int = 2  # of a classifier, or numbers of a regression
 
     def resolve(self) -> Self:
         return dataclasses.replace(self, embed_width=self.embed_width or self.width)

@@ -18,6 +18,9 @@ class Transformer:
     # gradients on data x fsdp x tensor, off by percents, without a word; a test holds this.
     STREAM_OVER_TENSOR: ClassVar[bool] = True
     INPUTS: ClassVar[tuple[str, ...]] = ("text",)
+    STARTS: ClassVar[str] = (
+        "separator"  # what stands before a whole text, as the family learnt it: cls, or ""
+    )
     name: str = "transformer"
     depth: int = 4
     width: int = 128
@@ -99,11 +102,12 @@ class Transformer:
 class GPT(Transformer):
     """Decoder-only language model; GPT-2, Llama and Mixtral are settings of it."""
 
-    TASKS = ("lm",)
+    TASKS = ("lm", *IMAGE_TASKS)
     name: str = "gpt"
     vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
     position: Literal["learned", "rope"] = "learned"
     tie_embeddings: bool = True
+    num_classes: int = 2  # of a classifier, or numbers of a regression, which read the last token
 
     def attention_flops(self, seq_len: int) -> float:
         """Of training on one token, attention's scores and sums alone, nothing masked (PaLM, appendix B)."""
@@ -117,7 +121,7 @@ class GPT(Transformer):
         return None if self.experts else 6.0 * products + self.attention_flops(seq_len)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "vocab_size")
+        yield from positive(self, "vocab_size", "num_classes")
         yield from super().problems()
 
 
@@ -126,6 +130,7 @@ class BERT(Transformer):
     """Encoder with a masked-word head (Devlin et al. 2018)."""
 
     TASKS = ("mlm", *IMAGE_TASKS)
+    STARTS = "cls"
     name: str = "bert"
     vocab_size: int = 264  # [MASK] and [CLS] are its last two ids
     norm_eps: float = 1e-12
@@ -148,8 +153,9 @@ class BERT(Transformer):
 class T5(Transformer):
     """Encoder and decoder with relative positions (Raffel et al. 2020); `depth` is of each."""
 
-    TASKS = ("seq2seq",)
+    TASKS = ("seq2seq", *IMAGE_TASKS)
     STREAM_OVER_TENSOR = False
+    STARTS = ""
     name: str = "t5"
     vocab_size: int = 384  # the sentinels are its last ids, counted down
     decoder_depth: int = 0  # 0: as deep as the encoder
@@ -163,13 +169,14 @@ class T5(Transformer):
     bias: bool = False
     tie_embeddings: bool = True  # v1.1: false
     scale_output: bool = True  # a tied table's output is scaled by 1 / sqrt(width), as it is for the input
+    num_classes: int = 2  # of a classifier, or numbers of a regression: the encoder alone, and its mean
 
     def resolve(self) -> Self:
         resolved = super().resolve()
         return dataclasses.replace(resolved, decoder_depth=self.decoder_depth or self.depth)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "vocab_size", "decoder_depth")
+        yield from positive(self, "vocab_size", "decoder_depth", "num_classes")
         yield from super().problems()
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             yield "relative_buckets", f"is {self.relative_buckets}: choose a multiple of 4"

@@ -109,7 +109,8 @@ def _gpt2(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
     model |= {"name": "gpt", "mlp": _named(ACTIVATIONS, hf, "activation_function", "gelu_new", where)}
     model["mlp_width"] = number(hf, "n_inner", 4 * model["width"], where)
     model["tie_embeddings"] = hf.get("tie_word_embeddings", True)
-    return {"model": model, "seq_len": number(hf, "n_positions", 1024, where), "task": {"name": "lm"}}
+    task = _task(hf, model, names, "score.weight", where) or {"name": "lm"}
+    return {"model": model, "seq_len": number(hf, "n_positions", 1024, where), "task": task}
 
 
 def _llama(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
@@ -136,7 +137,8 @@ def _llama(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
     model["tie_embeddings"] = hf.get("tie_word_embeddings", False)
     if "experts" in model:  # every token has its place: Mixtral drops none
         model["capacity_factor"] = model["experts"] / max(model["experts_per_token"], 1)
-    return {"model": model, "seq_len": length, "task": {"name": "lm"}}
+    task = _task(hf, model, names, "score.weight", where) or {"name": "lm"}
+    return {"model": model, "seq_len": length, "task": task}
 
 
 def _bert(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
@@ -146,12 +148,18 @@ def _bert(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
         raise InputError(f"{where}: a next-sentence head without a pooler and an mlm head is not supported")
     model |= {"name": "bert", "mlp": _named(ACTIVATIONS, hf, "hidden_act", "gelu", where)}
     model |= {"pooler": has["pooler"], "head": "mlm" if has["mlm"] else "none"}
-    task = {"name": "mlm", "next_sentence": has["next_sentence"]}
-    if "classifier.weight" in names:
-        kinds = {"regression": "regress", "multi_label_classification": "multilabel"}
-        task = {"name": kinds.get(str(hf.get("problem_type")), "classify")}
-        model["num_classes"] = classes(hf, where)
+    task = _task(hf, model, names, "classifier.weight", where)
+    task = task or {"name": "mlm", "next_sentence": has["next_sentence"]}
     return {"model": model, "seq_len": number(hf, "max_position_embeddings", 512, where), "task": task}
+
+
+def _task(hf: HF, model: Tree, names: set[str], head: str, where: str) -> Tree:
+    """The task of a head of classes, if the tensor is there; how many there are goes into the model."""
+    if head not in names:
+        return {}
+    model["num_classes"] = classes(hf, where)
+    kinds = {"regression": "regress", "multi_label_classification": "multilabel"}
+    return {"name": kinds.get(str(hf.get("problem_type")), "classify")}
 
 
 BERT_PARTS = {"mlm": "cls.predictions.", "pooler": "pooler.dense.", "next_sentence": "cls.seq_relationship."}

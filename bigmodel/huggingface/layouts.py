@@ -82,7 +82,16 @@ def _norm(ours: str, theirs: str, bias: bool = True) -> list[Row]:
     return [*rows, (f"{ours}/bias", f"{theirs}.bias", SAME)] if bias else rows
 
 
-def _gpt2(c: families.GPT) -> Layout:
+def _gpt_head(c: families.GPT, classifies: bool, table: str) -> tuple[list[Row], dict[str, str], str]:
+    """-> (its rows, the tensors that are copies of another, the end of the class's name)."""
+    if classifies:
+        return _dense("head", "score", bias=False), {}, "ForSequenceClassification"
+    if c.tie_embeddings:
+        return [], {"lm_head.weight": table}, "ForCausalLM"
+    return _dense("head", "lm_head", bias=False), {}, "ForCausalLM"
+
+
+def _gpt2(c: families.GPT, classifies: bool) -> Layout:
     h, block = "transformer.h.{i}", "blocks"
     rows: list[Row] = [
         ("embed/table", "transformer.wte.weight", SAME),
@@ -98,16 +107,14 @@ def _gpt2(c: families.GPT) -> Layout:
     for ours, theirs in products.items():  # stored [I, O], as here
         rows.append((f"{block}/{ours}/kernel", f"{h}.{theirs}.weight", SAME))
         rows.append((f"{block}/{ours}/bias", f"{h}.{theirs}.bias", SAME))
-    tied = {"lm_head.weight": "transformer.wte.weight"}
+    head, copies, kind = _gpt_head(c, classifies, "transformer.wte.weight")
     return Layout(
-        "gpt2", "GPT2LMHeadModel",
-        (*rows, *([] if c.tie_embeddings else _dense("head", "lm_head", bias=False))), {"i": c.depth},
-        prefix="transformer.", copies=tied if c.tie_embeddings else {},
-        unused=r"\.attn\.(bias|masked_bias)$",
+        "gpt2", "GPT2" + kind.replace("ForCausalLM", "LMHeadModel"), (*rows, *head), {"i": c.depth},
+        prefix="transformer.", copies=copies, unused=r"\.attn\.(bias|masked_bias)$",
     )  # fmt: skip
 
 
-def _llama(c: families.GPT) -> Layout:
+def _llama(c: families.GPT, classifies: bool) -> Layout:
     layer, block = "model.layers.{i}", "blocks"
     rows: list[Row] = [
         ("embed/table", "model.embed_tokens.weight", SAME),
@@ -125,12 +132,11 @@ def _llama(c: families.GPT) -> Layout:
     else:
         for name in ("gate", "up", "down"):
             rows += _dense(f"{block}/mlp/{name}", f"{layer}.mlp.{name}_proj", c.bias)
-    name, tied = "Mixtral" if c.experts else "Llama", {"lm_head.weight": "model.embed_tokens.weight"}
+    name = "Mixtral" if c.experts else "Llama"
+    head, copies, kind = _gpt_head(c, classifies, "model.embed_tokens.weight")
     return Layout(
-        name.lower(), f"{name}ForCausalLM",
-        (*rows, *([] if c.tie_embeddings else _dense("head", "lm_head", bias=False))),
-        {"i": c.depth, "e": c.experts}, prefix="model.", copies=tied if c.tie_embeddings else {},
-        unused=r"rotary_emb\.inv_freq$",
+        name.lower(), name + kind, (*rows, *head), {"i": c.depth, "e": c.experts}, prefix="model.",
+        copies=copies, unused=r"rotary_emb\.inv_freq$",
     )  # fmt: skip
 
 
@@ -251,21 +257,20 @@ def _resnet(c: families.ResNet) -> Layout:
 
 def of(config: Config) -> Layout | None:
     """The layout of `config.model`; None where Hugging Face's classes have no such model."""
-    c = config.model
+    c, classifies = config.model, config.task.name in families.IMAGE_TASKS
     if isinstance(c, families.GPT):
         gpt2 = {"position": "learned", "norm": "layernorm", "bias": True, "kv_heads": c.heads, "experts": 0}
         if _has(c, gpt2, ACTIVATIONS) and c.head_dim * c.heads == c.width:
-            return _gpt2(c)
+            return _gpt2(c, classifies)
         llama = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
         if _has(c, llama, ("swiglu",)) and not (c.experts and c.bias):
-            return _llama(c)
+            return _llama(c, classifies)
     elif isinstance(c, families.BERT):
         bert = {"position": "learned", "norm": "layernorm", "bias": True, "norm_order": "post", "experts": 0}
         if _has(c, bert, ACTIVATIONS, "post") and c.token_types and c.head_dim * c.heads == c.width:
-            classifies = config.task.name in families.IMAGE_TASKS
             return _bert(c, config.task.next_sentence and not classifies, classifies)
     elif isinstance(c, families.T5):
-        if _has(c, {"norm": "rmsnorm", "bias": False, "experts": 0}, T5_ACTIVATIONS):
+        if _has(c, {"norm": "rmsnorm", "bias": False, "experts": 0}, T5_ACTIVATIONS) and not classifies:
             return _t5(c)
     elif isinstance(c, families.ViT):
         vit = {"norm": "layernorm", "bias": True, "pool": "cls", "experts": 0}

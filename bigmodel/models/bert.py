@@ -69,9 +69,7 @@ class BERT(nnx.Module):
             outputs["pooled"] = jnp.tanh(self.pooler(x_BLD[:, 0]))
         if self.head is not None:
             first_BD = outputs.get("pooled", x_BLD[:, 0])
-            key = None if key is None else jax.random.fold_in(key, c.depth + 1)
-            outputs["logits"] = self.head(layers.dropout(first_BD, c.dropout, key))
-            losses = {name: x_BL.mean(1) for name, x_BL in losses.items()}
+            return outputs | transformer.one_output(self.config, self.head, first_BD, losses, key)
         if self.transform is not None:
             outputs["logits"] = self._masked_words(x_BLD, batch["masked_positions"])
         if self.next_sentence is not None:

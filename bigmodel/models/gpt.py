@@ -22,7 +22,8 @@ class GPT(nnx.Module):
     """Decoder-only language model (Radford et al. 2019; Touvron et al. 2023; Jiang et al. 2024).
 
     batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V] in the compute dtype; with
-    experts {"logits", "losses": {name: float32 [B, L]}}.
+    experts {"logits", "losses": {name: float32 [B, L]}}. Of a classifier or a regression {"logits":
+    [B, classes]}, from a text's last token (Radford et al. 2018, section 3.2).
 
     With a `cache` (see `transformer.run_cached`), and `pages` if it is paged -> {"logits", "cache"}; with
     `read_at` [B, N] the logits of these places alone.
@@ -38,9 +39,10 @@ class GPT(nnx.Module):
         self.positions = layers.Embed(length, c.width, dtype=dtype, rngs=rngs) if learned else None
         self.blocks = module.stack(lambda rngs: transformer.Block(config, rngs), c.depth, rngs)
         self.norm = transformer.norm(c, dtype) if c.norm_order == "pre" else None
-        std = transformer.small(c)
-        head = functools.partial(layers.Dense, c.width, c.vocab_size, std=std, dtype=dtype, bias=False)
-        self.head = None if c.tie_embeddings else head(rngs=rngs)
+        self.one_output = config.task.name in families.IMAGE_TASKS
+        outputs, std = c.num_classes if self.one_output else c.vocab_size, transformer.small(c)
+        head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
+        self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)
 
     def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
         c = transformer.transformer(self.config)
@@ -52,6 +54,10 @@ class GPT(nnx.Module):
         sight = transformer.Sight(batch["segments"], batch["positions"], causal=True)
         key = key if train and c.dropout else None
         x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key)
+        if self.one_output:
+            assert self.head is not None
+            last_BD = layers.read(x_BLD, batch["segments"], "last")
+            return transformer.one_output(self.config, self.head, last_BD, losses, key)
         logits_BLV = self._logits(x_BLD)
         return {"logits": logits_BLV, "losses": losses} if losses else logits_BLV
 

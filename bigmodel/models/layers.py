@@ -78,6 +78,18 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
+def read(x_BLD: jax.Array, segments_BL: jax.Array, where: str) -> jax.Array:
+    """What stands for a whole text, [B, D]: its `first` or its `last` token, or the `mean` of all."""
+    real_BL = segments_BL > 0
+    if where == "mean":
+        weight_BL1 = real_BL[..., None].astype(jnp.float32)
+        mean_BD = (x_BLD.astype(jnp.float32) * weight_BL1).sum(1) / weight_BL1.sum(1).clip(1)
+        return mean_BD.astype(x_BLD.dtype)
+    last_B = jnp.maximum(real_BL.sum(1) - 1, 0)
+    at_B = last_B if where == "last" else jnp.zeros_like(last_B)
+    return jnp.take_along_axis(x_BLD, at_B[:, None, None], axis=1)[:, 0]
+
+
 def rope(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding (Su et al. 2021, eq. 34), halves rotated as in Llama; angles in float32."""
     half = x_BLHK.shape[-1] // 2

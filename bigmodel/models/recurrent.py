@@ -159,8 +159,8 @@ def unroll(
 class RNN(nnx.Module):
     """Layers of LSTM or GRU over embedded tokens; dropout between them, as in Zaremba et al. 2014.
 
-    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V]; or, of a batch with a
-    `label`, [B, classes], from the state at the last token. Packed documents do not see each other.
+    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V]; of a classifier or a
+    regression [B, classes], from the state at the last token. Packed documents do not see each other.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -170,11 +170,12 @@ class RNN(nnx.Module):
         self.embed = layers.Embed(c.vocab_size, c.embed_width, dtype=dtype, rngs=rngs)
         widths = (c.embed_width, *(c.width,) * (c.depth - 1))
         self.layers = nnx.List([Layer(c, i, dtype=dtype, rngs=rngs) for i in widths])
-        self.classifies, ties = "label" in spec, c.tie_embeddings and "label" not in spec
+        self.one_output = config.task.name in families.IMAGE_TASKS
+        ties = c.tie_embeddings and not self.one_output
         inner = c.embed_width if ties else c.width  # a tied output layer reads what the embedding's width is
         std = c.width**-0.5
         self.out = layers.Dense(c.width, inner, std=std, dtype=dtype, rngs=rngs) if inner != c.width else None
-        outputs = c.num_classes if self.classifies else c.vocab_size
+        outputs = c.num_classes if self.one_output else c.vocab_size
         self.head = None if ties else layers.Dense(c.width, outputs, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
@@ -184,9 +185,8 @@ class RNN(nnx.Module):
         for index, layer in enumerate(self.layers):
             x_BLD = layer(layers.dropout(x_BLD, self.c.dropout, keys[index]), keep_BL)
         x_BLD = layers.dropout(x_BLD, self.c.dropout, keys[-1])
-        if self.classifies:
+        if self.one_output:
             assert self.head is not None
-            last_B = jnp.maximum((batch["segments"] > 0).sum(1) - 1, 0)
-            return self.head(jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0])
+            return self.head(layers.read(x_BLD, batch["segments"], "last"))
         x_BLD = x_BLD if self.out is None else self.out(x_BLD)
         return layers.shard_hidden(self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD))

@@ -24,6 +24,8 @@ class T5(nnx.Module):
 
     batch: `tokens`, `segments` int32 [B, L]; `decoder_tokens`, `decoder_segments` int32 [B, M] -> logits
     [B, M, V] in the compute dtype; with experts as GPT's, a target token bearing its input's mean too.
+    A classifier or a regression has the encoder alone: {"logits": [B, classes]} from the mean of its answer
+    (Ni et al. 2021, section 3.2).
 
     With a `cache` of the decoder: `tokens` -> {"cache"}, which holds the encoder's answer; `decoder_tokens`,
     `positions` int32 [B, M], and the input's `segments` -> {"logits", "cache"}.
@@ -43,11 +45,14 @@ class T5(nnx.Module):
                 std=std, rngs=rngs,
             )  # fmt: skip
 
-        self.encoder_bias, self.decoder_bias = relative(True), relative(False)
+        self.one_output = config.task.name in families.IMAGE_TASKS
+        self.encoder_bias = relative(True)
+        self.decoder_bias = None if self.one_output else relative(False)
         self.encoder = Stack(config, rngs, c.depth)
-        self.decoder = Stack(config, rngs, c.decoder_depth, cross=True)
-        head = functools.partial(layers.Dense, c.width, c.vocab_size, std=std, dtype=dtype, bias=False)
-        self.head = None if c.tie_embeddings else head(rngs=rngs)
+        self.decoder = None if self.one_output else Stack(config, rngs, c.decoder_depth, cross=True)
+        outputs = c.num_classes if self.one_output else c.vocab_size
+        head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
+        self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)
 
     def __call__(self, batch: Mapping[str, Any], *, key: jax.Array | None, train: bool) -> Any:
         c, config = transformer.transformer(self.config), self.config
@@ -60,6 +65,10 @@ class T5(nnx.Module):
         x_BLD = self.embed(tokens_BL, config.compute_dtype)
         sight = Sight(segments_BL, bias=self.encoder_bias.within(tokens_BL.shape[1]))
         memory_BLD, encoder_losses = self.encoder(config, x_BLD, sight, keys[0])
+        if self.decoder is None or self.decoder_bias is None:
+            assert self.head is not None
+            mean_BD = layers.read(memory_BLD, segments_BL, "mean")
+            return transformer.one_output(config, self.head, mean_BD, encoder_losses, keys[1])
         if "cache" in batch:
             return {"cache": self.decoder.read_memory(memory_BLD, batch["cache"])}
         decoder_BM, decoder_segments_BM = batch["decoder_tokens"], batch["decoder_segments"]
@@ -81,6 +90,7 @@ class T5(nnx.Module):
         return {"logits": logits_BMV, "losses": {k: x + means[k] for k, x in losses.items()}}
 
     def _decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.decoder is not None
         sight = Sight(
             positions_BL=batch["positions"], causal=True, bias=self.decoder_bias,
             memory_segments_BS=batch["segments"],

@@ -131,6 +131,16 @@ def _run(
     return (x_BLD if last_norm is None else last_norm(x_BLD)), losses, cache
 
 
+def one_output(
+    config: Config, head: layers.Dense, x_BD: jax.Array, losses: moe.Losses, key: jax.Array | None
+) -> dict[str, Any]:
+    """What stands for a text -> {"logits": [B, classes]}, and with experts their losses, [B] each."""
+    c = transformer(config)
+    key = None if key is None else jax.random.fold_in(key, c.depth + 1)
+    outputs: dict[str, Any] = {"logits": head(layers.dropout(x_BD, c.dropout, key))}
+    return outputs | ({"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}} if losses else {})
+
+
 class Block(nnx.Module):
     """Self-attention, cross-attention if there is a memory, MLP or experts; each a step of the stream.
 

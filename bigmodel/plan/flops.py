@@ -14,6 +14,7 @@ from jax.extend import core
 
 from bigmodel import mesh, models, optim, tasks
 from bigmodel.config import Config
+from bigmodel.families import TOKEN_TASKS
 from bigmodel.models.module import Definition
 from bigmodel.program import Program, gradients
 
@@ -74,11 +75,11 @@ def _shapes(spec: Any) -> Any:
 
 
 def by_formula(config: Config) -> float | None:
-    """Training FLOPs a token by the family's formula; None: it has none, or parameters are frozen."""
-    formula = (
-        None if config.optim.freeze or config.lora.rank else getattr(config.model, "formula_flops", None)
-    )
-    return formula(config.seq_len) if formula else None
+    """Training FLOPs a token by the family's formula; None: it has none for this task, or some parameters are
+    frozen."""
+    frozen = config.optim.freeze or config.lora.rank
+    formula = getattr(config.model, "formula_flops", None)
+    return formula(config.seq_len) if formula and not frozen and config.task.name in TOKEN_TASKS else None
 
 
 def attention_per_token(config: Config) -> float:

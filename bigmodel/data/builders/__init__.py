@@ -9,6 +9,7 @@ from typing import Any
 # takes about a second to import.
 BUILDERS = {
     "python_source": ("bigmodel.data.builders.python_source", "PythonSource"),
+    "python_packages": ("bigmodel.data.builders.python_packages", "PythonPackages"),
     "digits": ("bigmodel.data.builders.digits", "Digits"),
     "shapes": ("bigmodel.data.builders.shapes", "Shapes"),
     "clicks": ("bigmodel.data.builders.clicks", "Clicks"),

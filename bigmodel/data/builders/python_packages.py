@@ -1,0 +1,60 @@
+"""`python_packages`: passages of the running Python's standard library, each with the package it is from.
+
+A labelled set of texts that every machine has: six lines at a time of ten packages' files. The files are
+split as `python_source` splits them, so what a model was pretrained on there is never tested here.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import platform
+import sysconfig
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from bigmodel.data.builders.python_source import SHARES, files, share
+
+PACKAGES = (
+    "asyncio", "email", "http", "idlelib", "importlib", "logging", "multiprocessing", "tkinter", "unittest",
+    "xml",
+)  # fmt: skip
+LINES = 6
+
+
+class PythonPackages(tfds.core.GeneratorBasedBuilder):
+    """One example is one passage: `text` and `label`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS wants a plain list)
+        tfds.core.BuilderConfig(
+            name=f"py{platform.python_version()}", description="The standard library of this Python."
+        )
+    ]
+    url_infos = None  # nothing is downloaded; see python_source.py
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        label = tfds.features.ClassLabel(names=PACKAGES)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Passages of the standard library's files, and the package that each is from.",
+            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": label}),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager
+        return {split: self._generate_examples(split) for split in SHARES}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
+        for path, data in files(pathlib.Path(sysconfig.get_paths()["stdlib"])):
+            package = path.partition("/")[0]
+            if package in PACKAGES and share(data) in SHARES[split]:
+                for number, text in enumerate(passages(data.decode("utf-8"))):
+                    yield f"{path} {number}", {"text": text, "label": package}
+
+
+def passages(text: str) -> list[str]:
+    """LINES lines at a time, without empty ones; what is left over at the end is none."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return ["\n".join(lines[at : at + LINES]) for at in range(0, len(lines) - LINES + 1, LINES)]
