@@ -83,6 +83,19 @@ def test_the_last_rating_of_each_user_is_held_out(films):
         assert found.rating[index] == float(last[0])
 
 
+def test_validation_holds_out_the_last_but_one_and_never_shows_the_last(films):
+    whole, part = (ratings.load(config("mf", films, data__eval_split=s)) for s in ("test", "validation"))
+    assert len(part.user) == len(whole.user) - 40
+    assert part.is_test.sum() == 40
+    for user in range(1, 41):
+        mine = np.flatnonzero(whole.user == user)
+        np.testing.assert_array_equal(part.rating[part.user == user], whole.rating[mine[:-1]])
+        assert part.is_test[part.user == user].tolist() == [False] * (len(mine) - 2) + [True]
+    prints = [make_pipeline(config("mf", films, data__eval_split=s), "train").fingerprint() for s in
+              ("test", "validation")]  # fmt: skip
+    assert prints[0] != prints[1]
+
+
 def test_negatives_are_never_positives_and_depend_on_seed_and_place_alone(films):
     c = config("ncf", films, task__negatives=6)
     data, found = make_pipeline(c, "train"), ratings.load(c)
@@ -141,6 +154,7 @@ GOOD = "user,item,rating,timestamp\n" + "".join(f"{u},{i},3,{i}\n" for u in rang
             r"model\.items is 4, but.* has \d and the unknown one; set model\.items to 128",
         ),
         (GOOD, {"model__users": 6}, r"model\.users is 6.*set model\.users to 128"),
+        (GOOD, {"data__eval_split": "valid"}, r"data\.eval_split='valid': .* test or validation"),
         (GOOD, {"task__eval_negatives": 99}, r"task\.eval_negatives is 99.*set it to 0"),
         ("user,item,rating,timestamp\n1,1,3,1\n2,1,3,1\n", {}, r"nobody with two ratings"),
     ],

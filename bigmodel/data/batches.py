@@ -321,6 +321,7 @@ def _rank(config: Config, split: str, workdir: pathlib.Path | None, train: bool)
     """The ratings of `data.split`, the last one of each user held out for evaluation."""
     found, task = ratings.load(config), config.task
     facts: dict[str, Any] = {"source": found.fingerprint, "loss": task.rank_loss}
+    facts |= {"held_out": "validation"} if config.data.eval_split == "validation" else {}
     if train and task.rank_loss == "binary":
         facts |= {"negatives": task.negatives, "draws": config.seed}
     return Parts(ratings.Split(found, not train), ratings.finisher(config, found, train), facts)

@@ -1,7 +1,9 @@
 """Who rated what: `ratings:GLOB` (CSV with user, item, rating, timestamp) or a dataset with these features.
 
 Each user's last rating is held out (`test`), the others are `train` (leave-one-out, He et al. 2017, section
-4.1). Users and items are numbered from 1 as the training ratings name them; 0 is whoever is not among them.
+4.1). With data.eval_split=validation the last ones are left out altogether, and of the rest each user's last
+is held out: for choosing settings. Users and items are numbered from 1 as the training ratings name them; 0
+is whoever is not among them.
 
 A training batch holds `user`, `item` int32 [B] and, by task.rank_loss, `negatives` int32 [B, N], `log_q`
 float32 [B] (the log of the item's share of the ratings) or `rating` float32 [B]. One of evaluation also holds
@@ -56,12 +58,15 @@ def load(config: Config) -> Ratings:
     order = np.lexsort(
         (columns["timestamp"], columns["user"])
     )  # stable: of equal times, the later line is last
+    if d.eval_split not in ("test", "validation"):
+        raise InputError(f"data.eval_split={d.eval_split!r}: ratings are held out as test or validation")
+    if d.eval_split == "validation":
+        order = order[~_is_last(columns["user"][order])]
     user, item, rating = (columns[key][order] for key in KEYS[:3])
-    users, numbered, counts = np.unique(user, return_inverse=True, return_counts=True)
-    last = np.append(numbered[1:] != numbered[:-1], True)
-    is_test = last & (counts[numbered] > 1)
+    is_test = _is_last(user)
     if not is_test.any():
         raise InputError(f"data.name={d.name!r} has nobody with two ratings or more; give more ratings")
+    users, numbered, counts = np.unique(user, return_inverse=True, return_counts=True)
     items = np.unique(item[~is_test])
     at = np.clip(np.searchsorted(items, item), 0, len(items) - 1)
     item_id = np.where(items[at] == item, at + 1, 0).astype(np.int32)
@@ -85,6 +90,12 @@ def load(config: Config) -> Ratings:
                 f"the unknown one; set model.{key} to {-(-(largest + 1) // 128) * 128} or more"
             )
     return found
+
+
+def _is_last(user: np.ndarray) -> np.ndarray:
+    """bool (n,): which ratings, sorted by user, are the last of a user who has others."""
+    new = user[1:] != user[:-1]
+    return np.append(new, True) & ~np.insert(new, 0, True)
 
 
 def _columns(config: Config) -> tuple[Mapping[str, np.ndarray], str]:
