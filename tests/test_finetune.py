@@ -266,7 +266,7 @@ def test_adapters_learn_ten_examples():
 # ------------------------------------------------------------------------------------------ texts and heads
 
 
-HEADS = ["gpt", "bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rnn", "t5"))]
+HEADS = ["gpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "rnn", "t5"))]
 CLASSIFY = {"task__name": "classify", "model__num_classes": 3}
 
 
