@@ -131,11 +131,15 @@ def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """As `data.batch_spec`, but images need no dataset."""
+    """As `data.batch_spec`, but images and labelled texts need no dataset."""
     if config.task.name not in IMAGE_TASKS:
         return data.batch_spec(config)
-    n, image = config.batch_size, image_shape(config)
-    shapes = {"image": ((n, *image), np.float32), "label": ((n,), np.int32), "mask": ((n,), np.float32)}
+    n, length = config.batch_size, config.seq_len
+    shapes: dict[str, Any] = {"label": ((n,), np.int32), "mask": ((n,), np.float32)}
+    if "image" in config.model.INPUTS:
+        shapes["image"] = ((n, *image_shape(config)), np.float32)
+    else:
+        shapes |= dict.fromkeys(("tokens", "segments", "positions"), ((n, length), np.int32))
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -164,6 +168,14 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     n, length = config.batch_size, config.seq_len
     mask = np.ones(n, np.float32)
+    if config.task.name in IMAGE_TASKS and "text" in config.model.INPUTS:
+        texts = [rng.integers(0, 40, rng.integers(3, length)) for _ in range(n)]
+        label = rng.integers(0, config.model.num_classes, n).astype(np.int32)
+        return {
+            **objectives.whole_texts(texts, length=length, first=(), end=40),
+            "label": label,
+            "mask": mask,
+        }
     if config.task.name in IMAGE_TASKS:
         image = rng.normal(size=(n, *image_shape(config))).astype(np.float32)
         return {"image": image, "label": rng.integers(0, 10, n).astype(np.int32), "mask": mask}

@@ -302,6 +302,20 @@ def test_a_head_reads_the_whole_text_and_no_padding(family):
         assert changed[1] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt", "bert", "rnn", "t5", "moe"])
+def test_a_head_learns_by_heart_and_on_a_mesh_what_it_learns_on_one_device(family):
+    part = build(head_of(family, batch_size=10, optim__lr=1e-2, steps=150))
+    _, rows = steps(part, start(part), 150, [random_batch(part.config)])
+    assert rows["accuracy"][-1] == 1
+    assert rows["loss"][-1] < 0.1 * rows["loss"][0]
+    one, many = (build(head_of(family, **SGD, **keys)) for keys in ({}, mesh_keys(MESHES[0])))
+    (a, a_rows), (b, b_rows) = (steps(p, start(p), 3) for p in (one, many))
+    np.testing.assert_allclose(a_rows["loss"], b_rows["loss"], rtol=1e-5)
+    for path, x in by_path(b["params"]).items():
+        np.testing.assert_allclose(by_path(a["params"])[path], x, rtol=0, atol=2e-6, err_msg=path)
+
+
 def test_what_stands_for_a_text():
     x = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
     segments = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
