@@ -42,7 +42,7 @@ def main() -> int:
     flags.add_argument("--clients", type=int, default=64)
     flags.add_argument("--alone", type=int, default=0, help="requests to the single slot; 0: a fifth")
     flags.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
-    flags.add_argument("--slots", type=int, default=32)
+    flags.add_argument("--slots", type=int, default=64)
     flags.add_argument("--rounds", type=int, default=2)
     flags.add_argument("--json", type=pathlib.Path, help="write the figures here too")
     args, _ = cli.parse(flags)

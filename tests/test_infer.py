@@ -30,6 +30,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "scanned": ("gpt", {"model__scan": True}),
     "moe": ("moe", {"model__capacity_factor": 4.0}),
     "t5": ("t5", {}),
+    "int8": ("gpt", {"quantize__weights": "int8"}),
     "t5_moe": ("t5", {"model__experts": 4, "model__capacity_factor": 4.0}),
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
@@ -53,7 +54,7 @@ def by_full_forward(name: str, prompt: tuple[int, ...], length: int) -> list[int
 
     @jax.jit
     def logits(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        outputs, _ = built.model.apply(params, {}, batch, key=None, train=False)
+        outputs, _ = built.model.apply(params, state["rest"], batch, key=None, train=False)
         return outputs["logits"] if isinstance(outputs, dict) else outputs
 
     def row(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +81,7 @@ def by_full_forward(name: str, prompt: tuple[int, ...], length: int) -> list[int
         "llama",
         "window",
         "t5",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("moe", "t5_moe")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("moe", "int8", "t5_moe")),
     ],
 )
 def test_the_cache_changes_no_token(name):

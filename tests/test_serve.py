@@ -206,21 +206,38 @@ def test_sigterm_finishes_what_is_under_way(run_dir, writer):
     assert (code, err) == (0, "")
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+IN_A_BROWSER = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+
+
+def shown(server: Server, query: str) -> str:
+    """What the page holds in the end, in headless Chromium."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    command = ["chromium", *flags, f"{server.url}?{query}"]
+    return html.unescape(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+
+
+@IN_A_BROWSER
 @pytest.mark.slow
 def test_the_page_writes_in_a_browser(server, writer):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-
-    def shown(query: str) -> str:
-        command = ["chromium", *flags, f"{server.url}?{query}"]
-        return html.unescape(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
-
     query = "prompt=import+&max_tokens=12&temperature=0"
-    assert "send the API key" in shown(query)
-    page = shown(f"{query}&key=sesame")
+    assert "send the API key" in shown(server, query)
+    page = shown(server, f"{query}&key=sesame")
     (expected,) = offline(writer, ["import "], 12)
     assert expected.replace("\r\n", "\n").replace("\0", "") in page
-    assert "done: length" in page
+    assert "done: length, 12 tokens in" in page
+
+
+@IN_A_BROWSER
+@pytest.mark.slow
+def test_the_page_shows_what_a_gan_draws(tmp_path):
+    run = saved(tmp_path / "run", tiny("gan", batch_size=1))
+    it = served(run)
+    page = shown(it, "prompt=7&key=sesame")
+    (drawn,) = post(it, {"inputs": [7]}, "v1/predict").json()["predictions"]
+    it.process.send_signal(signal.SIGTERM)
+    assert finish(it.process)[0] == 0
+    assert f"data:image/png;base64,{drawn['image']}" in page
+    assert "done: in" in page
 
 
 # ---------------------------------------------------------------------------------------------- in process

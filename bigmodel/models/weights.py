@@ -114,31 +114,50 @@ class Quantized(_Whole):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class InDigits(Quantized):
+class InDigits(_Whole):
     """int8 codes for decoding on a CPU, where turning them into floats takes longer than the product itself.
 
     Few inputs are written in digits of base 254 instead, int8 each, and multiplied as such: a sum of integers
-    is exact, so three digits lose less than float32's own rounding. It has no gradient.
+    is exact, so three digits lose less than float32's own rounding. It has no gradient. The codes lie with
+    their outputs first, which integer products read fastest: [O, I], or a layer's [V, D] of a `table`.
     """
 
     FEW: ClassVar[int] = 32  # rows of inputs; for more, floats are faster
 
-    @classmethod
-    def of(cls, w: Quantized) -> Quantized:
-        """w, as InDigits where it has one scale for each output, of all inputs."""
-        outputs = w.kind == "int8" and w.activation is None and 1 in w.scale.shape[-2:]
-        return cls(w.codes, w.scale, None, w.kind, w.size) if outputs else w
+    codes: jax.Array
+    scale: jax.Array  # [O, 1]
+    table: bool = field(metadata={"static": True})
 
-    def product(self, x: jax.Array) -> jax.Array:
-        few = x.size <= self.FEW * x.shape[-1] and self.scale.shape[-2] == 1
-        return self._in_digits(x, 0, self.scale[0]) if few else super().product(x)
+    @classmethod
+    def of(cls, w: Quantized) -> Any:
+        """w [..., I, O] or a table [..., V, D] in this form, if it has one scale for each output."""
+        table = w.scale.shape[-2:] == (w.codes.shape[-2], 1)
+        whole = table or w.scale.shape[-2:] == (1, w.codes.shape[-1])
+        if w.kind != "int8" or w.activation is not None or not whole:
+            return w
+        turn = (lambda x: x) if table else (lambda x: x.swapaxes(-1, -2))
+        return cls(turn(w.codes), turn(w.scale), table)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape) if self.table else (*self.codes.shape[:-2], *self.codes.shape[:-3:-1])
+
+    def astype(self, dtype: Any) -> jax.Array:
+        whole = (self.codes.astype(jnp.float32) * self.scale).astype(dtype)
+        return whole if self.table else whole.swapaxes(-1, -2)
+
+    def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        return (_whole_rows(self.codes)[ids].astype(jnp.float32) * self.scale[ids]).astype(dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        few = x.size <= self.FEW * x.shape[-1] and self.scale.shape[-1] == 1
-        return self._in_digits(x, 1, self.scale[:, 0]) if few else super().attend(x)
+        return self._times(x) if x.size <= self.FEW * x.shape[-1] else super().attend(x)
 
-    def _in_digits(self, x: jax.Array, axis: int, scale: jax.Array) -> jax.Array:
-        """x [..., I], contracted with this axis of the codes, times the outputs' scale [O]."""
+    def product(self, x: jax.Array) -> jax.Array:
+        few = x.size <= self.FEW * x.shape[-1]
+        return self._times(x) if few else ops.dense(x, self.astype(x.dtype))
+
+    def _times(self, x: jax.Array) -> jax.Array:
+        """x [..., I] -> [..., O]."""
         rest = x.astype(jnp.float32)
         unit = jnp.maximum(jnp.abs(rest).max(-1, keepdims=True), 1e-30) / 127
         rest, digits, units = rest / unit, [], []
@@ -148,9 +167,10 @@ class InDigits(Quantized):
             units.append(unit)
             rest, unit = (rest - digit) * 254, unit / 254
         sums = jax.lax.dot_general(
-            jnp.stack(digits), self.codes, (((x.ndim,), (axis,)), ((), ())), preferred_element_type=jnp.int32
+            jnp.stack(digits), self.codes, (((x.ndim,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )
-        return ((sums.astype(jnp.float32) * jnp.stack(units)).sum(0) * scale).astype(x.dtype)
+        y = (sums.astype(jnp.float32) * jnp.stack(units)).sum(0)
+        return (y * self.scale[:, 0]).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
