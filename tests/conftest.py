@@ -223,10 +223,15 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def start(built: Program, seed: int = 0) -> State:
-    """The state at step 0. It is made on one device (compiled once) and then laid out on the mesh."""
+    """The state at step 0. It is made on one device, once a session, and then laid out on the mesh."""
     config = built.config.replace(mesh=config_lib.Mesh())
-    state = jax.device_get(build(config).init(jax.random.key(seed)))
-    return jax.device_put(state, jax.tree.map(lambda s: s.sharding, built.state_spec))
+    known = (repr(config), seed)
+    if known not in _AT_ZERO:
+        _AT_ZERO[known] = jax.device_get(build(config).init(jax.random.key(seed)))
+    return jax.device_put(_AT_ZERO[known], jax.tree.map(lambda s: s.sharding, built.state_spec))
+
+
+_AT_ZERO: dict[tuple[str, int], State] = {}
 
 
 def steps(
