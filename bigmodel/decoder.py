@@ -238,7 +238,7 @@ class Decoder:
         at_B1 = jnp.where(active_B, state["at"], -1)[:, None]
         name = "decoder_tokens" if "segments" in state else "tokens"
         batch = {name: state["token"][:, None], "positions": at_B1, "cache": state["cache"]}
-        batch |= {key: state[key] for key in ("segments", "pages") if key in state}
+        batch |= {key: state[key] for key in ("segments", "pages", "owners") if key in state}
         logits_B1V, cache = self.apply(params, rest, batch)
         assert logits_B1V is not None
         return logits_B1V[:, 0], {**state, "cache": cache, "at": state["at"] + active_B.astype(jnp.int32)}

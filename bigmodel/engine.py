@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,10 +25,13 @@ import numpy as np
 from bigmodel import sampling
 from bigmodel.config import InputError
 from bigmodel.decoder import Decoder, context
+from bigmodel.models.attention import Owners
 from bigmodel.sampling import GREEDY, Draw, Sampling
 
 ALONE = 4  # chunks of a prompt that are read in one call where it is the only one
-READ, DECODE = (1, 4), (1, 2, 4, 8)  # parts of the context, as pages, that calls are compiled for
+READ = (1, 4)  # parts of the context that reading is compiled for: no more is looked at than is needed
+DECODE = (1, 2, 4, 8)  # likewise parts of all pages; the first ones are in use
+NOWHERE = 1 << 30  # a position beyond all others
 STEPS = 4  # ids decoded in one call: between two calls requests join, and what is new is sent
 
 
@@ -94,7 +98,9 @@ class Engine:
         self._seen_BV = jnp.zeros((slots, self.vocabulary), bool)
         self._token_B, self._at_B, self._left_B, self._drawn_B = np.zeros((4, slots), np.int32)
         self._draw = sampling.draw([GREEDY] * slots)
-        self._pages_BT = np.zeros((slots, most), np.int32)
+        self._pages_BT = np.full((slots, most), pages, np.int32)  # `pages`: none
+        owners: Any = (np.zeros(pages, np.int32), np.full(pages, NOWHERE, np.int32))
+        self._owners: Any = Owners(*owners)
         self._slots: list[_Slot | None] = [None] * slots
         self._free = list(range(pages))
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
@@ -156,10 +162,10 @@ class Engine:
     def warm(self) -> None:
         """Compiles everything that `step` may call, so that no request waits for it."""
         idle = np.full(self.sizes.slots, 0, np.int32)
-        for pages in self._widths(READ):
+        for pages in _parts(self.most_pages, READ):
             for shape in self._shapes():
                 self._call_read([], shape, pages)
-        for pages in self._widths(DECODE):
+        for pages in _parts(self.sizes.pages, DECODE):
             self._call_decode(idle, pages, 1)
 
     def _join(self) -> None:
@@ -171,10 +177,11 @@ class Engine:
             if needed > len(self._free):
                 return
             self._waiting.popleft()
-            pages = [self._free.pop() for _ in range(needed)]
+            pages = [heapq.heappop(self._free) for _ in range(needed)]
             self._slots[row] = _Slot(number, request, pages)
-            self._pages_BT[row] = 0
             self._pages_BT[row, :needed] = pages
+            self._owners.row_P[pages] = row
+            self._owners.first_P[pages] = np.arange(needed, dtype=np.int32) * self.sizes.page
             self._left_B[row] = 0
             for column, value in zip(self._draw, sampling.draw([request.settings]), strict=True):
                 column[row] = value[0]
@@ -182,16 +189,11 @@ class Engine:
     def _leave(self, row: int) -> None:
         slot = self._slots[row]
         assert slot is not None
-        self._free += slot.pages
+        for page in slot.pages:
+            heapq.heappush(self._free, page)
+        self._owners.first_P[slot.pages] = NOWHERE
+        self._pages_BT[row] = self.sizes.pages
         self._slots[row], self._left_B[row] = None, 0
-
-    def _widths(self, shares: Sequence[int]) -> list[int]:
-        """Pages a slot that steps are compiled for: attention reads no more than the longest row needs."""
-        return sorted({-(-self.most_pages // share) for share in shares})
-
-    def _width(self, rows: Sequence[int], shares: Sequence[int]) -> int:
-        needed = max((len(slot.pages) for row in rows if (slot := self._slots[row])), default=1)
-        return next(width for width in self._widths(shares) if width >= needed)
 
     # --------------------------------------------------------------------------------------------- prompts
 
@@ -212,7 +214,8 @@ class Engine:
 
         shape = max(self._shapes(), key=gain)
         rows = oldest[: shape[0]]
-        ids_R = self._call_read(rows, shape, self._width(rows, READ))
+        longest = max(len(self._slots[row].pages) for row in rows)  # type: ignore[union-attr]
+        ids_R = self._call_read(rows, shape, _part(self.most_pages, READ, longest))
         news = []
         for index, row in enumerate(rows):
             slot = self._slots[row]
@@ -276,23 +279,26 @@ class Engine:
         steps = STEPS
         if self._waiting:  # a slot that is free earlier is filled earlier
             steps = min(steps, int(np.min(self._left_B[rows])))
-        ids_BN = self._call_decode(self._left_B, self._width(rows, DECODE), steps)
+        last = max(max(self._slots[row].pages) for row in rows)  # type: ignore[union-attr]
+        ids_BN = self._call_decode(self._left_B, _part(self.sizes.pages, DECODE, last + 1), steps)
         return [self._take(row, [int(i) for i in ids_BN[row] if i >= 0]) for row in rows]
 
     def _call_decode(self, left_B: np.ndarray, pages: int, steps: int) -> np.ndarray:
+        owners = Owners(*(x[:pages] for x in self._owners))
         self._cache, self._seen_BV, ids_BN = self._decode(
             self.decoder.params, self.decoder.rest, self._cache, self._seen_BV, self._token_B, self._at_B,
-            left_B, self._drawn_B, self._pages_BT[:, :pages], self._draw, np.int32(steps),
+            left_B, self._drawn_B, self._pages_BT, owners, self._draw, np.int32(steps),
         )  # fmt: skip
         return np.asarray(ids_BN)
 
     def _decoded(
         self, params: Any, rest: Any, cache: Any, seen_BV: jax.Array, token_B: jax.Array, at_B: jax.Array,
-        left_B: jax.Array, drawn_B: jax.Array, pages_BT: jax.Array, settings: Draw, steps: jax.Array,
+        left_B: jax.Array, drawn_B: jax.Array, pages_BT: jax.Array, owners: Owners, settings: Draw,
+        steps: jax.Array,
     ) -> tuple[Any, jax.Array, jax.Array]:  # fmt: skip
         state = {
             "token": token_B, "at": at_B, "left": left_B, "drawn": drawn_B, "seen": seen_BV, "draw": settings,
-            "cache": cache, "pages": pages_BT,
+            "cache": cache, "pages": pages_BT, "owners": owners,
         }  # fmt: skip
         state, ids_BN = self.decoder.decoded(params, rest, state, steps)
         return state["cache"], state["seen"], ids_BN
@@ -310,6 +316,14 @@ class Engine:
         if done:
             self._leave(row)
         return News(slot.number, ids, bool(done))
+
+
+def _parts(whole: int, shares: Sequence[int]) -> list[int]:
+    return sorted({-(-whole // share) for share in shares})
+
+
+def _part(whole: int, shares: Sequence[int], needed: int) -> int:
+    return next(part for part in _parts(whole, shares) if part >= needed)
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:

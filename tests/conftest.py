@@ -252,13 +252,14 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def saved(directory: pathlib.Path, config: Config) -> pathlib.Path:
-    """A run of `config` whose state at step 0 is its checkpoint."""
+    """A run of `config` whose state at step 0 is its checkpoint, with weights of some size."""
     directory.mkdir()
     workdir.write_config(directory, config)
-    state = start(build(config))
+    built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
+    state = jax.device_get(built.init(jax.random.key(0)))
     state["params"] = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, state["params"])
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(0, state, {})
+        checkpoints.save(0, jax.device_put(state, jax.tree.map(lambda s: s.sharding, built.state_spec)), {})
     return directory
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
-import html
+import contextlib
 import json
 import pathlib
 import shutil
@@ -206,38 +206,83 @@ def test_sigterm_finishes_what_is_under_way(run_dir, writer):
     assert (code, err) == (0, "")
 
 
-IN_A_BROWSER = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+IN_A_BROWSER = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="chromium and chromedriver are not installed",
+)
 
 
-def shown(server: Server, query: str) -> str:
-    """What the page holds in the end, in headless Chromium."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    command = ["chromium", *flags, f"{server.url}?{query}"]
-    return html.unescape(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+class Browser:
+    """Headless Chromium, through the WebDriver protocol."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL)
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}/", timeout=60)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if self._http.get("status").json()["value"]["ready"]:
+                    break
+            time.sleep(0.1)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,760"]
+        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": flags}}}}
+        self._session = f"session/{self._call('session', wanted)['sessionId']}"
+
+    def _call(self, path: str, body: Any) -> Any:
+        answer = self._http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["value"]
+
+    def run(self, script: str) -> Any:
+        return self._call(f"{self._session}/execute/sync", {"script": script, "args": []})
+
+    def status(self, url: str) -> str:
+        """Opens the page -> what it says when it is no longer at work."""
+        self._call(f"{self._session}/url", {"url": url})
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            said = self.run("return document.getElementById('status').textContent")
+            if said not in ("", "..."):
+                return said
+            time.sleep(0.1)
+        pytest.fail(f"{url}: nothing within a minute")
+
+    def close(self) -> None:
+        self._http.delete(self._session)
+        self._http.close()
+        self._driver.terminate()
+        self._driver.wait()
 
 
 @IN_A_BROWSER
 @pytest.mark.slow
 def test_the_page_writes_in_a_browser(server, writer):
-    query = "prompt=import+&max_tokens=12&temperature=0"
-    assert "send the API key" in shown(server, query)
-    page = shown(server, f"{query}&key=sesame")
     (expected,) = offline(writer, ["import "], 12)
-    assert expected.replace("\r\n", "\n").replace("\0", "") in page
-    assert "done: length, 12 tokens in" in page
+    query = "prompt=import+&max_tokens=12&temperature=0"
+    with contextlib.closing(Browser()) as browser:
+        assert "send the API key" in browser.status(f"{server.url}?{query}")
+        assert browser.run("return document.getElementById('keys').hidden") is False
+        said = browser.status(f"{server.url}?{query}&key=sesame")
+        assert said.startswith("done: length, 12 tokens in ")
+        assert browser.run("return document.getElementById('said').textContent") == expected
+        assert "422" not in browser.status(f"{server.url}?{query.replace('12', '9999')}&key=sesame")
+        assert "max_tokens is 9999" in browser.run("return document.getElementById('status').textContent")
 
 
 @IN_A_BROWSER
 @pytest.mark.slow
 def test_the_page_shows_what_a_gan_draws(tmp_path):
-    run = saved(tmp_path / "run", tiny("gan", batch_size=1))
-    it = served(run)
-    page = shown(it, "prompt=7&key=sesame")
+    it = served(saved(tmp_path / "run", tiny("gan", batch_size=1)))
+    with contextlib.closing(Browser()) as browser:
+        assert browser.status(f"{it.url}?prompt=7&key=sesame").startswith("done: in ")
+        shown = browser.run("return document.querySelector('#picture img').src")
     (drawn,) = post(it, {"inputs": [7]}, "v1/predict").json()["predictions"]
+    assert shown == f"data:image/png;base64,{drawn['image']}"
     it.process.send_signal(signal.SIGTERM)
     assert finish(it.process)[0] == 0
-    assert f"data:image/png;base64,{drawn['image']}" in page
-    assert "done: in" in page
 
 
 # ---------------------------------------------------------------------------------------------- in process

@@ -4,7 +4,8 @@ TPU: the Pallas splash-attention kernel. GPU: cuDNN's flash attention, through `
 queries. Elsewhere, and where a kernel does not take the shape or dtype: plain XLA. All give equal values
 within rounding.
 
-Legend: B batch, L queries, S keys or slots of a cache, H heads, G key/value heads, R = H / G, K head dim.
+Legend: B batch, L queries, S keys or slots of a cache, H heads, G key/value heads, R = H / G, K head dim, P
+pages of a cache, T pages of a row.
 """
 
 from __future__ import annotations
@@ -98,6 +99,51 @@ def attend_cached(
         q_BLHK = q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
     bias_BHLS = None if bias is None else bias(at_BL, at_BS)
     return _attend_by_head(q_BLHK, k_BGSK, v_BGSK, mask_BLS[:, None], bias_BHLS)
+
+
+class Owners(NamedTuple):
+    """The first P pages of a paged cache: the row that owns each, and the position of its first slot."""
+
+    row_P: jax.Array  # int32; anything where the page is free
+    first_P: jax.Array  # int32; beyond every position where it is
+
+
+def attend_paged(
+    q_B1HK: jax.Array,
+    k_PGSK: jax.Array,
+    v_PGSK: jax.Array,
+    at_B1: jax.Array,
+    pages_BT: jax.Array,
+    owners: Owners,
+    *,
+    window: int = 0,
+    scale: float | None = None,
+) -> jax.Array:
+    """`attend_cached` of one query a row over pages, none of which is copied -> [B, 1, H, K].
+
+    Each page answers its owner's query, and a row weighs its pages' answers (Milakov and Gimelshein 2018,
+    section 3.1), in their order, so that it does not matter which pages it has.
+    """
+    (b, _, heads, dim), (groups, slots) = q_B1HK.shape, k_PGSK.shape[1:3]
+    row_P, first_P = owners
+    k_PGSK, v_PGSK = k_PGSK[: len(row_P)], v_PGSK[: len(row_P)]
+    q_BGRK = q_B1HK.reshape(b, groups, heads // groups, dim)
+    scores = jnp.einsum("PGRK,PGSK->PGRS", q_BGRK[row_P], k_PGSK, preferred_element_type=jnp.float32)
+    scores = scores * (dim**-0.5 if scale is None else scale)
+    away_PS = at_B1[row_P] - first_P[:, None] - jnp.arange(slots, dtype=jnp.int32)
+    mask_PS = (away_PS >= 0) & (away_PS < window) if window else away_PS >= 0
+    least = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask_PS[:, None, None], scores, least)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    y_PGRK = jnp.einsum("PGRS,PGSK->PGRK", weights.astype(v_PGSK.dtype), v_PGSK)
+    top, total, y = (
+        x.at[pages_BT].get(mode="fill", fill_value=fill)  # [B, T, G, R, 1 or K]
+        for x, fill in ((top, least), (weights.sum(-1, keepdims=True), 1.0), (y_PGRK, 0.0))
+    )
+    share = jnp.exp(top - top.max(1, keepdims=True))
+    y_BGRK = (share * y.astype(jnp.float32)).sum(1) / (share * total).sum(1)
+    return y_BGRK.astype(q_B1HK.dtype).reshape(q_B1HK.shape)
 
 
 def pick(length: int, head_dim: int, dtype: jnp.dtype, platform: str) -> str:

@@ -25,8 +25,8 @@ class GPT(nnx.Module):
     experts {"logits", "losses": {name: float32 [B, L]}}. Of a classifier or a regression {"logits":
     [B, classes]}, from a text's last token (Radford et al. 2018, section 3.2).
 
-    With a `cache` (see `transformer.run_cached`), and `pages` if it is paged -> {"logits", "cache"}; with
-    `read_at` [B, N] the logits of these places alone.
+    With a `cache` (see `transformer.run_cached`), and `pages` (and `owners`) if it is paged -> {"logits",
+    "cache"}; with `read_at` [B, N] the logits of these places alone.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -63,8 +63,9 @@ class GPT(nnx.Module):
 
     def _cached(self, x_BLD: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         sight = transformer.Sight(
-            batch.get("segments"), batch["positions"], causal=True, pages_BT=batch.get("pages")
-        )
+            batch.get("segments"), batch["positions"], causal=True, pages_BT=batch.get("pages"),
+            owners=batch.get("owners"),
+        )  # fmt: skip
         x_BLD, cache = transformer.run_cached(
             self.config, self.blocks, self.norm, x_BLD, sight, batch["cache"]
         )

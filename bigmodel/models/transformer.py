@@ -21,7 +21,7 @@ from bigmodel.config import Config
 from bigmodel.families import Transformer
 from bigmodel.models import cache as cache_lib
 from bigmodel.models import layers, module, moe, ops
-from bigmodel.models.attention import attend, attend_cached
+from bigmodel.models.attention import Owners, attend, attend_cached, attend_paged
 
 UNROLLED_ON_CPU = 12  # layers; on a CPU a scan copies what it saves, 10-25 % of the step, and compiles faster
 PROJECTIONS = ("q", "k", "v", "attention_out", "up", "gate", "mlp_out")  # names that remat policies save
@@ -49,6 +49,7 @@ class Sight(NamedTuple):
     memory_BSD: jax.Array | None = None  # what cross-attention reads
     memory_segments_BS: jax.Array | None = None
     pages_BT: jax.Array | None = None  # where a paged cache holds each sequence
+    owners: Owners | None = None  # and whose each page is, where every sequence has one new token
 
 
 class Stack(nnx.Module):
@@ -217,6 +218,10 @@ class Attention(nnx.Module):
             assert at_BL is not None
             real_BL = at_BL >= 0 if sight.segments_BL is None else sight.segments_BL > 0
             cache.update(cache_lib.write(cache, k_BLGK, v_BLGK, at_BL, real_BL, sight.pages_BT))
+            if sight.pages_BT is not None and sight.owners is not None:
+                kv = cache_lib.read(cache, q_BLHK.dtype, None)
+                more: Any = {"window": c.window, "scale": scale}
+                return self._merge(attend_paged(q_BLHK, *kv, at_BL, sight.pages_BT, sight.owners, **more))
             if sight.segments_BL is None:
                 kv = cache_lib.read(cache, q_BLHK.dtype, sight.pages_BT)
                 y_BLHK = attend_cached(q_BLHK, *kv, at_BL, window=c.window, bias=sight.bias, scale=scale)
