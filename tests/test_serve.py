@@ -326,13 +326,13 @@ def test_an_encoder_embeds_and_a_classifier_predicts():
         def encode(self, text: str) -> np.ndarray:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    predictor = Predictor(bert, start(bert), tokenizer=Bytes())  # type: ignore[arg-type]
+    state = start(bert)
+    predictor = Predictor(bert, state, tokenizer=Bytes())  # type: ignore[arg-type]
     vectors, count = predictor.embed(["one", "two and more", *["x"] * 8])
     assert count == 5 + 14 + 8 * 3  # [CLS], the bytes, the separator, as in training
     ids = np.array([[262, *b"one", 256]], np.int32)  # and nothing else is in the mean
     whole = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.arange(5, dtype=np.int32)[None]}
     whole["masked_positions"] = np.zeros((1, 1), np.int32)
-    state = start(bert)
     run = jax.jit(lambda params: bert.model.apply(params, {}, whole, key=None, train=False)[0]["hidden"])
     mean = np.asarray(run(state["params"]))[0].mean(0)
     np.testing.assert_allclose(vectors[0], mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-6)
