@@ -172,6 +172,22 @@ def test_answers_are_their_own_under_load_and_the_queue_has_an_end(server, write
     assert sum(status == 200 for status, _ in results) >= 64
 
 
+def test_a_full_queue_says_so_at_once(server):
+    body = {"prompt": "a", "max_tokens": 60, "n": 16, "stream": True}
+    with contextlib.ExitStack() as streams:
+        for _ in range(4):  # 64 answers: as many as run and wait
+            asked = httpx.stream("POST", server.url + "v1/completions", json=body, headers=BEARER, timeout=60)
+            assert streams.enter_context(asked).status_code == 200
+        response = post(server, {"prompt": "a", "max_tokens": 2})
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+    assert "answers are under way already; try again" in response.json()["error"]["message"]
+    deadline = time.monotonic() + 20
+    while post(server, {"prompt": "a", "max_tokens": 2}).status_code != 200:
+        assert time.monotonic() < deadline  # those who left make room
+        time.sleep(0.05)
+
+
 def test_a_client_that_leaves_is_forgotten(server):
     url = httpx.URL(server.url)
     body = json.dumps({"prompt": "a", "max_tokens": 60, "n": 16}).encode()
@@ -321,7 +337,7 @@ def test_an_encoder_embeds_and_a_classifier_predicts():
     bert = build(tiny("bert", model__vocab_size=264))
 
     class Bytes:
-        separator = 256
+        separator, vocab_size = 256, 257
 
         def encode(self, text: str) -> np.ndarray:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
