@@ -1,8 +1,9 @@
-"""`clicks`: 24,000 rows of advertising by a known model, 13 numbers and 26 categories each; no download.
+"""`clicks`: 120,000 rows of advertising by a known model, 13 numbers and 26 categories each; no download.
 
 The shape is that of the Criteo data that DLRM was measured on; 3 % of the rows are clicks. The chance of a
 click is the logistic function of a sum: of the first numbers, of effects of the first categories, and of
-how two of them go together. So the best possible score of a row is known.
+how two of them go together. So the best possible scores are known: on the test split a ROC-AUC of 0.903 and
+a log loss of 0.0915.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 
 NUMBERS, CATEGORIES = 13, 26
 SIZES = [4 * 2 ** (at % 8) for at in range(CATEGORIES)]  # 4 to 512 categories a column
-ROWS = {"train": 20_000, "test": 4_000}
+ROWS = {"train": 100_000, "test": 20_000}
 
 
 def rows(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,7 +36,7 @@ def rows(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class Clicks(tfds.core.GeneratorBasedBuilder):
     """`n0` ... `n12` float32, `c0` ... `c25` classes, `label` 0 or 1."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     url_infos = None  # nothing is downloaded; see python_source.py
 
     def _info(self) -> tfds.core.DatasetInfo:
