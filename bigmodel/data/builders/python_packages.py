@@ -1,6 +1,6 @@
 """`python_packages`: passages of the running Python's standard library, each with the package it is from.
 
-A labelled set of texts that every machine has: six lines at a time of ten packages' files. The files are
+A labelled set of texts that every machine has: four lines at a time of ten packages' files. The files are
 split as `python_source` splits them, so what a model was pretrained on there is never tested here.
 """
 
@@ -20,7 +20,7 @@ PACKAGES = (
     "asyncio", "email", "http", "idlelib", "importlib", "logging", "multiprocessing", "tkinter", "unittest",
     "xml",
 )  # fmt: skip
-LINES = 6
+LINES = 4
 
 
 class PythonPackages(tfds.core.GeneratorBasedBuilder):
