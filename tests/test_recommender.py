@@ -18,6 +18,7 @@ from bigmodel import evaluate, mesh, models, program, ranking, train
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.data import batch_spec, make_pipeline, ratings
+from bigmodel.data.builders import clicks
 from bigmodel.digests import digest
 from bigmodel.plan import estimate
 
@@ -274,6 +275,17 @@ def test_dlrm_has_the_papers_size():
     sizes = [(13, 512), (512, 256), (256, 64), (64, 16), (16 + 27 * 26 // 2, 512), (512, 256), (256, 1)]
     assert count == 33_762_577 * 16 + sum(i * o + o for i, o in sizes)
     assert count == pytest.approx(540e6, rel=0.003)
+
+
+@pytest.mark.slow
+def test_the_best_possible_scores_of_clicks():
+    """Those that the documentation tells."""
+    odds, clicked = clicks.rows("test")[2:]
+    chance = 1 / (1 + np.exp(-odds))
+    nats = -np.where(clicked, np.log(chance), np.log1p(-chance)).mean()
+    positive, negative = odds[clicked], np.sort(odds[~clicked])
+    area = np.searchsorted(negative, positive).mean() / len(negative)
+    assert (round(area, 3), round(nats, 4)) == (0.903, 0.0915)
 
 
 def test_neumf_by_hand():

@@ -19,18 +19,21 @@ SIZES = [4 * 2 ** (at % 8) for at in range(CATEGORIES)]  # 4 to 512 categories a
 ROWS = {"train": 100_000, "test": 20_000}
 
 
-def rows(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> numbers float32 [n, 13], categories int64 [n, 26], the log odds of a click [n]."""
+def rows(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """-> numbers float32 [n, 13], categories int64 [n, 26], the log odds of a click [n], bool [n] clicks."""
     effect = np.random.default_rng(0)
     slopes, tables = effect.normal(size=4), [effect.normal(size=size) for size in SIZES[:6]]
     p, q = effect.normal(size=(SIZES[1], 2)), effect.normal(size=(SIZES[2], 2))
-    rng = np.random.default_rng(1 + list(ROWS).index(split))
+    number = list(ROWS).index(split)
+    rng = np.random.default_rng(1 + number)
     numbers = rng.normal(size=(ROWS[split], NUMBERS)).astype(np.float32)
     categories = np.stack([rng.integers(0, size, ROWS[split]) for size in SIZES], 1)
     odds = numbers[:, :4] @ slopes * 0.7 - 5.2
     for at, table in enumerate(tables):
         odds = odds + 0.6 * table[categories[:, at]]
-    return numbers, categories, odds + (p[categories[:, 1]] * q[categories[:, 2]]).sum(1)
+    odds = odds + (p[categories[:, 1]] * q[categories[:, 2]]).sum(1)
+    clicked = np.random.default_rng(3 + number).random(len(odds)) < 1 / (1 + np.exp(-odds))
+    return numbers, categories, odds, clicked
 
 
 class Clicks(tfds.core.GeneratorBasedBuilder):
@@ -54,10 +57,8 @@ class Clicks(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ROWS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        numbers, categories, odds = rows(split)
-        rng = np.random.default_rng(3 + list(ROWS).index(split))
-        clicked = rng.random(len(odds)) < 1 / (1 + np.exp(-odds))
-        for at in range(len(odds)):
+        numbers, categories, _, clicked = rows(split)
+        for at in range(len(clicked)):
             row: dict[str, Any] = {f"n{k}": numbers[at, k] for k in range(NUMBERS)}
             row |= {f"c{k}": int(categories[at, k]) for k in range(CATEGORIES)}
             yield at, {**row, "label": int(clicked[at])}
