@@ -76,9 +76,10 @@ class Distill:
     weight: float = 1.0  # of the distance from the teacher's outputs, added to the task's own loss
     temperature: float = 2.0  # of both's probabilities (Hinton et al. 2015)
     hidden: float = 0.0  # weight of how the last hidden states relate to each other (Tung and Mori 2019)
+    attention: float = 0.0  # Transformers: weight of the last layer's attention maps (Wang et al. 2020)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        for key in ("weight", "hidden"):
+        for key in ("weight", "hidden", "attention"):
             if getattr(self, key) < 0:
                 yield key, f"is {getattr(self, key)}: set it to 0 or more"
         if self.temperature <= 0:

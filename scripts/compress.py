@@ -6,6 +6,9 @@
 A recipe's stages are parted by commas, the steps of one joined by +, a step's settings follow it after
 colons; or it is a YAML file (bigmodel/compress/recipe.py). OUT is a workdir as train.py makes it, with
 report.json and report.png: evaluate.py, generate.py, train.py and compress.py read it.
+
+--seeds=5 runs the recipe five times, into OUT/1 to OUT/5, and says of each stage's metrics how far they
+spread, and whether they differ from those of the stage before.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ def main() -> int:
         "--recipe", required=True, help="e.g. prune:0.5+finetune:200,quantize:int8, or FILE.yaml"
     )
     flags.add_argument("--out", required=True, help="a new directory")
+    flags.add_argument("--seeds", type=int, default=1, help="run it so often: what differs by chance?")
     args, rest = cli.parse(flags)
     if rest:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
@@ -31,7 +35,13 @@ def main() -> int:
     from bigmodel.compress import recipe, stages
 
     try:
-        stages.run(args.workdir, recipe.parse(args.recipe), args.out)
+        steps = recipe.parse(args.recipe)
+        if args.seeds < 1:
+            raise InputError(f"--seeds={args.seeds}: give 1 or more")
+        if args.seeds > 1:
+            stages.repeat(args.workdir, steps, args.out, args.seeds)
+        else:
+            stages.run(args.workdir, steps, args.out)
     except train.NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return train.NOT_FINITE

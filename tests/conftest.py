@@ -144,10 +144,12 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
-    """8 x 8; 32 x 32 for VGG, which halves them five times; a ViT of published size takes ImageNet's."""
+    """8 x 8; 32 x 32 for VGG and Inception v3, which halve them often; a ViT of published size takes
+    ImageNet's."""
     if getattr(config.model, "patch", 1) > 8:
         return (224, 224, 3)
-    return (32, 32, 1) if config.model.name == "vgg" else (8, 8, 1)
+    halves = config.model.name == "vgg" or getattr(config.model, "version", "") == "v3"
+    return (32, 32, 1) if halves else (8, 8, 1)
 
 
 def build(config: Config) -> Program:

@@ -13,23 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
+    ROOT,
     build,
     by_path,
-    finish,
     mesh_keys,
     random_batch,
     run_script,
     start,
-    start_script,
     steps,
     tiny,
 )
 
 from bigmodel import config as config_lib
-from bigmodel import evaluate, infer, mesh, program, sparsity, train, transfer, workdir
-from bigmodel.compress import observe, prune, quantize, recipe, report, solve, stages, structure, trained
+from bigmodel import data, evaluate, infer, mesh, program, sparsity, train, transfer, workdir
+from bigmodel.compress import (
+    observe,
+    prune,
+    quantize,
+    recipe,
+    report,
+    solve,
+    stages,
+    structure,
+    trained,
+    units,
+)
 from bigmodel.config import InputError, Prune
-from bigmodel.models import distilled, weights
+from bigmodel.models import attention, distilled, weights
 from bigmodel.plan import estimate, flops
 
 DIGITS = {
@@ -235,6 +245,49 @@ def test_the_distance_from_a_teacher_is_zero_at_the_teacher_and_nowhere_below():
     assert distilled.likeness(2 * logits, logits, (6,)) == pytest.approx(np.zeros(6), abs=1e-6)
 
 
+def test_maps_are_no_way_from_themselves_and_learning_brings_them_near():
+    key = jax.random.split(jax.random.key(0), 6)
+    told = attention.Attended(
+        *(jax.random.normal(k, (2, 6, heads, 8)) for k, heads in zip(key, (4, 2, 2), strict=False))
+    )
+    mask = attention.visible(jnp.asarray([[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0]]), 6, 6, causal=True)
+    told = told._replace(mask=mask)
+    np.testing.assert_allclose(distilled.maps_apart(told, told), np.zeros((2, 6)), atol=1e-6)
+    own = [jax.random.normal(k, (2, 6, 3, 4)) for k in key[3:]]  # other heads, another width
+
+    @jax.jit
+    def far(own):
+        return distilled.maps_apart(attention.Attended(*own, mask), told).sum()
+
+    first, slope = jax.value_and_grad(far)(own)
+    assert first > 0
+    assert far(jax.tree.map(lambda x, g: x - 0.05 * g, own, slope)) < first
+    later = told._replace(k_BSGK=told.k_BSGK.at[:, 5].set(9.0))  # nobody sees it in the first document
+    np.testing.assert_allclose(distilled.maps_apart(later, told)[:, :4], np.zeros((2, 4)), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt", "bert", "t5", "vit"])
+def test_a_narrower_student_learns_its_teachers_maps(family, tmp_path):
+    config = tiny(family)
+    built = build(config)
+    state = start(built)
+    sharp = jax.tree.map(lambda x: 4 * x, state["params"])  # at first all attend to all alike
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
+    keys = {"distill__teacher": str(tmp_path), "distill__attention": 10.0, "distill__weight": 0.0}
+    taught = build(tiny(family, model__width=24, model__heads=2, **keys))
+    student = start(taught)
+    rest = {**student["rest"], "teacher": {"params": sharp, "rest": state["rest"]}}
+    both = program.start(taught, student["params"], rest, jax.random.key(0))
+    _, metrics = steps(taught, both, 20, [random_batch(config, 0)])
+    assert metrics["attention_loss"][-1] < 0.9 * metrics["attention_loss"][0]
+
+
+def test_what_has_no_attention_teaches_none(dense):
+    with pytest.raises(InputError, match=r"distill\.attention finds no attention in the model \(cnn\)"):
+        build(tiny("cnn", distill__teacher=str(dense), distill__attention=1.0))
+
+
 @pytest.mark.slow
 def test_a_distilled_student_is_an_ordinary_smaller_model(dense, tmp_path):
     text = "distill:4:student.channels=[4,4]:student.width=8:hidden=0.5"
@@ -255,21 +308,22 @@ def test_a_teacher_may_lie_in_hugging_faces_layout(gpt, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt", "bert", "t5", "mlp"])
+@pytest.mark.parametrize("family", ["gpt", "bert", "t5", "vit", "moe", "mlp"])
 def test_every_task_can_have_a_teacher(family, tmp_path, monkeypatch):
     """The student starts as its teacher: the distance is zero, then it is not."""
+    attends = family != "mlp"
     config = tiny(family)
     built = build(config)
     state = start(built)
     (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(config)))
-    keys = {"distill__teacher": str(tmp_path), "distill__hidden": 1.0}
+    keys = {"distill__teacher": str(tmp_path), "distill__hidden": 1.0, "distill__attention": float(attends)}
     taught = build(tiny(family, **keys))
     rest = {**state["rest"], "teacher": {"params": state["params"], "rest": state["rest"]}}
     both = program.start(
         taught, jax.tree.map(jnp.copy, state["params"]), jax.tree.map(jnp.copy, rest), jax.random.key(0)
     )
     _, metrics = steps(taught, both, 3, [random_batch(config, 0)])
-    for name in ("distill_loss", "hidden_loss"):
+    for name in ("distill_loss", "hidden_loss", *(["attention_loss"] if attends else [])):
         assert metrics[name][0] == pytest.approx(0, abs=1e-5)
         assert metrics[name][-1] > 0
 
@@ -277,22 +331,42 @@ def test_every_task_can_have_a_teacher(family, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- pruning
 
 
+RECOMMENDERS = {
+    "model__users": 64, "model__items": 32, "model__width": 8, "model__widths": (16, 8),
+    "model__bottom": (8,), "batch_size": 16, "steps": 4, "microbatches": 1,
+}  # fmt: skip
+
+
+def config_of(family, **keys):
+    if family not in ("mf", "ncf", "two_tower", "dlrm"):
+        return tiny(family, **keys)
+    changes = {key.replace("__", "."): value for key, value in {**RECOMMENDERS, **keys}.items()}
+    return config_lib.load(f"{ROOT}/configs/recommender.py:kind={family}", changes)
+
+
+def batch_of(config, seed):
+    if config.model.name != "recommender":
+        return random_batch(config, seed)
+    return data.make_pipeline(config, "train")[seed]
+
+
 def model_of(family, monkeypatch, **keys):
     """A model that is not trained, whose calibration batches are random ones."""
-    built = build(tiny(family, **keys))
+    config = config_of(family, **keys)
+    built = build(config)
     state = start(built)
     params = jax.tree.map(
         lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape),
         jax.device_get(state["params"]),
     )
     params = jax.device_put(params, jax.tree.map(lambda s: s.sharding, built.state_spec["params"]))
-    batches = [built.put(random_batch(built.config, index)) for index in range(2)]
+    batches = [built.put(batch_of(config, index)) for index in range(2)]
     monkeypatch.setattr(observe, "batches", lambda model: iter(batches))
     return trained.Trained(built, params, state["rest"], pathlib.Path("nowhere"))
 
 
 def loss_of(model):
-    batch = model.program.put(random_batch(model.config, 0))
+    batch = model.program.put(batch_of(model.config, 0))
     total, weight = model.program.eval_step({"params": model.params, "rest": model.rest}, batch)["loss"]
     return float(total / weight)
 
@@ -418,64 +492,72 @@ def test_a_schedule_prunes_step_by_step_up_to_the_share(method):
 
 
 STRUCTURES = [
-    ("cnn", "channels"),
-    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [
-        ("gpt", "heads"), ("gpt", "mlp"), ("moe", "mlp"), ("t5", "heads"), ("vit", "mlp"),
-        ("mlp", "channels"), ("vgg", "channels"), ("alexnet", "channels"), ("resnet", "channels"),
+    ("cnn", "channels", {}),
+    *(pytest.param(family, unit, keys, marks=SLOW) for family, unit, keys in [
+        ("gpt", "heads", {}), ("gpt", "mlp", {}), ("moe", "mlp", {}), ("t5", "heads", {}), ("vit", "mlp", {}),
+        ("mlp", "channels", {}), ("vgg", "channels", {"model__batch_norm": True}),
+        ("alexnet", "channels", {}), ("resnet", "channels", {}), ("resnet", "channels", {"model__depth": 50}),
+        ("rnn", "channels", {}), ("rnn", "channels", {"model__cell": "gru", "model__tie_embeddings": True}),
+        ("rnn", "channels", {"model__embed_width": 24, "model__tie_embeddings": True}),
+        ("inception", "channels", {"model__multiplier": 0.125, "model__aux": True}),
+        ("inception", "channels", {"model__multiplier": 0.125, "model__aux": True, "model__version": "v3"}),
+        ("gan", "channels", {"model__norm": "spectral", "model__num_classes": 10}), ("gan", "channels", {}),
+        ("gan", "channels", {"model__arch": "resnet", "model__norm": "spectral", "model__num_classes": 10}),
+        ("gan", "channels", {"model__arch": "resnet", "model__norm": "none", "task__gan_loss": "wgan-gp"}),
+        ("detector", "channels", {}), ("detector", "channels", {"model__head_depth": 2}),
+        *((kind, "channels", {}) for kind in ("mf", "ncf", "two_tower", "dlrm")),
     ]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "unit"), STRUCTURES)
-def test_taking_out_units_that_do_nothing_changes_nothing(family, unit, monkeypatch):
-    """Half of the units of every layer are set to zero, then half are taken out."""
-    keys = {"model__batch_norm": True} if family == "vgg" else {}
+@pytest.mark.parametrize(("family", "unit", "keys"), STRUCTURES)
+def test_taking_out_units_that_do_nothing_changes_nothing(family, unit, keys, monkeypatch):
+    """Half of the units of every layer are set to zero, then half are taken out; what is left trains."""
     model = model_of(family, monkeypatch, **keys)
-    flat = {f"params/{name}": np.array(x) for name, x in by_path(model.params).items()}
+    flat = {name: np.array(x) for name, x in structure.arrays(vars(model)).items()}
     rng = np.random.default_rng(0)
-    for group in structure.units(model, unit):
+    for group in units.find(model.config.model, unit, flat):
         lead = flat[group.cuts[0].path].shape[: group.lead]
-        off = rng.permuted(np.broadcast_to(np.arange(group.count) % 2 == 0, (*lead, group.count)), axis=-1)
+        half = np.arange(group.count) < group.count // 2
+        off = rng.permuted(np.broadcast_to(half, (*lead, group.count)), axis=-1)
         for cut in group.cuts:
-            if cut.path in flat:
-                x = flat[cut.path]
-                axis, shape = structure._split(x, cut, group)
-                apart = np.moveaxis(x.reshape(shape), axis, group.lead)
-                apart[off] = 0
-                flat[cut.path] = np.moveaxis(apart, group.lead, axis).reshape(x.shape)
-    zeroed = mesh.with_leaves(model.params, {name.removeprefix("params/"): x for name, x in flat.items()})
+            if cut.path.startswith("params/"):
+                x = np.moveaxis(flat[cut.path], cut.axis, group.lead)
+                places = cut.places(x.shape[group.lead], group.count)
+                for index in np.ndindex(*lead):
+                    x[*index, places[off[index]].ravel()] = 0
+    zeroed = {name.removeprefix("params/"): x for name, x in flat.items() if name.startswith("params/")}
+    sharding = jax.tree.map(lambda x: x.sharding, model.params)
     model = dataclasses.replace(
-        model, params=jax.device_put(zeroed, jax.tree.map(lambda x: x.sharding, model.params))
+        model, params=jax.device_put(mesh.with_leaves(model.params, zeroed), sharding)
     )
     small = structure.apply(model, recipe.Prune(0.5, unit=unit))
     assert loss_of(small) == pytest.approx(loss_of(model), rel=1e-5)
     was, now = (sum(x.size for x in jax.tree.leaves(m.params)) for m in (model, small))
     assert now < 0.9 * was
     assert flops.forward_flops(small.program) < 0.9 * flops.forward_flops(model.program)
+    if family != "cnn":
+        state = program.start(small.program, small.params, small.rest, jax.random.key(0))
+        _, metrics = small.program.train_step(state, next(observe.batches(small)))
+        assert np.isfinite(metrics["loss"])
 
 
 @pytest.mark.slow
-def test_a_bottleneck_resnets_channels_fit_together():
-    model = build(tiny("resnet", model__depth=50))
-    made = trained.Trained(
-        model, model.state_spec["params"], model.state_spec["rest"], pathlib.Path("nowhere")
-    )
-    flat = {
-        f"{part}/{name}": x
-        for part in ("params", "rest")
-        for name, x in by_path(model.state_spec[part]).items()
-    }
-    seen = {name: set() for name in flat}
-    for group in structure.units(made, "channels"):
-        for cut in group.cuts:
-            assert flat[cut.path].shape[cut.axis] == group.count * cut.inner
-            seen[cut.path].add(cut.axis)
-    small = build(tiny("resnet", model__depth=50, model__channels=(4, 4, 8, 8)))
-    for name, x in {
-        f"{part}/{n}": x for part in ("params", "rest") for n, x in by_path(small.state_spec[part]).items()
-    }.items():
-        smaller = {axis - x.ndim for axis in range(x.ndim) if x.shape[axis] != flat[name].shape[axis]}
-        assert smaller == seen[name], name
+@pytest.mark.parametrize("family", ["rnn", "inception", "gan", "detector", "ncf"])
+def test_what_is_left_is_saved_loaded_and_trained_on(family, corpus, tmp_path):
+    sources = {"rnn": corpus, "inception": "digits", "gan": "digits"}
+    keys = {key: value for key, value in DIGITS.items() if key != "data__data_dir"} | {"steps": 2}
+    if family in sources:
+        keys |= {"data__name": sources[family], "data__eval_split": "train" if family == "rnn" else "test"}
+    keys |= {"model__vocab_size": 264} if family == "rnn" else {}
+    train.run(config_of(family, **keys), tmp_path / "run")
+    rows = stages.run(tmp_path / "run", recipe.parse("prune:0.5:channels+finetune:2"), tmp_path / "out")
+    assert rows[1]["params"] < 0.8 * rows[0]["params"]
+    program, state = infer.load(tmp_path / "out")
+    again = evaluate.run(program, state, trained.eval_data(trained.load(tmp_path / "out")))
+    assert again == pytest.approx(rows[1]["metrics"], rel=1e-4, abs=1e-5)
+    config = workdir.read_config(tmp_path / "out")
+    assert train.run(config.replace(steps=4), tmp_path / "out").step == 4
 
 
 @pytest.mark.slow
@@ -539,6 +621,38 @@ def test_a_language_model_shrinks_on_disk_too(gpt, tmp_path):
     assert ran.code == 0, ran
 
 
+def test_a_gain_is_told_from_chance():
+    runs = [
+        [{"stage": "a", "metrics": {"accuracy": x}}, {"stage": "b", "metrics": {"accuracy": x + d}}]
+        for x, d in ((0.90, 0.010), (0.93, 0.012), (0.91, 0.008))
+    ]
+    found = report.spread(runs)[1]["metrics"]["accuracy"]
+    assert found["gain"] == pytest.approx(0.01)
+    assert found["mean"] == pytest.approx(np.mean([0.91, 0.942, 0.918]))
+    assert found["p"] == pytest.approx(
+        0.01307, abs=1e-4
+    )  # t = 0.01 / (0.002 / sqrt(3)), 2 degrees of freedom
+    assert report.paired_t([0.01, -0.012, 0.008, -0.009]) > 0.5
+    assert report.paired_t([0.0, 0.0]) is None
+    assert (
+        "+0.0100 from the stage before (p = 0.013, paired t)" in report.spread_table(report.spread(runs))[1]
+    )
+
+
+@pytest.mark.slow
+def test_students_of_one_seed_differ_by_their_teacher_alone(dense, tmp_path):
+    """Alone twice: alike. The repetitions differ from each other."""
+    text = "distill:4:student.channels=[4,4]:student.width=8:weight={}"
+    steps = recipe.parse(",".join(text.format(weight) for weight in (0, 0, 5)))
+    rows = stages.repeat(dense, steps, tmp_path / "out", 2)
+    alone, again, taught = (row["metrics"]["loss"]["values"] for row in rows[1:])
+    assert alone == again != taught
+    assert alone[0] != alone[1]
+    assert rows[2]["metrics"]["loss"]["p"] is None
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["stages"] == rows
+    assert infer.load(tmp_path / "out" / "2")[0].config.model.width == 8
+
+
 def test_codes_take_their_true_size_on_disk():
     w = jax.random.normal(jax.random.key(0), (512, 1024))
     for kind, share in (("int8", 1 / 4), ("int4", 1 / 8)):
@@ -562,31 +676,30 @@ def test_pareto_keeps_what_nothing_beats():
         ("prune:0.5:heads", "a cnn has no unit=heads"),
     ],
 )
-def test_bad_recipes_leave_the_output_untouched(dense, tmp_path, recipe_text, said):
+def test_bad_recipes_leave_the_output_untouched(dense, tmp_path, recipe_text, said, monkeypatch):
     out = tmp_path / "out"
+    monkeypatch.setattr(report, "describe", lambda name, model: {})
     with pytest.raises(InputError, match=said):
         stages.run(dense, recipe.parse(recipe_text), out)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_workdirs_are_one_line_and_exit_code_2(dense, tmp_path):
-    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty, broken, out = (tmp_path / name for name in ("empty", "broken", "out"))
     empty.mkdir()
     shutil.copyfile(dense / "config.json", empty / "config.json")
     shutil.copytree(dense, broken)
     for path in (broken / "checkpoints").rglob("*"):
         if path.is_file() and "ocdbt.process" in str(path) and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
-    running = [
-        start_script("compress.py", f"--workdir={where}", "--recipe=quantize:int8", f"--out={tmp_path}/out")
-        for where in (tmp_path / "none", empty, broken)
-    ]
-    for process, said in zip(running, ("config.json", "no checkpoint", "no good checkpoint"), strict=True):
-        code, _, err = finish(process)
-        assert code == 2, err
-        assert said in err
-        assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
-    assert not pathlib.Path(tmp_path / "out").exists()
+    ran = run_script("compress.py", f"--workdir={tmp_path}/none", "--recipe=quantize:int8", f"--out={out}")
+    assert ran.code == 2, ran
+    assert sum(line.startswith("error: ") for line in ran.err.splitlines()) == 1
+    assert "config.json" in ran.err
+    for where, said in ((empty, "no checkpoint"), (broken, "no good checkpoint")):
+        with pytest.raises(InputError, match=said):
+            stages.run(where, recipe.parse("quantize:int8"), out)
+    assert not out.exists()
 
 
 def test_an_output_directory_that_holds_something_is_refused(dense, tmp_path):

@@ -36,8 +36,8 @@ ORDER = """
     data/__init__
     models/module | models/ops
     models/weights
-    models/layers | models/attention | models/cache | models/held | models/distilled | models/embedding
-    models/lora
+    models/layers | models/attention | models/cache | models/held | models/embedding
+    models/lora | models/distilled
     models/moe | models/recommender | models/vision | models/resnet | models/gan | models/recurrent
     models/transformer | models/inception | models/detector
     models/gpt | models/bert | models/t5 | models/vit
@@ -73,7 +73,7 @@ ORDER = """
     serve
     evaluate
     train
-    compress/__init__ | compress/recipe | compress/trained
+    compress/__init__ | compress/recipe | compress/trained | compress/units
     compress/observe
     compress/solve | compress/structure | compress/report
     compress/quantize | compress/prune | compress/distill

@@ -16,28 +16,33 @@ from bigmodel.models.distilled import NAME
 from bigmodel.smaller import Distill, Prune, Quantize
 
 # From the others, unless the student sets them.
-DERIVED = ("kv_heads", "head_dim", "mlp_width", "decoder_depth")
+DERIVED = ("kv_heads", "head_dim", "mlp_width", "decoder_depth", "groups", "embed_width")
 
 
-def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path) -> Trained:
-    """The student, and the teacher in its `rest`.
+def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path, seed: int) -> Trained:
+    """The student, and the teacher in its `rest`; without a teacher if nothing of it has a weight.
 
     Args:
         teacher: a workdir.
+        seed: of a new student.
 
     Raises:
         InputError: the student's config is wrong, or the two do not predict the same thing.
     """
-    how = Distill(str(teacher), op.weight, op.temperature, op.hidden)
+    how = Distill()
+    if op.weight or op.hidden or op.attention:
+        how = Distill(str(teacher), op.weight, op.temperature, op.hidden, op.attention)
     config = model.config.replace(distill=how)
     if op.student:
-        config = smaller(config, op.student)
+        config = smaller(config, op.student).replace(seed=seed)
     built = trained.build(config, model.program)
     params, rest = model.params, model.rest
     if op.student:
-        state = built.init(jax.random.key(config.seed))
+        state = built.init(jax.random.key(seed))
         params, rest = state["params"], {part: x for part, x in state["rest"].items() if part != NAME}
-    return Trained(built, params, {**rest, NAME: distill.taught(built)}, model.source)
+    if how.teacher:
+        rest = {**rest, NAME: distill.taught(built)}
+    return Trained(built, params, rest, model.source)
 
 
 def end(model: Trained) -> Trained:

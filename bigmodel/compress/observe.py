@@ -62,12 +62,13 @@ def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
 
 
 def slopes(model: Trained) -> Iterator[Any]:
-    """The gradient of the mean loss, batch by batch."""
+    """The gradient of the mean loss that training lowers, batch by batch; without dropout."""
     task = tasks.make(model.config)
+    key = jax.random.key(0) if task.passes_many else None
 
     def loss(params: Any, rest: Any, batch: Any) -> jax.Array:
-        outputs, _ = model.program.model.apply(params, rest, batch, key=None, train=False)
-        return task.terms(outputs, batch, False)["loss"][0] / jnp.maximum(task.weight(batch), 1e-9)
+        outputs, _ = model.program.model.apply(params, rest, batch, key=key, train=True)
+        return task.terms(outputs, batch, True)["loss"][0] / jnp.maximum(task.weight(batch), 1e-9)
 
     slope = _jitted(model, jax.grad(loss))
     return (slope(model.params, model.rest, batch) for batch in batches(model))

@@ -95,6 +95,7 @@ class Distill:
     weight: float = 1.0  # of the teacher's part of the loss
     temperature: float = 2.0
     hidden: float = 0.0  # weight of how the last hidden states relate to each other (Tung and Mori 2019)
+    attention: float = 0.0  # Transformers: weight of the last layer's attention maps (Wang et al. 2020)
     lr: float = 0.0  # 0: the workdir's optim.lr for a new student, else a tenth of it
 
     def problems(self) -> Iterable[tuple[str, str]]:

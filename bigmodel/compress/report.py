@@ -6,7 +6,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -155,9 +155,9 @@ def table(rows: Sequence[Row]) -> list[str]:
     return [*text, f"latency {rows[0]['latency_from']}; joules {rows[0]['joules_from']}", *notes(rows)]
 
 
-def main_metrics(metrics: dict[str, float]) -> list[str]:
+def main_metrics(metrics: Iterable[str]) -> list[str]:
     """The one or two that people read first."""
-    known = ("bits_per_byte", "accuracy", "exact_match", "mae", "r2")
+    known, metrics = ("bits_per_byte", "accuracy", "exact_match", "mae", "r2"), set(metrics)
     return [name for name in known if name in metrics][:2] or sorted(metrics)[:2]
 
 
@@ -222,6 +222,53 @@ def pareto(cost: Sequence[float], loss: Sequence[float]) -> list[int]:
     ]  # fmt: skip
 
 
-def say(rows: Sequence[Row]) -> None:
-    for line in table(rows):
+def say(lines: Sequence[str]) -> None:
+    for line in lines:
         log.say(line)
+
+
+# ------------------------------------------------------------------------------------------- several seeds
+
+
+def spread(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of a recipe that ran with several seeds -> for each stage and metric its values, their mean
+    and standard deviation, and `gain`: the mean difference from the stage before, seed by seed, with the p of
+    a two-sided paired t-test (None where all differences are alike)."""
+    out: list[Row] = []
+    for index, stage in enumerate(runs[0]):
+        metrics = {}
+        for name in stage["metrics"]:
+            values = [run[index]["metrics"][name] for run in runs]
+            metrics[name] = {"values": values, "mean": float(np.mean(values)), "sd": _deviation(values)}
+            if index:
+                differences = [a - b for a, b in zip(values, out[-1]["metrics"][name]["values"], strict=True)]
+                metrics[name] |= {"gain": float(np.mean(differences)), "p": paired_t(differences)}
+        out.append({"stage": stage["stage"], "metrics": metrics})
+    return out
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def paired_t(differences: Sequence[float]) -> float | None:
+    """The chance of a mean at least so far from 0 if chance alone made the differences (Student 1908)."""
+    count, deviation = len(differences), _deviation(differences)
+    if not deviation:
+        return None
+    t, free = float(np.mean(differences)) / (deviation / count**0.5), count - 1
+    return float(jax.scipy.special.betainc(free / 2, 0.5, free / (free + t * t)))
+
+
+def spread_table(rows: Sequence[Row]) -> list[str]:
+    """What `spread` found, for a terminal."""
+    lines = []
+    for row in rows:
+        for name in main_metrics(row["metrics"]):
+            m = row["metrics"][name]
+            line = f"{row['stage']}: {name} {m['mean']:.4f}, sd {m['sd']:.4f} of {len(m['values'])} seeds"
+            if "gain" in m:
+                chance = "always alike" if m["p"] is None else f"p = {m['p']:.2g}, paired t"
+                line += f"; {m['gain']:+.4f} from the stage before ({chance})"
+            lines.append(line)
+    return lines

@@ -5,9 +5,11 @@ Everything is made in OUT.partial, which takes OUT's name when all is done: bad 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 
 from bigmodel import log, program, train, transfer, workdir
@@ -16,21 +18,71 @@ from bigmodel.compress.recipe import Op, Stage
 from bigmodel.compress.trained import Trained
 from bigmodel.config import InputError
 
+SEEDS_APART = 100  # those of two repetitions: each training step of a recipe takes the next one
+
 
 def run(
-    directory: str | os.PathLike[str], stages: tuple[Stage, ...], out: str | os.PathLike[str]
+    directory: str | os.PathLike[str], stages: tuple[Stage, ...], out: str | os.PathLike[str], seed: int = -1
 ) -> list[report.Row]:
     """Takes the run in `directory` through the recipe; writes `out`, report.json and report.png in it.
+
+    Args:
+        seed: of what is random in it; -1: the run's own.
 
     Raises:
         InputError: `out` holds something, there is no good checkpoint, or a step does not fit the model.
         train.NotFinite: training diverged.
     """
     log.show_logging()
+    with _made_whole(out) as scratch:
+        model = trained.load(directory)
+        if seed >= 0:
+            model = trained.changed(model, model.config.replace(seed=seed), model.params, model.rest)
+        seed = model.config.seed
+        rows, models = [report.describe("dense", model)], [model]
+        for number, stage in enumerate(stages, 1):
+            for index, op in enumerate(stage.ops):
+                model = _apply(model, op, scratch / f"{number}-{index}", pathlib.Path(directory), seed)
+            log.say(f"stage     {stage.name}")
+            rows.append(report.describe(stage.name, model))
+            models.append(model)
+        report.time_all(rows, models)
+        made = scratch / "made"
+        trained.save(model, made)
+        workdir.write_json(made / "report.json", {"stages": rows})
+        report.draw(rows, made / "report.png")
+    report.say(report.table(rows))
+    return rows
+
+
+def repeat(
+    directory: str | os.PathLike[str], stages: tuple[Stage, ...], out: str | os.PathLike[str], times: int
+) -> list[report.Row]:
+    """`run`, so often, into `out`/1, `out`/2 ..., with seeds of their own, and `out`/report.json, which says
+    how far they spread and whether a stage differs from the one before. Raises as `run`."""
+    first = workdir.read_config(pathlib.Path(directory)).seed
+    with _made_whole(out) as scratch:
+        made = scratch / "made"
+        runs = [
+            run(directory, stages, made / str(number + 1), first + SEEDS_APART * number)
+            for number in range(times)
+        ]
+        rows = report.spread(runs)
+        workdir.write_json(made / "report.json", {"runs": times, "stages": rows})
+    report.say(report.spread_table(rows))
+    return rows
+
+
+@contextlib.contextmanager
+def _made_whole(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A scratch directory; what is then in its `made` takes the name `out` if nothing is raised.
+
+    Raises:
+        InputError: `out` holds something or cannot be written.
+    """
     target = pathlib.Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--out={target} exists and is not an empty directory; choose a new one")
-    model = trained.load(directory)
     scratch = target.with_name(target.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -38,28 +90,16 @@ def run(
     except OSError as error:
         raise InputError(f"--out={target}: {error.strerror}; choose a directory you can write") from error
     try:
-        rows, models = [report.describe("dense", model)], [model]
-        for number, stage in enumerate(stages, 1):
-            for index, op in enumerate(stage.ops):
-                model = _apply(model, op, scratch / f"{number}-{index}", pathlib.Path(directory))
-            log.say(f"stage     {stage.name}")
-            rows.append(report.describe(stage.name, model))
-            models.append(model)
-        report.time_all(rows, models)
-        made = scratch / "model"
-        trained.save(model, made)
-        workdir.write_json(made / "report.json", {"stages": rows})
-        report.draw(rows, made / "report.png")
+        yield scratch
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(made, target)
+        os.replace(scratch / "made", target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    report.say(rows)
-    return rows
 
 
-def _apply(model: Trained, op: Op, scratch: pathlib.Path, teacher: pathlib.Path) -> Trained:
-    """One step of a stage. What trains does so in `scratch`, a workdir of its own."""
+def _apply(model: Trained, op: Op, scratch: pathlib.Path, teacher: pathlib.Path, seed: int) -> Trained:
+    """One step of a stage. What trains does so in `scratch`, a workdir of its own. New students begin with
+    the same seed, so that their stages can be compared."""
     if isinstance(op, recipe.Quantize):
         if op.steps:
             model = tune(quantize.aware(model, op), op.steps, 0.0, scratch)
@@ -67,7 +107,7 @@ def _apply(model: Trained, op: Op, scratch: pathlib.Path, teacher: pathlib.Path)
     if isinstance(op, recipe.Finetune):
         return tune(model, op.steps, op.lr, scratch)
     if isinstance(op, recipe.Distill):
-        student = distill.begin(model, op, _teacher(model, op, teacher, scratch))
+        student = distill.begin(model, op, _teacher(model, op, teacher, scratch), seed)
         return distill.end(tune(student, op.steps, distill.learning_rate(model, op), scratch))
     if op.unit != "weights":
         return structure.apply(model, op)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
@@ -178,7 +180,11 @@ class Detector(ImageModel):
     levels: tuple[int, ...] = (2, 3, 4)  # stages that a grid is laid on, 1 to 4; the finest first
     width: int = 256  # channels of the feature pyramid and the heads
     head_depth: int = 4  # 3x3 convolutions in each of the two heads, before the last one
+    groups: int = 0  # of channels in a head's GroupNorm; 0: 8, or what of it divides the width
     num_classes: int = 80
+
+    def resolve(self) -> Self:
+        return dataclasses.replace(self, groups=self.groups or math.gcd(8, self.width))
 
     def backbone(self) -> ResNet:
         return ResNet(depth=self.depth, stem=self.stem, channels=self.channels)
@@ -190,7 +196,12 @@ class Detector(ImageModel):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from self.backbone().problems()
-        yield from positive(self, "width", "head_depth", "num_classes")
+        yield from positive(self, "width", "head_depth", "groups", "num_classes")
+        if self.groups > 0 and self.width % self.groups:
+            yield (
+                "groups",
+                f"is {self.groups}, which does not divide model.width={self.width}; take a divisor",
+            )
         first = self.levels[0] if self.levels else 0
         if (
             self.levels != tuple(range(first, first + len(self.levels)))

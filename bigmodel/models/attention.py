@@ -10,8 +10,10 @@ pages of a cache, T pages of a row.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +54,8 @@ def attend(
     """
     if scale is not None:
         q_BLHK = q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
+    if (seen := _SEEN.get()) is not None:
+        seen.append(Attended(q_BLHK, k_BSGK, v_BSGK))
     if key_segments_BS is not None or bias_HLS is not None:
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, key_segments_BS, window)
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
@@ -68,6 +72,45 @@ def attend(
         return attend_blocks(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, window)
     mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, window=window)
     return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask)
+
+
+class Attended(NamedTuple):
+    """What attention is computed of: queries by which the scores are q k / sqrt(K), keys, values."""
+
+    q_BLHK: jax.Array
+    k_BSGK: jax.Array
+    v_BSGK: jax.Array
+    mask: jax.Array | None = None  # as `visible` makes it
+    bias_HLS: jax.Array | None = None
+
+
+_SEEN: contextvars.ContextVar[list[Attended] | None] = contextvars.ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Attended]]:
+    """While a step is traced inside it, the list gets what each call of `attend` saw; a stack of layers,
+    which is a loop, gives its last layer's self-attention alone, with its mask and bias."""
+    seen: list[Attended] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def watcher() -> list[Attended] | None:
+    """The list of the innermost `watched`; None outside."""
+    return _SEEN.get()
+
+
+def log_maps(
+    q_BLHK: jax.Array, k_BSGK: jax.Array, mask: jax.Array | None, bias_HLS: jax.Array | None = None
+) -> jax.Array:
+    """The log of the weights that a query gives to the keys -> float32 [B, H, L, S]; as `attend_xla`."""
+    scores = _scores_by_head(q_BLHK, k_BSGK.swapaxes(1, 2), mask, bias_HLS)
+    b, groups, ratio, *each = scores.shape
+    return jax.nn.log_softmax(scores, axis=-1).reshape(b, groups * ratio, *each)
 
 
 def attend_cached(
@@ -196,6 +239,16 @@ def _attend_by_head(
     bias_HLS: jax.Array | None = None,
 ) -> jax.Array:
     """`attend_xla` of keys and values that have their heads before their positions; the bias may have a B."""
+    scores = _scores_by_head(q_BLHK, k_BGSK, mask, bias_HLS)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
+    y_BGRLK = jnp.einsum("BGRLS,BGSK->BGRLK", weights, v_BGSK)
+    return y_BGRLK.transpose(0, 3, 1, 2, 4).reshape(q_BLHK.shape)
+
+
+def _scores_by_head(
+    q_BLHK: jax.Array, k_BGSK: jax.Array, mask: jax.Array | None, bias_HLS: jax.Array | None
+) -> jax.Array:
+    """Masked scores -> float32 [B, G, R, L, S]."""
     b, length, heads, dim = q_BLHK.shape
     groups = k_BGSK.shape[1]
     q_BGRLK = q_BLHK.reshape(b, length, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
@@ -204,11 +257,9 @@ def _attend_by_head(
     if bias_HLS is not None:
         lead, of_one = bias_HLS.shape[:-3], bias_HLS.shape[-2:]
         scores = scores + bias_HLS.reshape(*lead, groups, heads // groups, *of_one)
-    if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
-    y_BGRLK = jnp.einsum("BGRLS,BGSK->BGRLK", weights, v_BGSK)
-    return y_BGRLK.transpose(0, 3, 1, 2, 4).reshape(b, length, heads, dim)
+    if mask is None:
+        return scores
+    return jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
 
 
 def attend_splash(

@@ -20,17 +20,16 @@ from bigmodel.families import Detector as DetectorConfig
 from bigmodel.models import layers, resnet
 
 PRIOR = 0.01  # every class's probability at the start (Lin et al. 2017, section 4.1)
-GROUPS = 8  # of channels in a head's GroupNorm, at most
 
 
 class Tower(nnx.Module):
     """3x3 convolutions with GroupNorm and ReLU, then a 3x3 convolution to `o` channels; for every level."""
 
-    def __init__(self, width: int, depth: int, o: int, prior: float, dtype: str, rngs: nnx.Rngs):
-        shape = [(width, width)] * depth
+    def __init__(self, c: DetectorConfig, o: int, prior: float, dtype: str, rngs: nnx.Rngs):
+        width = c.width
+        shape = [(width, width)] * c.head_depth
         self.convs = nnx.List([layers.Conv(a, b, 3, dtype=dtype, rngs=rngs, bias=False) for a, b in shape])
-        groups = math.gcd(GROUPS, width)
-        self.norms = nnx.List([GroupNorm(width, groups, dtype=dtype) for _ in shape])
+        self.norms = nnx.List([GroupNorm(width, c.groups, dtype=dtype) for _ in shape])
         self.last = layers.Conv(width, o, 3, dtype=dtype, rngs=rngs)
         # Small at first, so that all places begin near the prior.
         self.last.kernel[...] = 0.1 * self.last.kernel[...]
@@ -72,8 +71,8 @@ class Detector(nnx.Module):
         ins = [self.backbone.widths[stage - 1] for stage in c.levels]
         self.laterals = nnx.List([layers.Conv(i, c.width, 1, dtype=dtype, rngs=rngs) for i in ins])
         self.smooths = nnx.List([layers.Conv(c.width, c.width, 3, dtype=dtype, rngs=rngs) for _ in ins])
-        self.classes = Tower(c.width, c.head_depth, c.num_classes, PRIOR, dtype, rngs)
-        self.boxes = Tower(c.width, c.head_depth, 5, 0.5, dtype, rngs)  # four distances and the centre
+        self.classes = Tower(c, c.num_classes, PRIOR, dtype, rngs)
+        self.boxes = Tower(c, 5, 0.5, dtype, rngs)  # four distances and the centre
         self.scales = nnx.Param(jnp.ones((len(ins),), dtype))  # of a level's distances (section 3.2)
 
     def __call__(

@@ -4,12 +4,13 @@ what the teacher makes of it.
 The teacher's arrays are `rest["teacher"]`: nothing trains them, checkpoints and the mesh know them as any
 others, and a plan counts their bytes and FLOPs. Evaluation runs the student alone.
 
-Legend: B batch, L positions, V vocabulary or classes, D features.
+Legend: B batch, L positions, S keys, H heads, V vocabulary or classes, D features.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ import optax
 
 from bigmodel import mesh
 from bigmodel.config import Config, InputError
-from bigmodel.families import IMAGE_TASKS
-from bigmodel.models import weights
+from bigmodel.families import IMAGE_TASKS, TOKEN_TASKS, Transformer
+from bigmodel.models import attention, weights
 from bigmodel.models.module import Definition, Tree
 
 NAME = "teacher"
@@ -54,14 +55,20 @@ class Distilled(Definition):
         if how.hidden:
             params = _watched(params, features[0])
             told = {**told, "params": _watched(told["params"], features[1])}
-        outputs, own = self.student.apply(params, own, batch, key=key, train=True)
-        target, _ = self.frozen[NAME].apply(told["params"], told["rest"], batch, key=None, train=False)
+        with attention.watched() as seen:
+            outputs, own = self.student.apply(params, own, batch, key=key, train=True)
+        with attention.watched() as shown:
+            target, _ = self.frozen[NAME].apply(told["params"], told["rest"], batch, key=None, train=False)
         loss = how.weight * distance(self.config, logits(outputs), jax.lax.stop_gradient(logits(target)))
         losses = {"distill": loss}
         if how.hidden:
             x, y = features[0][-1], jax.lax.stop_gradient(features[1][-1])
             losses["hidden"] = how.hidden * likeness(x, y, loss.shape)
         losses = {name: _for_task(self.config, value, batch) for name, value in losses.items()}
+        if how.attention:
+            shape = losses["distill"].shape
+            far = [_of_shape(maps_apart(*pair), batch, shape) for pair in zip(seen, shown, strict=True)]
+            losses["attention"] = how.attention * sum(far, jnp.zeros(shape, jnp.float32))
         given = outputs if isinstance(outputs, Mapping) else {"logits": outputs}
         return {**given, "losses": {**given.get("losses", {}), **losses}}, {**own, NAME: rest[NAME]}
 
@@ -76,6 +83,11 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
         InputError: they do not predict the same thing.
     """
     where = config.distill.teacher
+    if config.task.name not in (*IMAGE_TASKS, *TOKEN_TASKS):
+        raise InputError(
+            f"distill.teacher: task.name={config.task.name} has no logits to learn; leave it out, or distil "
+            "a model that classifies, regresses or predicts tokens"
+        )
     for key in ("vocab_size", "num_classes"):
         own, other = (getattr(c.model, key, None) for c in (config, taught))
         if own != other:
@@ -87,10 +99,21 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
         )
     if config.task.name not in IMAGE_TASKS and taught.seq_len != config.seq_len:
         raise InputError(f"distill.teacher={where} has seq_len={taught.seq_len}; set seq_len so")
-    for who, definition in (("model", student), ("teacher", teacher)):
+    for who, definition, c in (("model", student, config), ("teacher", teacher, taught)):
         if config.distill.hidden and _output(definition.params_spec) is None:
             raise InputError(
                 f"distill.hidden finds no plain output layer in the {who}; set distill.hidden to 0"
+            )
+        if config.distill.attention and not isinstance(c.model, Transformer):
+            raise InputError(
+                f"distill.attention finds no attention in the {who} ({c.model.name}); set it to 0"
+            )
+    for key in ("patch", "pool"):
+        own, other = (getattr(c.model, key, None) for c in (config, taught))
+        if config.distill.attention and own != other:
+            raise InputError(
+                f"distill.attention compares position by position, but distill.teacher={where} has "
+                f"model.{key}={other}; set model.{key} so"
             )
     spec = {"params": teacher.params_spec, "rest": teacher.rest_spec}
     fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(Definition)}
@@ -131,6 +154,39 @@ def likeness(x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     off = jnp.square(related(x) - related(y)).sum(-1)
     return off if off.shape == shape else jnp.broadcast_to(off.mean(), shape)
+
+
+def maps_apart(own: attention.Attended, told: attention.Attended) -> jax.Array:
+    """How far a layer's self-attention is from the teacher's -> [B, L], for each query.
+
+    KL(teacher || student) of what each position attends to, plus that of how its value relates to the others'
+    (MiniLM, Wang et al. 2020, eq. 3-6). Heads are compared one by one, or their means where the two have not
+    as many; widths may differ.
+    """
+    pair = (jax.lax.stop_gradient(told), own)
+    maps = [attention.log_maps(x.q_BLHK, x.k_BSGK, x.mask, x.bias_HLS) for x in pair]
+    values = [attention.log_maps(x.v_BSGK, x.v_BSGK, x.mask) for x in pair]
+    return _apart(*maps) + _apart(*values)
+
+
+def _apart(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p || q) of log probabilities [B, H, L, S], over the last axis, and the mean over heads -> [B, L]."""
+    if log_p.shape[1] != log_q.shape[1]:
+        means = (jax.nn.logsumexp(x, axis=1, keepdims=True) - math.log(x.shape[1]) for x in (log_p, log_q))
+        log_p, log_q = means
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean(1)
+
+
+def _of_shape(x_BL: jax.Array, batch: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """What is told by position, as it is where the task counts these positions, else the mean of the real
+    ones -> `shape`, [B] or [B, ...]."""
+    if x_BL.shape == shape:
+        return x_BL
+    parts = [batch[name] for name in ("segments", "decoder_segments") if name in batch]
+    real_BL = next((part > 0 for part in parts if part.shape == x_BL.shape), jnp.ones(x_BL.shape, bool))
+    weight_BL = real_BL.astype(jnp.float32)
+    mean_B = (x_BL * weight_BL).sum(1) / jnp.maximum(weight_BL.sum(1), 1)
+    return jnp.broadcast_to(mean_B.reshape(-1, *(1,) * (len(shape) - 1)), shape)
 
 
 def _for_task(config: Config, loss: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:

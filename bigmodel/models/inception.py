@@ -192,35 +192,23 @@ class Inception(nnx.Module):
         c, dtype = config.model, config.param_dtype
         self.compute_dtype, self.rate = config.compute_dtype, c.dropout
         _, height, width, i = spec["image"].shape
-        v1 = c.version == "v1"
-        room(
-            config, min(height, width), {(0, 0): 75, (0, 1): 24, (1, 0): 32, (1, 1): 8}[v1, c.stem == "small"]
-        )
-        stem = _stem(v1, c.stem == "small")
+        smallest = {("v3", "imagenet"): 75, ("v3", "small"): 24, ("v1", "imagenet"): 32, ("v1", "small"): 8}
+        room(config, min(height, width), smallest[c.version, c.stem])
         self.order: list[str] = []
         parts: list[nnx.Module] = []
-        for item in stem:
-            if isinstance(item, str):
-                self.order.append(item)
-                continue
-            o = _scaled(item[0], c.multiplier)
-            parts.append(ConvNorm(i, o, *item[1:], dtype=dtype, rngs=rngs))
-            self.order.append("")
-            i = o
-        aux, modules = [], 0
-        for entry in V1 if v1 else V3:
-            if isinstance(entry, str):
-                self.order.append(entry)
-                continue
-            branches: Sequence[Branch] = _v1(*entry) if isinstance(entry, tuple) else entry
-            module = Module(i, branches, c.multiplier, dtype, rngs)
-            parts.append(module)
-            i = module.channels
-            has_aux = c.aux and modules in (V1_AUX if v1 else (V3_AUX,))
-            self.order.append("aux" if has_aux else "")
-            if has_aux:
+        aux: list[nnx.Module] = []
+        for item in order(c):
+            self.order.append(item if isinstance(item, str) else "")
+            if isinstance(item, tuple):
+                o = _scaled(item[0], c.multiplier)
+                parts.append(ConvNorm(i, o, *item[1:], dtype=dtype, rngs=rngs))
+                i = o
+            elif isinstance(item, list):
+                module = Module(i, item, c.multiplier, dtype, rngs)
+                parts.append(module)
+                i = module.channels
+            elif item == "aux":
                 aux.append(Aux(i, c, dtype, rngs))
-            modules += 1
         self.parts, self.aux = nnx.List(parts), nnx.List(aux)
         self.head = layers.Dense(i, c.num_classes, std=i**-0.5, dtype=dtype, rngs=rngs)
 
@@ -229,13 +217,26 @@ class Inception(nnx.Module):
         parts, aux = iter(self.parts), iter(self.aux)
         outs: list[jax.Array] = []
         for kind in self.order:
-            x_BHWC = POOLS[kind](x_BHWC) if kind in POOLS else next(parts)(x_BHWC, train)
-            if kind == "aux" and train:
+            if kind != "aux":
+                x_BHWC = POOLS[kind](x_BHWC) if kind else next(parts)(x_BHWC, train)
+            elif train:
                 outs.append(
                     next(aux)(x_BHWC, None if key is None else jax.random.fold_in(key, len(outs) + 1))
                 )
         logits = self.head(layers.dropout(ops.mean_pool(x_BHWC), self.rate, key))
         return {"logits": logits, "aux_logits": outs} if outs else logits
+
+
+def order(c: InceptionConfig) -> list[Any]:
+    """The network from its first layer to its last: convolutions (channels, size, stride, padding), names of
+    POOLS, modules (lists of branches), and "aux" where an auxiliary classifier reads what comes before."""
+    v1, out, modules = c.version == "v1", [], 0
+    for entry in V1 if v1 else V3:
+        out.append(_v1(*entry) if isinstance(entry, tuple) else entry)
+        if not isinstance(entry, str):
+            out += ["aux"] if c.aux and modules in (V1_AUX if v1 else (V3_AUX,)) else []
+            modules += 1
+    return [*_stem(v1, c.stem == "small"), *out]
 
 
 def _stem(v1: bool, small: bool) -> list[Any]:

@@ -21,7 +21,16 @@ from bigmodel.config import Config
 from bigmodel.families import Transformer
 from bigmodel.models import cache as cache_lib
 from bigmodel.models import layers, module, moe, ops
-from bigmodel.models.attention import Owners, attend, attend_cached, attend_paged
+from bigmodel.models.attention import (
+    Attended,
+    Owners,
+    attend,
+    attend_cached,
+    attend_paged,
+    visible,
+    watched,
+    watcher,
+)
 
 UNROLLED_ON_CPU = 12  # layers; on a CPU a scan copies what it saves, 10-25 % of the step, and compiles faster
 PROJECTIONS = ("q", "k", "v", "attention_out", "up", "gate", "mlp_out")  # names that remat policies save
@@ -115,20 +124,28 @@ def _run(
         keys = jax.random.split(key, depth)
     zero_BL = jnp.zeros(x_BLD.shape[:2], jnp.float32) if c.experts else None
     losses = dict.fromkeys(moe.LOSSES, zero_BL) if c.experts else {}
+    watch = watcher()
+    last = None if watch is None else _attended(c, x_BLD)
 
     def call(block: Any, carry: Any, x: tuple[jax.Array | None, Cache | None]) -> Any:
-        x_BLD, losses = carry
-        x_BLD, more, cache = block(x_BLD, sight, *x)
-        return (x_BLD, {name: value + more[name] / depth for name, value in losses.items()}), cache
+        x_BLD, losses, last = carry
+        with watched() as seen:
+            x_BLD, more, cache = block(x_BLD, sight, *x)
+        losses = {name: value + more[name] / depth for name, value in losses.items()}
+        return (x_BLD, losses, None if last is None else seen[0]), cache
 
-    (x_BLD, losses), cache = module.scan(
+    (x_BLD, losses, last), cache = module.scan(
         blocks,
         call,
-        (layers.shard_width(x_BLD, c.STREAM_OVER_TENSOR), losses),
+        (layers.shard_width(x_BLD, c.STREAM_OVER_TENSOR), losses, last),
         (keys, cache),
         wrap=_remat(config.remat),
         unroll=not c.scan or (mesh.platform() == "cpu" and depth <= UNROLLED_ON_CPU),
     )
+    if watch is not None and last is not None:
+        length = x_BLD.shape[1]
+        mask = visible(sight.segments_BL, length, length, sight.causal, window=c.window)
+        watch.append(last._replace(mask=mask, bias_HLS=sight.bias))
     return (x_BLD if last_norm is None else last_norm(x_BLD)), losses, cache
 
 
@@ -140,6 +157,13 @@ def one_output(
     key = None if key is None else jax.random.fold_in(key, c.depth + 1)
     outputs: dict[str, Any] = {"logits": head(layers.dropout(x_BD, c.dropout, key))}
     return outputs | ({"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}} if losses else {})
+
+
+def _attended(c: Transformer, x_BLD: jax.Array) -> Attended:
+    """What a layer's self-attention sees, as zeros."""
+    shapes = ((*x_BLD.shape[:2], heads, c.head_dim) for heads in (c.heads, c.kv_heads, c.kv_heads))
+    heads = (mesh.BATCH, None, "tensor", None)
+    return Attended(*(mesh.shard(jnp.zeros(shape, x_BLD.dtype), *heads) for shape in shapes))
 
 
 class Block(nnx.Module):
