@@ -344,6 +344,12 @@ def config_of(family, **keys):
     return config_lib.load(f"{ROOT}/configs/recommender.py:kind={family}", changes)
 
 
+def build_of(config):
+    if config.model.name != "recommender":
+        return build(config)
+    return program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
+
+
 def batch_of(config, seed):
     if config.model.name != "recommender":
         return random_batch(config, seed)
@@ -353,8 +359,8 @@ def batch_of(config, seed):
 def model_of(family, monkeypatch, **keys):
     """A model that is not trained, whose calibration batches are random ones."""
     config = config_of(family, **keys)
-    built = build(config)
-    state = start(built)
+    built = build_of(config)
+    state = built.init(jax.random.key(0)) if config.model.name == "recommender" else start(built)
     params = jax.tree.map(
         lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape),
         jax.device_get(state["params"]),
@@ -501,7 +507,8 @@ STRUCTURES = [
         ("rnn", "channels", {"model__embed_width": 24, "model__tie_embeddings": True}),
         ("inception", "channels", {"model__multiplier": 0.125, "model__aux": True}),
         ("inception", "channels", {"model__multiplier": 0.125, "model__aux": True, "model__version": "v3"}),
-        ("gan", "channels", {"model__norm": "spectral", "model__num_classes": 10}), ("gan", "channels", {}),
+        ("gan", "channels", {"model__norm": "spectral", "model__num_classes": 10}),
+        ("gan", "channels", {"data__image_size": 16}),
         ("gan", "channels", {"model__arch": "resnet", "model__norm": "spectral", "model__num_classes": 10}),
         ("gan", "channels", {"model__arch": "resnet", "model__norm": "none", "task__gan_loss": "wgan-gp"}),
         ("detector", "channels", {}), ("detector", "channels", {"model__head_depth": 2}),
