@@ -332,7 +332,7 @@ def test_every_task_can_have_a_teacher(family, tmp_path, monkeypatch):
 
 
 RECOMMENDERS = {
-    "model__users": 64, "model__items": 32, "model__width": 8, "model__widths": (16, 8),
+    "model__users": 1024, "model__items": 512, "model__width": 8, "model__widths": (16, 8),
     "model__bottom": (8,), "batch_size": 16, "steps": 4, "microbatches": 1,
 }  # fmt: skip
 
