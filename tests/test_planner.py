@@ -74,7 +74,7 @@ def test_libtpu_plans_and_says_what_does_not_fit():
     assert "libtpu" in result.out
     result = run_script(
         "plan.py",
-        "--config=configs/gpt.py:size=6.7b",
+        "--config=configs/gpt.py:size=13b",
         "--target=v5e:2x4",
         "--config.batch_size=8",
         limit_s=500,
