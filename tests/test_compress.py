@@ -146,6 +146,10 @@ def test_products_in_digits_are_as_exact_as_those_of_floats():
             assert y.dtype == dtype
             assert (np.abs(np.asarray(y, np.float64) - exact) <= most * largest).all()
     assert (ask(jnp.zeros((2, 48)), weights.InDigits.of(w)) == 0).all()
+    experts = weights.quantize(jnp.asarray(rng.normal(size=(3, 8, 6)), jnp.float32), (-2,), "int8")
+    other = weights.InDigits.of(experts)
+    assert other.shape == (3, 8, 6)
+    np.testing.assert_array_equal(other.astype(jnp.float32), experts.astype(jnp.float32))
 
 
 @pytest.mark.parametrize(("family", "kind"), [("cnn", "int8"), ("moe", "int4")])
