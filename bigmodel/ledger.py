@@ -85,6 +85,7 @@ class ProcessMemory:
     def begin(self, held_bytes: float) -> None:
         """Starts to count; `held_bytes` of what is to be counted are held already."""
         with contextlib.suppress(OSError):
+            time.sleep(0.1)  # buffers of the step before are freed just after its results are there
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
                 libc.malloc_trim(0)  # what was freed must not serve again unseen
             (self.PROC / "clear_refs").write_text("5")  # the peak starts anew: man proc_pid_clear_refs

@@ -1,9 +1,11 @@
-"""Vision Transformers (Dosovitskiy et al. 2020; Ti and S: Touvron et al. 2020; g: Zhai et al. 2021).
+r"""Vision Transformers (Dosovitskiy et al. 2020; Ti and S: Touvron et al. 2020; g: Zhai et al. 2021).
 
-    python scripts/train.py --config=configs/vit.py:data=mnist --workdir=runs/vit-mnist
+    python scripts/train.py --config=configs/vit.py:data=mnist --config.data.augment=crop:2 \
+        --config.steps=2000 --workdir=runs/vit-mnist
     python scripts/plan.py --config=configs/vit.py:data=imagenet2012,size=b
 
-No run has been measured yet.
+Claim: at least 98 % test accuracy on mnist. Planned: 27 GFLOP a step of 128. Measured on 2 CPU cores that
+were busy with other work: 98.64 %, 24 minutes of CPU time.
 Any TFDS image classification set with one image size works; `size=toy` takes patches of 4 pixels, the
 published sizes 16 (h and g: 14) pixels.
 """
