@@ -1,7 +1,8 @@
 """`python_packages`: passages of the running Python's standard library, each with the package it is from.
 
-A labelled set of texts that every machine has: four lines at a time of ten packages' files. The files are
-split as `python_source` splits them, so what a model was pretrained on there is never tested here.
+A labelled set of texts that every machine has: four lines at a time of ten packages' files, split by a hash
+of each passage (`python_source` splits by file, which here would give the splits other shares of classes). So
+a model that was pretrained on `python_source` has read most of the passages, but never a label.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class PythonPackages(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
         for path, data in files(pathlib.Path(sysconfig.get_paths()["stdlib"])):
             package = path.partition("/")[0]
-            if package in PACKAGES and share(data) in SHARES[split]:
-                for number, text in enumerate(passages(data.decode("utf-8"))):
+            for number, text in enumerate(passages(data.decode("utf-8")) if package in PACKAGES else ()):
+                if share(text.encode()) in SHARES[split]:
                     yield f"{path} {number}", {"text": text, "label": package}
 
 
