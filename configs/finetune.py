@@ -10,7 +10,16 @@ r"""Fine-tuning: a model trained elsewhere, frozen but for low-rank adapters (Hu
 without it a toy GPT starts from nothing. `rank=0` trains every parameter, and
 `--config.optim.freeze='^/embed/'` keeps some as they are. Claim: adapters of rank 8 on all matrices train
 about 4 % of the toy's parameters, and the plan has as much less optimizer state. WORKDIR/init.json says what
-became of each array; an export has the adapters merged. No run has been measured yet.
+became of each array; an export has the adapters merged.
+
+Measured: which of ten packages four lines of Python are from, 500 steps of 16 passages, started from the
+quickstart's model (`bash scripts/quickstart.sh`), accuracy on all of the test split; each took under 4 min
+on 2 CPU cores that were busy with other work too. Every parameter trained (`rank=0`) 46.8 %, adapters of
+rank 8 40.2 %, the same model from nothing (`rank=0`, `--config.init.from=`) 34.5 %:
+
+    python scripts/train.py --workdir=runs/packages \
+        --config=configs/finetune.py:from=runs/quickstart,task=classify,classes=10,rank=0 \
+        --config.data.name=python_packages --config.eval.batches=-1 --config.eval.every_steps=500
 """
 
 from __future__ import annotations

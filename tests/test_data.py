@@ -15,7 +15,7 @@ import pytest
 from bigmodel import config as configs
 from bigmodel.config import InputError
 from bigmodel.data import batch_spec, batches, make_pipeline, open_source, pipeline, sources
-from bigmodel.data.builders import digits, prepare, python_source
+from bigmodel.data.builders import digits, prepare, python_packages, python_source
 from bigmodel.families import CNN
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,6 +73,16 @@ def test_python_source_splits_share_no_file(data_dir):
     assert 0.7 < len(texts["train"]) / total < 0.9
     paths = parts["train"].read(np.arange(len(parts["train"])))["path"]
     assert not any(b"site-packages" in p or b"/test/" in p for p in paths)
+
+
+def test_python_packages_have_all_classes_in_every_split_and_no_passage_twice(tmp_path):
+    builder = python_packages.PythonPackages(data_dir=tmp_path)
+    parts = [[row for _, row in builder._generate_examples(split)] for split in ("train", "test")]
+    for rows in parts:
+        assert {row["label"] for row in rows} == set(python_packages.PACKAGES)
+    train, test = ({row["text"] for row in rows} for rows in parts)
+    assert not train & test
+    assert all(text.count("\n") == python_packages.LINES - 1 for text in test)
 
 
 def test_python_source_skips_what_is_no_text(tmp_path):
