@@ -71,6 +71,7 @@ def main() -> int:
     flags.add_argument("--times", action="store_true", help="of planning, by size and chips; minutes")
     flags.add_argument("--fresh", action="store_true", help="calibrate again")
     flags.add_argument("--rounds", type=int, default=5, help="of every case in turn")
+    flags.add_argument("--only", default="", help="of --local, --search, --times: names that hold this")
     flags.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     args, rest = cli.parse(flags)
     if rest or args.local + args.search + args.times + bool(args.table) != 1:
@@ -79,9 +80,11 @@ def main() -> int:
     if args.table:
         rows = published(args.table)
     elif args.times:
-        rows = times()
+        rows = times(args.only)
+    elif args.search:
+        rows = ranked(args.rounds, args.fresh, args.only)
     else:
-        rows = ranked(args.rounds, args.fresh) if args.search else local(args.rounds, args.fresh)
+        rows = local(args.rounds, args.fresh, args.only)
     if args.json:
         args.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     return 0
@@ -189,11 +192,11 @@ SIZES = {  # size -> target and what makes the model fit there
 }
 
 
-def times() -> list[dict[str, Any]]:
+def times(only: str) -> list[dict[str, Any]]:
     """Plans each of SIZES by scripts/plan.py. -> rows of size, target, parameters, chips, plan_time_s (of the
     whole command), process_bytes (its peak), predicted_step_s and peak_memory_bytes of a chip."""
     rows: list[dict[str, Any]] = []
-    for size, (target, settings) in SIZES.items():
+    for size, (target, settings) in _chosen(SIZES, only).items():
         with tempfile.TemporaryDirectory() as folder:
             out = pathlib.Path(folder) / "plan.json"
             command = [sys.executable, str(ROOT / "scripts/plan.py"), f"--target={target}", f"--json={out}"]
@@ -227,7 +230,7 @@ def times() -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------- this machine's CPU
 
 
-def local(rounds: int, fresh: bool) -> list[dict[str, Any]]:
+def local(rounds: int, fresh: bool, only: str) -> list[dict[str, Any]]:
     """Predicts every case, then measures them. -> rows of name, predicted_step_s, measured_step_s, error."""
     from bigmodel.data import text
     from bigmodel.plan import calibrate
@@ -237,7 +240,7 @@ def local(rounds: int, fresh: bool) -> list[dict[str, Any]]:
     print(f"load average {os.getloadavg()[0]:.1f}: other work on these cores makes every figure wrong")
     rows: list[dict[str, Any]] = []
     steps: list[Callable[[], Any]] = []
-    for name, (path, overrides) in CASES.items():
+    for name, (path, overrides) in _chosen(CASES, only).items():
         predicted_s, plan_s, step = _prepare(_load(path, overrides), calibration)
         rows.append({"name": name, "predicted_step_s": predicted_s, "plan_time_s": plan_s})
         steps.append(step)
@@ -258,7 +261,7 @@ RANKED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def ranked(rounds: int, fresh: bool) -> list[dict[str, Any]]:
+def ranked(rounds: int, fresh: bool, only: str) -> list[dict[str, Any]]:
     """Plans every mesh of each model on cpu:8, then runs them. -> rows of name, mesh, predicted_step_s,
     measured_step_s, and `slower`: the first choice's time over the fastest's, less one."""
     import jax
@@ -270,7 +273,7 @@ def ranked(rounds: int, fresh: bool) -> list[dict[str, Any]]:
     calibration = calibrate.load(text.cache_dir(), fresh)
     print(f"calibrated for {calibration.key} in {calibration.took_s:.0f} s", flush=True)
     rows: list[dict[str, Any]] = []
-    for name, (path, overrides) in RANKED.items():
+    for name, (path, overrides) in _chosen(RANKED, only).items():
         config = _load(path, overrides)
         found = list(candidates.candidates(config, target.make("cpu:8"), over=()))
         print(f"{name}: {len(found)} meshes", flush=True)
@@ -295,6 +298,14 @@ def ranked(rounds: int, fresh: bool) -> list[dict[str, Any]]:
         print(f"  the first choice is {tried[0]['slower']:.1%} slower than the fastest mesh", flush=True)
         rows += tried
     return rows
+
+
+def _chosen(cases: dict[str, Any], only: str) -> dict[str, Any]:
+    """Raises InputError where no name holds the text."""
+    chosen = {name: case for name, case in cases.items() if only in name}
+    if not chosen:
+        raise InputError(f"--only={only!r} is in no name; choose of {'; '.join(cases)}")
+    return chosen
 
 
 def _load(path: str, overrides: dict[str, Any]) -> Config:
