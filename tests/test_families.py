@@ -163,7 +163,7 @@ def test_ten_examples_are_learned_by_heart(family):
     program = build(tiny(family, batch_size=10, optim__lr=1e-2, steps=150, model__width=64))
     batch = random_batch(program.config)
     _, rows = steps(program, start(program), 150, [batch])
-    assert rows["accuracy"][-1] > 0.98
+    assert rows["accuracy"][-1] > 0.975  # of a language model 132 of 135 can be told
     assert rows["loss"][-1] < 0.1 * rows["loss"][0]
 
 

@@ -19,7 +19,7 @@ from conftest import Ran, build, by_path, run_script, tiny
 from safetensors.numpy import load_file, save_file
 
 from bigmodel import config as config_lib
-from bigmodel import data, huggingface, infer, models, transfer
+from bigmodel import data, huggingface, infer, mesh, models, transfer
 from bigmodel.config import Config, InputError
 from bigmodel.predict import Predictor
 
@@ -356,8 +356,8 @@ def test_transformers_computes_the_same(oracle, tmp_path):
     if config.task.next_sentence:
         specs["next_sentence"] = jax.ShapeDtypeStruct((3,), np.int32)
     definition = models.define(config, specs)
-    params = transfer.nested({path: arrays[path] for path in by_path(definition.params_spec)})
-    rest = transfer.nested({path: arrays[path] for path in by_path(definition.rest_spec)})
+    params = mesh.nest({path: arrays[path] for path in by_path(definition.params_spec)})
+    rest = mesh.nest({path: arrays[path] for path in by_path(definition.rest_spec)})
     got = logits(definition, config, params, rest, ours)
     pairs = {"logits": "logits", "prediction_logits": "logits", "seq_relationship_logits": "next_sentence"}
     pairs |= {"last_hidden_state": "hidden", "pooler_output": "pooled"}

@@ -167,7 +167,7 @@ def test_bfloat16_is_close_to_float32(cell):
 def test_ten_examples_are_learned_by_heart(cell):
     part = build(tiny("rnn", model__cell=cell, model__width=64, batch_size=10, optim__lr=1e-2, steps=150))
     _, rows = steps(part, start(part), 150, [random_batch(part.config)])
-    assert rows["accuracy"][-1] > 0.98
+    assert rows["accuracy"][-1] > 0.975  # equal beginnings that go on differently: at most 132 of 135
     assert rows["loss"][-1] < 0.1 * rows["loss"][0]
 
 
