@@ -448,6 +448,7 @@ def test_the_script_writes_and_draws(few, tmp_path):
     assert json.loads(ran.out)["map50"] == pytest.approx(out["map50"])
 
 
+@pytest.mark.slow
 def test_precision_is_of_all_examples_on_any_mesh(few):
     """The last batch is filled up; that changes nothing."""
     keys = {"eval__batches": -1, "task__least_score": 0.001, "data__data_dir": few}

@@ -75,6 +75,7 @@ def test_statistics_are_loaded_and_a_new_head_is_not(tmp_path):
     np.testing.assert_array_equal(by_path(state["rest"])[mean], there[mean])
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_and_resumes_without_it(corpus, tmp_path):
     """And the resumed run is the straight one, with adapters, frozen parameters and an average."""
     more = {"lora__rank": 2, "lora__train": "^/norm/", "optim__ema_decay": 0.9, "optim__schedule": "constant"}

@@ -179,6 +179,7 @@ def test_groups_have_settings_of_their_own():
     np.testing.assert_allclose(moved[1]["convs"][0]["kernel"], -0.1 / others**0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_train_lie_and_resume_like_any_optimizer(tmp_path):
     keys = {"optim__name": "adam", "optim__groups": GROUPS, "optim__ema_decay": 0.9}
     one, many = built_with(keys), built_with(keys | mesh_keys({"fsdp": 4, "tensor": 2}))

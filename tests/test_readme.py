@@ -39,34 +39,53 @@ def test_every_path_named_in_the_readme_exists():
         assert (ROOT / path).exists(), path
 
 
+def tiny(command: str, folder: pathlib.Path) -> tuple[str, list[str]]:
+    """The script of a command, and its arguments at tiny size."""
+    words = shlex.split(command)
+    args = [
+        word.replace("runs/", f"{folder}/").replace("=plan.json", f"={folder}/plan.json")
+        for word in words[2:]
+    ]
+    args = [word.replace("--name=mnist", "--name=digits").replace("=DIR", f"={folder}/data") for word in args]
+    if any(word.startswith("--config=") for word in args):
+        args += [a for a in TINY if "gpt" in command or not re.search("model|seq_len", a)]
+        args = [a for a in args if "data_dir" not in a and a != "--config.data.name=mnist"]
+        args = [a.replace("cnn.py:data=mnist", "cnn.py") for a in args]
+    for large, small in SMALL.items():
+        args = [word.replace(large, small) for word in args]
+    return pathlib.Path(words[1]).name, args
+
+
 def test_python_commands_run(tmp_path):
     for command in COMMANDS:
-        words = shlex.split(command)
-        if words[0] != "python":
-            continue
-        args = [word.replace("runs/", f"{tmp_path}/") for word in words[2:]]
-        args = [
-            word.replace("--name=mnist", "--name=digits").replace("=DIR", f"={tmp_path}/data")
-            for word in args
-        ]
-        script = pathlib.Path(words[1]).name
-        if any(word.startswith("--config=") for word in args):
-            args += [a for a in TINY if "gpt" in command or not re.search("model|seq_len", a)]
-            args = [a for a in args if "data_dir" not in a and a != "--config.data.name=mnist"]
-            args = [a.replace("cnn.py:data=mnist", "cnn.py") for a in args]
-        if script == "bench.py":
-            args = [
-                "--cases=gpt-small",
-                "--rivals=ours,bare",
-                "--rounds=1",
-                "--steps=1",
-                f"--json={tmp_path}/b",
-            ]
-        args = [word.replace("=plan.json", f"={tmp_path}/plan.json") for word in args]
-        for large, small in SMALL.items():
-            args = [word.replace(large, small) for word in args]
-        ran = run_script(script, *args, limit_s=200)
-        assert ran.code == 0, (command, args, ran)
+        if command.startswith("python") and "/bench" not in command:
+            script, args = tiny(command, tmp_path)
+            ran = run_script(script, *args, limit_s=200)
+            assert ran.code == 0, (command, args, ran)
+
+
+@pytest.mark.slow
+def test_benchmarks_run(tmp_path):
+    made = [f"--config=configs/gpt.py:size=toy,seq_len=64 --workdir={tmp_path}/small".split(), TINY]
+    assert run_script("train.py", *made[0], *made[1][3:], limit_s=200).code == 0
+    few = {
+        "bench.py": ["--cases=gpt-small", "--rivals=ours,bare", "--rounds=1", "--steps=1"],
+        "bench_serve.py": [
+            "--requests=4",
+            "--alone=2",
+            "--clients=2",
+            "--tokens=4",
+            "--slots=2",
+            "--rounds=1",
+        ],
+        "bench_decode.py": ["--batches=1", "--rivals=ours", "--rounds=1"],
+    }
+    for command in COMMANDS:
+        if "/bench" in command:
+            script, args = tiny(command, tmp_path)
+            args = [a.replace("=bench.json", f"={tmp_path}/bench.json") for a in args]
+            ran = run_script(script, *args, *few[script], limit_s=500)
+            assert ran.code == 0, (command, args, ran)
 
 
 @pytest.mark.skipif(

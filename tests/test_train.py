@@ -139,7 +139,7 @@ def straight(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[pat
     return path, digest(train.run(gpt(corpus, **FULL), path).state)
 
 
-@pytest.mark.parametrize("stops", [(3,), (2, 5)], ids=str)
+@pytest.mark.parametrize("stops", [pytest.param((3,), marks=pytest.mark.slow), (2, 5)], ids=str)
 def test_a_stopped_run_ends_bit_for_bit_as_a_straight_one(corpus, straight, tmp_path, monkeypatch, stops):
     for step in stops:
         stop_at(monkeypatch, step)
