@@ -214,9 +214,10 @@ def test_only_the_adapters_learn_and_what_is_named():
     assert not kernels
 
 
-MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow)]
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_a_mesh_computes_what_one_device_computes(axes):
     keys = {**SGD, **LORA, "lora__train": "^/norm/", "optim__freeze": "/mlp/up/kernel/a$", "remat": "full"}
