@@ -9,6 +9,7 @@ Legend: B batch, C items for each user, V items, D width, H hidden units, F feat
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Mapping
@@ -72,9 +73,9 @@ class Pairs(nnx.Module):
     def item(self, x: jax.Array) -> jax.Array:
         return x
 
+    @abc.abstractmethod
     def score(self, user_B1D: jax.Array, item_BCD: jax.Array) -> jax.Array:
         """float32 [B, C]; either may have 1 for B."""
-        raise NotImplementedError
 
     def __call__(self, batch: Batch, *, key: jax.Array | None, train: bool) -> dict[str, jax.Array]:
         user_B1D = self.user(self.users(batch["user"][:, None], self.dtype))
