@@ -72,7 +72,9 @@ class Model:
         return {name: inputs(function) for name, function in self._functions.items()}
 
     def __call__(self, name: str, inputs: dict[str, Any]) -> Any:
-        return self._calls[name](self._weights, inputs)
+        # NumPy's are copied: on a CPU jax may still be reading one when the caller next changes it in place.
+        held = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, inputs)
+        return self._calls[name](self._weights, held)
 
 
 def load(directory: str | pathlib.Path) -> Model:
