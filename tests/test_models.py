@@ -18,7 +18,7 @@ from conftest import ROOT, batch_spec, build, by_path, random_batch, sized, step
 from bigmodel import config as config_lib
 from bigmodel import models, tasks
 from bigmodel.config import Config
-from bigmodel.models import attention, layers
+from bigmodel.models import attention, layers, ops
 from bigmodel.plan import estimate, flops, planner
 
 LLAMA = {
@@ -226,6 +226,20 @@ def out_and_grads(function: Callable[..., jax.Array], *qkv: np.ndarray) -> list[
 
     grads, out = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(*qkv)
     return [np.asarray(x) for x in (out, *grads)]
+
+
+@pytest.mark.parametrize("size", [(4, 12), (12, 4)], ids=["wide", "tall"])
+@pytest.mark.parametrize("rows", [(3,), (5, 6)], ids=["few", "many"])
+def test_a_products_gradients_are_those_of_jax(rows, size):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(*rows, size[0])).astype(np.float32), rng.normal(size=size).astype(np.float32)
+    weights = rng.normal(size=(*rows, size[1])).astype(np.float32)
+
+    def grads(product: Callable[..., jax.Array]) -> list[np.ndarray]:
+        return jax.jit(jax.grad(lambda x, w: (product(x, w) * weights).sum(), argnums=(0, 1)))(x, w)
+
+    for a, b in zip(grads(ops.dense), grads(jnp.matmul), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
