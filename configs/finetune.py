@@ -3,7 +3,8 @@ r"""Fine-tuning: a model trained elsewhere, frozen but for low-rank adapters (Hu
     python scripts/train.py --config=configs/finetune.py:from=runs/quickstart --workdir=runs/tuned \
         --config.data.name='text:/path/*.txt'
     python scripts/train.py --config=configs/finetune.py:from=DIR,task=classify,classes=3 \
-        --config.data.name='csv:/path/*.csv' --workdir=runs/labels
+        --config.data.name=table:/path.csv --config.data.text=TEXT --config.data.label=LABEL \
+        --workdir=runs/labels
     python scripts/export.py --workdir=runs/tuned --out=DIR
 
 `from` is a workdir, or a directory in Hugging Face's layout, whose shapes and tokenizer are taken over;

@@ -1,9 +1,12 @@
-"""Times our train step beside a bare jitted one, plain Flax and PyTorch: one process each, run in turn.
+"""Times our train step beside a bare jitted one, plain Flax and PyTorch, and generation beside PyTorch's.
+
+Each rival is a process of its own, run in turn.
 
     python scripts/bench.py --json=bench.json                    # all cases and rivals that are installed
     python scripts/bench.py --cases=gpt-small,bert --rivals=ours,bare --rounds=5
+    python scripts/bench.py --cases=decode-1,decode-8            # bench_decode.py says what these are
 
-Rivals (all float32, AdamW, clipping to norm 1, no dropout, the same shapes; each trains as many parameters):
+Rivals in training (all float32, AdamW, clipping to norm 1, no dropout, as many parameters):
     ours     the compiled Program, fed batches that are in place; like `loop` and `bare` with the allocator
              setting of our scripts (cli.keep_memory)
     loop     the training loop around it: data, prefetch, metrics, logging
@@ -14,7 +17,7 @@ Rivals (all float32, AdamW, clipping to norm 1, no dropout, the same shapes; eac
 
 Every round runs a few steps of each rival, in this order and then in the reverse, so that the machine's drift
 hits all alike. Printed: the median over rounds of a step's time and of its ratio to `ours` in the same round,
-page faults a step, and each process's peak memory.
+page faults a step, and each process's peak memory; of a generation, new tokens a second too.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import bench_decode
 import cli
 import turns
 
@@ -308,22 +312,28 @@ MAKERS: dict[str, Callable[[str, Config], turns.Rival]] = {
 
 def rival(case: str, name: str) -> turns.Rival:
     cli.no_accelerator_needed()
-    if name in ("ours", "loop", "bare"):  # the others keep the allocator that Python comes with
+    if name in ("ours", "int8", "loop", "bare"):  # the others keep the allocator that Python comes with
         cli.keep_memory()
+    if case in bench_decode.CASES:
+        return bench_decode.rival(case, name)
     os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # optax as one uses it by hand mixes dtypes
     return MAKERS[name](case, load_case(case))
 
 
 def main() -> int:
     flags = cli.parser(__doc__)
-    turns.add_flags(flags, list(CASES), list(MAKERS), rounds=7)
+    decoded, trained = bench_decode.CASES, CASES
+    known = dict.fromkeys(trained, tuple(MAKERS)) | dict.fromkeys(decoded, tuple(bench_decode.MAKERS))
+    needs = dict.fromkeys(trained, ("torch",)) | dict.fromkeys(decoded, ("torch", "transformers"))
+    turns.add_flags(flags, known, rounds=7)
     flags.add_argument("--steps", type=int, default=0, help="steps a round; 0: a few seconds' worth")
     args, _ = cli.parse(flags)
-    cases, rivals = turns.chosen(args, CASES, MAKERS, needs=("torch",))
     results: dict[str, Any] = {}
-    for case in cases:
-        results[case] = turns.compare(__file__, case, rivals, args.rounds, args.steps or CASES[case].steps)
-        turns.show(case, results[case])
+    for case, rivals in turns.chosen(args, known, needs).items():
+        steps = args.steps or (trained[case].steps if case in trained else 1)
+        made = ("tokens", decoded[case][1] * bench_decode.NEW) if case in decoded else None
+        results[case] = turns.compare(__file__, case, rivals, args.rounds, steps)
+        turns.show(case, results[case], made)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0

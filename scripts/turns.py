@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bigmodel.config import InputError
 
+Rivals = Mapping[str, Sequence[str]]  # of each case
 WORKER = "--worker="  # the flag of a process that serves one rival: --worker=CASE:RIVAL
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -33,35 +34,43 @@ class Rival(NamedTuple):
     warm: int = 3  # runs before the first that counts
 
 
-def add_flags(
-    flags: argparse.ArgumentParser, cases: Sequence[str], rivals: Sequence[str], rounds: int
-) -> None:
-    flags.add_argument("--cases", default=",".join(cases), help="comma-separated")
-    flags.add_argument("--rivals", default=",".join(rivals), help="comma-separated; the first is the measure")
+def names_of(rivals: Rivals) -> list[str]:
+    return list(dict.fromkeys(name for of_case in rivals.values() for name in of_case))
+
+
+def add_flags(flags: argparse.ArgumentParser, rivals: Rivals, rounds: int) -> None:
+    flags.add_argument("--cases", default=",".join(rivals), help="comma-separated")
+    flags.add_argument(
+        "--rivals", default=",".join(names_of(rivals)), help="comma-separated; the first is the measure"
+    )
     flags.add_argument("--rounds", type=int, default=rounds)
     flags.add_argument("--json", type=pathlib.Path, help="write the figures here too")
 
 
-def chosen(
-    args: argparse.Namespace, cases: Collection[str], rivals: Collection[str], needs: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """-> (cases, rivals) as the flags say; without PyTorch's, where a package that they need is missing.
+def chosen(args: argparse.Namespace, rivals: Rivals, needs: Mapping[str, Sequence[str]]) -> Rivals:
+    """-> {case: its rivals} as the flags say; without PyTorch's, where a package it needs is missing.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or a case without a rival.
     """
-    wanted = args.cases.split(","), args.rivals.split(",")
-    for flag, names, known in zip(("cases", "rivals"), wanted, (cases, rivals), strict=True):
-        for name in names:
-            if name not in known:
-                raise InputError(f"--{flag}={name!r} is unknown; choose from {', '.join(known)}")
+    known = {"cases": list(rivals), "rivals": names_of(rivals)}
+    for flag, names in known.items():
+        for name in getattr(args, flag).split(","):
+            if name not in names:
+                raise InputError(f"--{flag}={name!r} is unknown; choose from {', '.join(names)}")
     if args.rounds < 1:
         raise InputError(f"--rounds={args.rounds}: set it to 1 or more")
-    missing = [name for name in needs if importlib.util.find_spec(name) is None]
-    if missing and any(name.startswith("torch") for name in wanted[1]):
-        print(f"not installed, so PyTorch is left out: pip install {' '.join(missing)}")
-        return wanted[0], [name for name in wanted[1] if not name.startswith("torch")]
-    return wanted
+    found: dict[str, list[str]] = {}
+    for case in args.cases.split(","):
+        found[case] = [name for name in args.rivals.split(",") if name in rivals[case]]
+        missing = [name for name in needs[case] if importlib.util.find_spec(name) is None]
+        if missing and any(name.startswith("torch") for name in found[case]):
+            print(f"{case}: not installed, so PyTorch is left out: pip install {' '.join(missing)}")
+            found[case] = [name for name in found[case] if not name.startswith("torch")]
+        if not found[case]:
+            known_there = ", ".join(rivals[case])
+            raise InputError(f"--rivals={args.rivals}: none is of {case}; choose from {known_there}")
+    return found
 
 
 def work(case: str, name: str, make: Callable[[str, str], Rival]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import re
 import shlex
@@ -10,6 +11,8 @@ import sys
 
 import pytest
 from conftest import ROOT, run_script, script_env
+
+from bigmodel import config as config_lib
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -56,6 +59,24 @@ def tiny(command: str, folder: pathlib.Path) -> tuple[str, list[str]]:
     return pathlib.Path(words[1]).name, args
 
 
+def commands_of_configs() -> list[str]:
+    """The commands in the docstrings of configs/ that name a config, but for those that need another run."""
+    found = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        text = re.sub(r"\\\n\s+", "", ast.get_docstring(ast.parse(path.read_text())) or "")
+        found += re.findall(r"^ *(python scripts/.*--config=(?!.*from=).*)$", text, re.MULTILINE)
+    return found
+
+
+@pytest.mark.parametrize("command", commands_of_configs())
+def test_commands_of_config_docstrings_load(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    (config,) = (word.removeprefix("--config=") for word in words if word.startswith("--config="))
+    prefix = "--config."
+    config_lib.load(config, [word.removeprefix(prefix) for word in words if word.startswith(prefix)])
+
+
 def test_python_commands_run(tmp_path):
     for command in COMMANDS:
         if command.startswith("python") and "/bench" not in command:
@@ -69,7 +90,7 @@ def test_benchmarks_run(tmp_path):
     made = [f"--config=configs/gpt.py:size=toy,seq_len=64 --workdir={tmp_path}/small".split(), TINY]
     assert run_script("train.py", *made[0], *made[1][3:], limit_s=200).code == 0
     few = {
-        "bench.py": ["--cases=gpt-small", "--rivals=ours,bare", "--rounds=1", "--steps=1"],
+        "bench.py": ["--rivals=ours", "--rounds=1", "--steps=1"],
         "bench_serve.py": [
             "--requests=4",
             "--alone=2",
@@ -78,12 +99,13 @@ def test_benchmarks_run(tmp_path):
             "--slots=2",
             "--rounds=1",
         ],
-        "bench_decode.py": ["--batches=1", "--rivals=ours", "--rounds=1"],
     }
     for command in COMMANDS:
         if "/bench" in command:
             script, args = tiny(command, tmp_path)
             args = [a.replace("=bench.json", f"={tmp_path}/bench.json") for a in args]
+            if script == "bench.py" and not any(a.startswith("--cases") for a in args):
+                args.append("--cases=gpt-small")
             ran = run_script(script, *args, *few[script], limit_s=500)
             assert ran.code == 0, (command, args, ran)
 
