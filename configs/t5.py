@@ -6,8 +6,10 @@
 
 `size` names a shape of the paper (section 3.7): small, base, large, 3b, 11b; each line of a pairs file is
 source, tab, target, and `--config.task.target_len` the longest target.
-The toy run is not measured to its end yet: after 240 of its 1,000 steps the training loss was 2.4 nats a
-target token.
+Claim: spans are recovered from what is left of the text. Planned: 24 GFLOP and 0.29 s a step of 32 inputs.
+Measured, 1,000 steps: of the target tokens of held-out files 43 % right, 2.08 nats a token, 4.15 bits a byte
+(sentinels count as losses, not as bytes), in 10 min as the two cores did other work too; still falling. At a
+learning rate of 2e-2, which suits BERT, 4.59 bits.
 The corpus is the text of Python's standard library unless `--config.data.name` says otherwise.
 """
 
@@ -54,7 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if large:
         config.optim = {"name": "adafactor", "lr": 1e-2, "schedule": "rsqrt", "warmup_steps": 10_000}
     else:
-        config.optim = {"name": "muon", "lr": 2e-2, "end_lr": 0.05, "warmup_steps": 50, "weight_decay": 0.01}
+        config.optim = {"name": "muon", "lr": 3e-3, "end_lr": 0.05, "warmup_steps": 50, "weight_decay": 0.01}
     config.eval = {"every_steps": 1000 if large else 250, "batches": 50}
     config.checkpoint = {"every_steps": 1000 if large else 250}
     return config
@@ -62,4 +64,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def sweep() -> list[dict[str, object]]:
     """Learning rates around the default."""
-    return [{"optim.lr": lr} for lr in (5e-3, 1e-2, 2e-2, 4e-2)]
+    return [{"optim.lr": lr} for lr in (1e-3, 3e-3, 1e-2, 2e-2)]
