@@ -311,7 +311,6 @@ MAKERS: dict[str, Callable[[str, Config], turns.Rival]] = {
 
 
 def rival(case: str, name: str) -> turns.Rival:
-    cli.no_accelerator_needed()
     if name in ("ours", "int8", "loop", "bare"):  # the others keep the allocator that Python comes with
         cli.keep_memory()
     if case in bench_decode.CASES:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
-import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 
+import bigmodel
 from bigmodel.config import InputError
 
 
@@ -44,19 +47,22 @@ def parse(
     return args, overrides
 
 
-ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
+@contextlib.contextmanager
+def patience(what: str, every_s: float = 20) -> Iterator[None]:
+    """While it lasts, says on stderr every so many seconds that `what` still goes on, and since when."""
+    ended, began = threading.Event(), time.monotonic()
 
+    def tell() -> None:
+        while not ended.wait(every_s):
+            print(f"{what} ... {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
-def no_accelerator_needed(always: bool = False) -> None:
-    """Keeps JAX to the CPU where there is no accelerator, or `always`: to be called before JAX is imported.
-
-    Compilers for TPUs and GPUs (`pip install bigmodel[plan]`) would else look for their chips at every start,
-    which takes seconds and prints their complaints.
-    """
-    if always or not any(map(os.path.exists, ACCELERATORS)):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def keep_memory() -> None:
@@ -66,7 +72,7 @@ def keep_memory() -> None:
     which makes small models 1.2 to 1.5 times slower. The price: the process holds on to its peak.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version") and not any(map(os.path.exists, ACCELERATORS)):
+    if hasattr(libc, "gnu_get_libc_version") and not bigmodel.has_accelerator():
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26), (-8, 1)):
             libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
 
@@ -74,7 +80,6 @@ def keep_memory() -> None:
 def run(main: Callable[[], int]) -> None:
     """Exits with what `main` returns; bad input is one line and exit code 2."""
     keep_memory()
-    no_accelerator_needed()
     try:
         code = main()
     except InputError as error:

@@ -24,6 +24,7 @@ from typing import Any
 import cli
 import yaml
 
+import bigmodel
 from bigmodel import config as config_lib
 from bigmodel.config import InputError
 
@@ -57,7 +58,8 @@ def main() -> int:
     assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
     if args.search < 0:
         raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")
-    cli.no_accelerator_needed(bool(args.target))
+    if args.target:
+        bigmodel.keep_to_cpu()
     if args.mode == "serve":
         return _serve(config, args.target, args.prompt, assume, args.json)
     from bigmodel.plan import planner, receipt
@@ -76,7 +78,8 @@ def main() -> int:
         )
         print("\n".join(search.table(found)))
         config, ranking = found.best.candidate.config, search.ranking(found)
-    plan = planner.plan(config, args.target, assume=assume)
+    with cli.patience("planning"):
+        plan = planner.plan(config, args.target, assume=assume)
     print("\n".join(receipt.table(plan.receipt)))
     if args.timeline:
         from bigmodel.plan import timeline
@@ -93,7 +96,8 @@ def _serve(
 ) -> int:
     from bigmodel.plan import serve
 
-    plan = serve.plan(config, spec, prompt=prompt, assume=assume)
+    with cli.patience("planning"):
+        plan = serve.plan(config, spec, prompt=prompt, assume=assume)
     print("\n".join(serve.table(plan)))
     if out:
         out.write_text(json.dumps(plan, indent=2) + "\n")

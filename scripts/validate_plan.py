@@ -37,6 +37,7 @@ from typing import Any
 
 import cli
 
+import bigmodel
 from bigmodel import config as config_lib
 from bigmodel.config import Config, InputError
 
@@ -76,8 +77,8 @@ def main() -> int:
     args, rest = cli.parse(flags)
     if rest or args.local + args.search + args.times + bool(args.table) != 1:
         raise InputError("say what to validate: a table, --local, --search or --times; see --help")
-    cli.no_accelerator_needed(bool(args.table))
     if args.table:
+        bigmodel.keep_to_cpu()
         rows = published(args.table)
     elif args.times:
         rows = times(args.only)
@@ -117,7 +118,8 @@ def published(path: pathlib.Path) -> list[dict[str, Any]]:
         print(f"{number}/{len(table)} {row['model']} on {row['topology']} ...", flush=True)
         began = time.perf_counter()
         try:
-            plan = planner.plan(row_config(row), row["topology"]).receipt
+            with cli.patience("    compiling"):
+                plan = planner.plan(row_config(row), row["topology"]).receipt
         except InputError as error:
             row = {**row, "failed": str(error)}
             print(f"    failed: {error}", flush=True)

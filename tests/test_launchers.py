@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shlex
 import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
+
+import bigmodel
 
 SCRIPTS = ROOT / "scripts"
 FLAGS = ["--config=configs/gpt.py:size=1.5b", "--workdir=/shared/a run"]
@@ -92,3 +97,24 @@ def test_wrong_use_is_one_line(name, args):
     (line,) = ran.stderr.splitlines()
     assert line.startswith("error: usage: ")
     assert f"scripts/{name}" in line
+
+
+@pytest.mark.parametrize("told", [None, "cuda,cpu"])
+def test_the_package_keeps_jax_to_the_cpu_where_there_is_nothing_else(told):
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": str(ROOT)}
+    env |= {"JAX_PLATFORMS": told} if told else {}
+    code = "import os, bigmodel; print(os.environ.get('JAX_PLATFORMS'))"
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    expected = told or ("None" if bigmodel.has_accelerator() else "cpu")
+    assert ran.stdout.strip() == expected
+
+
+def test_a_long_wait_is_told_of(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import cli
+
+    with cli.patience("planning", every_s=0.02):
+        time.sleep(0.2)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) >= 2
+    assert all(re.fullmatch(r"planning \.\.\. \d+ s", line) for line in said)
