@@ -208,6 +208,8 @@ def table(r: Receipt) -> list[str]:
     if r["trained_parameters"] != r["parameters"]:
         active += f" ({quantity(r['trained_parameters'])} trained)"
     mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items()) or "one device"
+    capacity, spare = size(r["capacity_bytes"]), size(r["headroom_bytes"])
+    room = f"; of {capacity}, headroom {spare}" if r["capacity_bytes"] else ""
     formula = r["formula_flops_per_token"]
     agree = "" if not formula else f" (by formula {formula / r['model_flops_per_token'] - 1:+.1%})"
     lines = [
@@ -218,7 +220,7 @@ def table(r: Receipt) -> list[str]:
         f"{quantity(r['model_flops_per_step'])}FLOP a step, {quantity(r['total_flops'])}FLOP in all",
         f"  memory  {size(r['peak_bytes'])} a device: parameters {size(r['params_bytes'])}, optimizer "
         f"{size(r['optimizer_bytes'])}, gradients, activations and temporaries {size(r['temporary_bytes'])}"
-        + (f"; of {size(r['capacity_bytes'])}, headroom {size(r['headroom_bytes'])}" if r["capacity_bytes"] else ""),
+        + room,
         f"  time    {r['step_s']:.4g} s a step ({r['step_s_range'][0]:.4g} to {r['step_s_range'][1]:.4g}), "
         f"{quantity(r['tokens_per_s_per_chip'])}tokens or examples/s a chip: {r['time_source']}",
         "          " + ", ".join(
