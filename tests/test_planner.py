@@ -40,7 +40,9 @@ def test_a_plan_for_eight_tpus_says_what_a_run_costs(tmp_path, monkeypatch):
     plan = planner.plan(tiny("gpt", mesh__data=2, mesh__fsdp=2, mesh__tensor=2), "v5e:2x4")
     r = plan.receipt
     assert r["compiler"] == "analytic"
-    assert "ANALYTIC" in "\n".join(receipt.table(r))
+    printed = "\n".join(receipt.table(r))
+    assert "ANALYTIC" in printed
+    assert f"headroom {receipt.size(r['capacity_bytes'] - r['peak_bytes'])}" in printed
     assert r["chips"] == 8
     assert r["fits"]
     assert 0 < r["mfu_causal_attention"] < r["mfu_full_attention"] < 1

@@ -75,7 +75,7 @@ def memory(program: Program, compiled: Compiled, target: Target) -> dict[str, An
         "temporary_bytes": max(peak - arguments - outputs, 0),
         "peak_bytes": peak,
         "capacity_bytes": capacity,
-        "headroom_bytes": (capacity or peak) - peak,
+        "headroom_bytes": None if capacity is None else capacity - peak,
         "fits": capacity is None or peak <= capacity,
     }
 

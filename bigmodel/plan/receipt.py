@@ -208,8 +208,9 @@ def table(r: Receipt) -> list[str]:
     if r["trained_parameters"] != r["parameters"]:
         active += f" ({quantity(r['trained_parameters'])} trained)"
     mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items()) or "one device"
-    capacity, spare = size(r["capacity_bytes"]), size(r["headroom_bytes"])
-    room = f"; of {capacity}, headroom {spare}" if r["capacity_bytes"] else ""
+    room = ""
+    if r["capacity_bytes"]:
+        room = f"; of {size(r['capacity_bytes'])}, headroom {size(r['headroom_bytes'])}"
     formula = r["formula_flops_per_token"]
     agree = "" if not formula else f" (by formula {formula / r['model_flops_per_token'] - 1:+.1%})"
     lines = [
