@@ -1,4 +1,4 @@
-"""What the tests share: eight CPU devices, strict dtype promotion, private caches, tiny configs and batches.
+"""What tests share: eight CPU devices, strict dtype promotion, a session's caches, tiny configs and batches.
 
 Compiling is what takes the time. So XLA's backend runs without optimisation, and JAX's persistent cache (one
 directory a session, or $JAX_COMPILATION_CACHE_DIR) lets a program that several tests, or several processes,
@@ -25,6 +25,7 @@ from typing import Any
 _FLAGS = {"xla_force_host_platform_device_count": 8}
 _CPU_FLAGS = _FLAGS | {"xla_backend_optimization_level": 0}  # on a GPU it is the kernels that are tested
 _SCRATCH = tempfile.TemporaryDirectory(prefix="bigmodel-tests-")
+_SHARED = os.environ.setdefault("BIGMODEL_TESTS_SHARED", _SCRATCH.name)  # by the workers of one session
 
 
 def _prepare_environment() -> None:
@@ -35,11 +36,11 @@ def _prepare_environment() -> None:
     flags = [given, *(f"--{name}={value}" for name, value in wanted.items() if name not in given)]
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
     os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_SCRATCH.name}/jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_SHARED}/jax")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    os.environ["BIGMODEL_CACHE"] = f"{_SCRATCH.name}/bigmodel"
-    os.environ["TFDS_DATA_DIR"] = f"{_SCRATCH.name}/tfds"
+    os.environ["BIGMODEL_CACHE"] = f"{_SHARED}/bigmodel"
+    os.environ["TFDS_DATA_DIR"] = f"{_SHARED}/tfds"
 
 
 _prepare_environment()
