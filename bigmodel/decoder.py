@@ -23,7 +23,7 @@ from bigmodel.families import Transformer
 from bigmodel.models import cache as cache_lib
 from bigmodel.models import module
 from bigmodel.models.module import Definition
-from bigmodel.models.weights import InDigits, Quantized
+from bigmodel.models.weights import InBlocks, Quantized
 from bigmodel.program import Program, State
 from bigmodel.sampling import Sampling
 
@@ -313,7 +313,7 @@ def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]
 
     def cast(x: Any) -> Any:
         if quantized(x):
-            return InDigits.of(x) if on_cpu else x
+            return InBlocks.of(x) if on_cpu else x
         return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype == config.param_dtype else x
 
     def arrange(params: Params, held: Any) -> Params:

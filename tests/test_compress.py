@@ -133,23 +133,38 @@ def test_zero_weights_stay_zero():
         assert (weights.quantize(w, (-2,), kind).astype(jnp.float32) == w).all()
 
 
-def test_products_in_digits_are_as_exact_as_those_of_floats():
+@pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int8", 16), ("int4", 0), ("int4", 16)])
+def test_products_in_blocks_are_as_exact_as_whole_ones(kind, group, monkeypatch):
     rng = np.random.default_rng(0)
-    for sums, ask in (((-2,), weights.product), ((-1,), weights.attend)):
-        w = weights.quantize(jnp.asarray(rng.normal(size=(48, 48)), jnp.float32), sums, "int8")
+    monkeypatch.setattr(weights.InBlocks, "BLOCK", 48 * 10)
+    for sums, shape, ask in (((-2,), (48, 37), weights.product), ((-1,), (37, 48), weights.attend)):
+        w = weights.quantize(jnp.asarray(rng.normal(size=shape), jnp.float32), sums, kind, group)
+        held = weights.InBlocks.of(w)
+        assert held.shape == w.shape
+        whole = np.asarray(w.astype(jnp.float32))
+        np.testing.assert_array_equal(held.astype(jnp.float32), whole)
         x = rng.normal(size=(2, 3, 48)) * np.array([1, 1e-6, 1e6])[:, None]
-        whole = np.asarray(w.codes, np.float64) * np.asarray(w.scale, np.float64)
-        exact = x @ (whole if sums == (-2,) else whole.T)
+        exact = x @ (whole if sums == (-2,) else whole.T).astype(np.float64)
         largest = np.abs(exact).max(-1, keepdims=True)
         for dtype, most in ((jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)):
-            y = ask(jnp.asarray(x, dtype), weights.InDigits.of(w))
+            y = ask(jnp.asarray(x, dtype), held)
             assert y.dtype == dtype
             assert (np.abs(np.asarray(y, np.float64) - exact) <= most * largest).all()
-    assert (ask(jnp.zeros((2, 48)), weights.InDigits.of(w)) == 0).all()
-    experts = weights.quantize(jnp.asarray(rng.normal(size=(3, 8, 6)), jnp.float32), (-2,), "int8")
-    other = weights.InDigits.of(experts)
-    assert other.shape == (3, 8, 6)
+    experts = weights.quantize(jnp.asarray(rng.normal(size=(3, 48, 6)), jnp.float32), (-2,), kind, group)
+    other = weights.InBlocks.of(experts)
+    assert other.shape == (3, 48, 6)
     np.testing.assert_array_equal(other.astype(jnp.float32), experts.astype(jnp.float32))
+
+
+def test_a_decoding_loop_keeps_no_floats_of_what_is_in_blocks():
+    layers = [weights.quantize(jnp.ones((256, 256)), (-2,), "int8") for _ in range(4)]
+
+    def many(x, held):
+        return jax.lax.fori_loop(0, 9, lambda _, y: functools.reduce(weights.product, held, y), x)
+
+    held = [weights.InBlocks.of(w) for w in layers]
+    used = jax.jit(many).lower(jnp.ones((1, 256)), held).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 256 * 256 * 4
 
 
 @pytest.mark.parametrize(("family", "kind"), [("cnn", "int8"), ("moe", "int4")])

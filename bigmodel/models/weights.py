@@ -81,19 +81,30 @@ class Quantized(_Whole):
         return (*self.codes.shape[:-1], self.size)
 
     def astype(self, dtype: Any) -> jax.Array:
-        codes = unpack(self.codes, self.size) if self.kind == "int4" else self.codes
-        return (codes.astype(jnp.float32) * spread(self.scale, codes.shape)).astype(dtype)
+        codes = self._numbers(jnp.float32)
+        return (codes * spread(self.scale, codes.shape)).astype(dtype)
+
+    def _numbers(self, dtype: Any) -> jax.Array:
+        """The codes, each exact in any dtype of floats that a product takes."""
+        return (unpack(self.codes, self.size) if self.kind == "int4" else self.codes).astype(dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
         """x [..., I] @ w [I, O]; of int8 or float8 operands where the inputs have a scale."""
-        if self.activation is None:
+        if self.activation is None and self.scale.shape[-2] > 1:
             return ops.dense(x, self.astype(x.dtype))
+        if self.activation is None:
+            return _scaled(ops.dense(x, self._numbers(x.dtype)), self.scale[0], x.dtype)
         x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
         exact = jnp.int32 if self.kind == "int8" else jnp.float32
         y = jax.lax.dot_general(
             x_q, self.codes, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=exact
         )
-        return (y.astype(jnp.float32) * (self.activation * self.scale[0])).astype(x.dtype)
+        return _scaled(y, self.activation * self.scale[0], x.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        if self.scale.shape[-1] > 1:
+            return super().attend(x)
+        return _scaled(ops.dense(x, self._numbers(x.dtype).T), self.scale[:, 0], x.dtype)
 
     def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
         """x [B, H, W, I] * w [h, w, I, O], as `product`."""
@@ -105,7 +116,7 @@ class Quantized(_Whole):
             x_q, self.codes, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
             preferred_element_type=exact,
         )  # fmt: skip
-        return (y.astype(jnp.float32) * (self.activation * self.scale[0, 0, 0])).astype(x.dtype)
+        return _scaled(y, self.activation * self.scale[0, 0, 0], x.dtype)
 
     def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
         taken = replace(self, codes=_whole_rows(self.codes)[ids], scale=_whole_rows(self.scale)[ids])
@@ -114,63 +125,65 @@ class Quantized(_Whole):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class InDigits(_Whole):
-    """int8 codes for decoding on a CPU, where turning them into floats takes longer than the product itself.
+class InBlocks(_Whole):
+    """A quantized weight for decoding on a CPU: it becomes floats a block of outputs at a time, in its cache.
 
-    Few inputs are written in digits of base 254 instead, int8 each, and multiplied as such: a sum of integers
-    is exact, so three digits lose less than float32's own rounding. It has no gradient. The codes lie with
-    their outputs first, which integer products read fastest: [O, I], or a layer's [V, D] of a `table`.
+    As a whole it would be written to memory as floats and read again, or, since a loop over tokens does not
+    change it, be kept there as floats from the loop's start. It lies with its outputs first, which a product
+    of one row reads fastest: [O, I], or a layer's [V, D] of a `table`.
     """
 
-    FEW: ClassVar[int] = 32  # rows of inputs; for more, floats are faster
+    BLOCK: ClassVar[int] = 2**21  # codes; of 2**17 to 2**21 the fastest for 1 and for 8 rows
 
-    codes: jax.Array
-    scale: jax.Array  # [O, 1]
+    turned: Quantized
     table: bool = field(metadata={"static": True})
 
     @classmethod
     def of(cls, w: Quantized) -> Any:
-        """w [..., I, O] or a table [..., V, D] in this form, if it has one scale for each output."""
-        table = w.scale.shape[-2:] == (w.codes.shape[-2], 1)
-        whole = table or w.scale.shape[-2:] == (1, w.codes.shape[-1])
-        if w.kind != "int8" or w.activation is not None or not whole:
+        """w [..., I, O], or a table [..., V, D], whose rows have each their scales, in this form."""
+        if w.activation is not None:
             return w
-        turn = (lambda x: x) if table else (lambda x: x.swapaxes(-1, -2))
-        return cls(turn(w.codes), turn(w.scale), table)
+        if w.scale.shape[-2] == w.codes.shape[-2]:
+            return cls(w, True)
+        codes = unpack(w.codes, w.size) if w.kind == "int4" else w.codes
+        codes = codes.swapaxes(-1, -2)
+        inputs = codes.shape[-1]
+        codes = pack(codes) if w.kind == "int4" else codes
+        return cls(replace(w, codes=codes, scale=w.scale.swapaxes(-1, -2), size=inputs), False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape) if self.table else (*self.codes.shape[:-2], *self.codes.shape[:-3:-1])
+        shape = self.turned.shape
+        return shape if self.table else (*shape[:-2], *shape[:-3:-1])
 
     def astype(self, dtype: Any) -> jax.Array:
-        whole = (self.codes.astype(jnp.float32) * self.scale).astype(dtype)
+        whole = self.turned.astype(dtype)
         return whole if self.table else whole.swapaxes(-1, -2)
 
     def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        return (_whole_rows(self.codes)[ids].astype(jnp.float32) * self.scale[ids]).astype(dtype)
+        return self.turned.rows(ids, dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return self._times(x) if x.size <= self.FEW * x.shape[-1] else super().attend(x)
+        return self.product(x)
 
     def product(self, x: jax.Array) -> jax.Array:
-        few = x.size <= self.FEW * x.shape[-1]
-        return self._times(x) if few else ops.dense(x, self.astype(x.dtype))
+        """x [..., I] -> [..., O], that of a table too."""
+        outputs, inputs = self.turned.shape
+        size = max(1, min(self.BLOCK // inputs, -(-outputs // 2)))  # a loop of one turn would be no loop
 
-    def _times(self, x: jax.Array) -> jax.Array:
-        """x [..., I] -> [..., O]."""
-        rest = x.astype(jnp.float32)
-        unit = jnp.maximum(jnp.abs(rest).max(-1, keepdims=True), 1e-30) / 127
-        rest, digits, units = rest / unit, [], []
-        for _ in range(3 if x.dtype == jnp.float32 else 2):
-            digit = jnp.round(rest)
-            digits.append(digit.astype(jnp.int8))
-            units.append(unit)
-            rest, unit = (rest - digit) * 254, unit / 254
-        sums = jax.lax.dot_general(
-            jnp.stack(digits), self.codes, (((x.ndim,), (1,)), ((), ())), preferred_element_type=jnp.int32
-        )
-        y = (sums.astype(jnp.float32) * jnp.stack(units)).sum(0)
-        return (y * self.scale[:, 0]).astype(x.dtype)
+        def block(i: jax.Array, y_NO: jax.Array) -> jax.Array:
+            start = jnp.minimum(i * size, outputs - size)  # the last one may do some outputs again
+            w_OI = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), self.turned)
+            return jax.lax.dynamic_update_slice_in_dim(y_NO, w_OI.attend(x_NI), start, 1)
+
+        x_NI = x.reshape(-1, inputs)
+        y_NO = jnp.zeros((len(x_NI), outputs), x.dtype)
+        y_NO = jax.lax.fori_loop(0, -(-outputs // size), block, y_NO)
+        return y_NO.reshape(*x.shape[:-1], outputs)
+
+
+def _scaled(y: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    return (y.astype(jnp.float32) * scale).astype(dtype)
 
 
 @jax.tree_util.register_dataclass
