@@ -27,11 +27,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.task = {"name": "classify"}
     config.data = {"name": args.data, "image_size": 32}
     config.batch_size = 128
-    config.steps = 1500
+    few = args.data == "digits"
+    config.steps = 300 if few else 1500
     config.optim = {
         "name": "sgd",
         "lr": 0.05,
-        "warmup_steps": 200,
+        "warmup_steps": 50 if few else 200,
         "weight_decay": 5e-4,
         "weight_decay_on": "/kernel$",
     }

@@ -302,6 +302,18 @@ def test_a_narrower_student_learns_its_teachers_maps(family, tmp_path):
     assert metrics["attention_loss"][-1] < 0.9 * metrics["attention_loss"][0]
 
 
+def test_a_plan_counts_the_maps_that_are_compared(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(tiny("gpt"))))
+    programs = [
+        build(tiny("gpt", distill__teacher=str(tmp_path), distill__attention=how)) for how in (0.0, 1.0)
+    ]
+    plain, maps = map(flops.gradient_flops, programs)
+    c = programs[0].config
+    one = 2 * c.batch_size * c.seq_len**2 * c.model.width  # a product of the heads of the last layer
+    assert maps - plain == 2 * (1 + 3) * one  # queries by keys, values by values: the teacher's, and trained
+    assert flops.model_flops(programs[1]) == maps
+
+
 def test_what_has_no_attention_teaches_none(dense):
     with pytest.raises(InputError, match=r"distill\.attention finds no attention in the model \(cnn\)"):
         build(tiny("cnn", distill__teacher=str(dense), distill__attention=1.0))

@@ -49,10 +49,13 @@ def model_flops(program: Program) -> float:
     """FLOPs that training on one global batch needs: forward, and twice that backward (PaLM, appendix B).
 
     What is recomputed (remat) does not count, so that MFU measures useful work. Where a step passes through
-    its networks several times (a GAN's), or parameters are frozen, the gradient itself is counted.
+    its networks several times (a GAN's), parameters are frozen, or a teacher's hidden states or attention are
+    compared with the model's own, the gradient itself is counted.
     """
-    frozen = optim.split(program.config, program.state_spec["params"])[1]
-    if frozen or tasks.make(program.config).passes_many:
+    config = program.config
+    frozen = optim.split(config, program.state_spec["params"])[1]
+    compared = config.distill.hidden or config.distill.attention
+    if frozen or compared or tasks.make(config).passes_many:
         return gradient_flops(program)
     return 3 * forward_flops(program) + teacher_flops(program)
 
