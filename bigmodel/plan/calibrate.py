@@ -32,11 +32,17 @@ SHAPES = (
     (16, 64, 32, 64), (16, 64, 64, 32), (16, 64, 32, 256), (16, 64, 256, 32), (16, 256, 64, 32),
     (48, 64, 64, 64), (24, 64, 64, 256), (24, 64, 256, 64), (24, 256, 64, 64),
 )  # fmt: skip
+# and the narrow ones that a convolution of few channels becomes: forward, by its input, by its kernel
+NARROW = (
+    ("nn", (1, 131072, 72, 8)), ("nt", (1, 131072, 8, 8)), ("tn", (1, 72, 131072, 8)),
+    ("nn", (1, 32768, 144, 16)), ("nt", (1, 32768, 16, 16)), ("tn", (1, 144, 32768, 16)),
+    ("nn", (1, 8192, 480, 192)),
+)  # fmt: skip
 LAYOUTS = ("nn", "nt", "tn")  # which of the two factors is stored transposed
 DTYPES = ("float32", "bfloat16")
 STREAM_BYTES = tuple(2**p for p in (15, 17, 19, 21, 23, 25, 27))
 PASSES = 4  # over everything that is timed; the shortest counts
-VERSION = 2  # of what is measured: another one is measured afresh
+VERSION = 5  # of what is measured: another one is measured afresh
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -216,20 +222,18 @@ def _measure(clock: _Stopwatch, key: str) -> Calibration:
 
 def _products(clock: _Stopwatch, call_s: float) -> list[Product]:
     found = []
-    for dtype in DTYPES:
-        for batch, m, k, n in SHAPES if dtype == "float32" else SHAPES[::4]:
-            for layout in LAYOUTS if dtype == "float32" else LAYOUTS[:1]:
-                a = jnp.ones((batch, k, m) if layout[0] == "t" else (batch, m, k), dtype)
-                b = jnp.ones((batch, n, k) if layout[1] == "t" else (batch, k, n), dtype)
-                if batch == 1:
-                    a, b = a[0], b[0]
-                axes = (
-                    (a.ndim - (2 if layout[0] == "t" else 1),),
-                    (b.ndim - (1 if layout[1] == "t" else 2),),
-                )
-                batched = ((0,), (0,)) if batch > 1 else ((), ())
-                seconds = clock.seconds(lambda a, b, d=(axes, batched): jax.lax.dot_general(a, b, d), a, b)
-                found.append(Product(dtype, layout, batch, m, k, n, max(seconds - call_s, 1e-7)))
+    wanted = [("float32", layout, shape) for shape in SHAPES for layout in LAYOUTS]
+    wanted += [("float32", *narrow) for narrow in NARROW]
+    wanted += [(dtype, LAYOUTS[0], shape) for dtype in DTYPES[1:] for shape in SHAPES[::4]]
+    for dtype, layout, (batch, m, k, n) in wanted:
+        a = jnp.ones((batch, k, m) if layout[0] == "t" else (batch, m, k), dtype)
+        b = jnp.ones((batch, n, k) if layout[1] == "t" else (batch, k, n), dtype)
+        if batch == 1:
+            a, b = a[0], b[0]
+        axes = (a.ndim - (2 if layout[0] == "t" else 1),), (b.ndim - (1 if layout[1] == "t" else 2),)
+        batched = ((0,), (0,)) if batch > 1 else ((), ())
+        seconds = clock.seconds(lambda a, b, d=(axes, batched): jax.lax.dot_general(a, b, d), a, b)
+        found.append(Product(dtype, layout, batch, m, k, n, max(seconds - call_s, 1e-7)))
     return found
 
 
