@@ -306,14 +306,15 @@ def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]
     config, model = built.config, built.model
     c: Any = config.model
 
-    on_cpu = built.mesh.devices.flat[0].platform == "cpu"
+    devices = built.mesh.devices.flat
+    one_cpu = len(devices) == 1 and devices[0].platform == "cpu"  # of several, each has a part of the outputs
 
     def quantized(x: Any) -> bool:
         return isinstance(x, Quantized)
 
     def cast(x: Any) -> Any:
         if quantized(x):
-            return InBlocks.of(x) if on_cpu else x
+            return InBlocks.of(x) if one_cpu else x
         return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype == config.param_dtype else x
 
     def arrange(params: Params, held: Any) -> Params:

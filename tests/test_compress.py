@@ -150,6 +150,7 @@ def test_products_in_blocks_are_as_exact_as_whole_ones(kind, group, monkeypatch)
             y = ask(jnp.asarray(x, dtype), held)
             assert y.dtype == dtype
             assert (np.abs(np.asarray(y, np.float64) - exact) <= most * largest).all()
+        assert (ask(jnp.zeros((2, 48)), held) == 0).all()
     experts = weights.quantize(jnp.asarray(rng.normal(size=(3, 48, 6)), jnp.float32), (-2,), kind, group)
     other = weights.InBlocks.of(experts)
     assert other.shape == (3, 48, 6)

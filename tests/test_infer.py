@@ -137,6 +137,19 @@ def test_a_mesh_changes_no_token(axes):
         assert a.tolist() == b.tolist()
 
 
+def test_a_mesh_changes_no_token_of_int8_weights():
+    made, _, state = decoder("int8")
+    sharded = build(tiny("gpt", seq_len=32, quantize__weights="int8", **mesh_keys({"data": 2, "tensor": 4})))
+    parts = {part: jax.device_get(state[part]) for part in ("params", "rest")}
+    placed = jax.tree.map(
+        lambda s, x: jax.device_put(x, s.sharding), {p: sharded.state_spec[p] for p in parts}, parts
+    )
+    over = decoder_lib.Decoder(sharded, placed)
+    expected = infer.generate(made, PROMPTS, 20)
+    for a, b in zip(infer.generate(over, [*PROMPTS, [7, 7]], 20), expected, strict=False):
+        assert a.tolist() == b.tolist()
+
+
 def test_an_int8_cache_is_small_and_near():
     made, built, state = decoder("llama")
     small = decoder_lib.Decoder(built, state, cache_dtype="int8")

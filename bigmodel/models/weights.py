@@ -90,9 +90,9 @@ class Quantized(_Whole):
 
     def product(self, x: jax.Array) -> jax.Array:
         """x [..., I] @ w [I, O]; of int8 or float8 operands where the inputs have a scale."""
-        if self.activation is None and self.scale.shape[-2] > 1:
-            return ops.dense(x, self.astype(x.dtype))
         if self.activation is None:
+            if self.scale.shape[-2] > 1:
+                return ops.dense(x, self.astype(x.dtype))
             return _scaled(ops.dense(x, self._numbers(x.dtype)), self.scale[0], x.dtype)
         x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
         exact = jnp.int32 if self.kind == "int8" else jnp.float32
