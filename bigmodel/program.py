@@ -248,16 +248,21 @@ def gradients(
         grads, (rest, terms) = grad(trained, state["rest"], batch, step_key)
         return _unscale(grads, scale), rest, terms
 
-    def body(carry: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        sums, rest, terms = carry
-        grads, (rest, more) = grad(trained, rest, *x)
-        return (jax.tree.map(jnp.add, sums, grads), rest, jax.tree.map(jnp.add, terms, more)), None
-
     xs = (jax.tree.map(lambda x: _cut(x, pieces), dict(batch)), jax.random.split(step_key, pieces))
-    first = jax.tree.map(lambda x: x[0], xs)
-    grads, (_, terms) = jax.eval_shape(grad, trained, state["rest"], *first)
+
+    def piece(index: jax.Array | int) -> tuple[Batch, jax.Array]:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), xs)
+
+    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        sums, rest, terms, x = carry  # x is sliced a round before: in a loop's carry it cannot be fused, and
+        grads, (rest, more) = grad(trained, rest, *x)  # XLA:CPU vectorizes no loop that slices as it goes
+        sums, terms = jax.tree.map(jnp.add, (sums, terms), (grads, more))
+        return (sums, rest, terms, piece((index + 1) % pieces)), None
+
+    grads, (_, terms) = jax.eval_shape(grad, trained, state["rest"], *piece(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, terms))
-    (grads, rest, terms), _ = jax.lax.scan(body, (zeros[0], state["rest"], zeros[1]), xs)
+    start = (zeros[0], state["rest"], zeros[1], piece(0))
+    (grads, rest, terms, _), _ = jax.lax.scan(body, start, jnp.arange(pieces))
     return _unscale(grads, scale), rest, terms
 
 

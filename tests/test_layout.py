@@ -59,6 +59,7 @@ ORDER = """
     plan/hlo
     plan/schedule | plan/calibrate | plan/target
     plan/costs | plan/cpu_costs | plan/compiled
+    plan/thunks
     plan/estimate
     plan/receipt | plan/candidates
     plan/planner | plan/timeline

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import built, mesh_keys, random_batch, start, tiny
 
-from bigmodel.plan import calibrate, cpu_costs, estimate, flops, hlo, schedule, target
+from bigmodel.plan import calibrate, cpu_costs, estimate, flops, hlo, schedule, target, thunks
 from bigmodel.plan import compiled as compiled_lib
 
 # ---------------------------------------------------------------------------------- FLOPs, counted by hand
@@ -279,13 +279,13 @@ def test_a_loop_s_body_counts_as_often_as_it_runs():
 def rates(**changes) -> calibrate.Calibration:
     """A machine of round figures: 1 GFLOP/s, 1 GB/s, 1 ns an operation."""
     products = tuple(
-        calibrate.Product("float32", "nn", 1, m, m, m, 2e-9 * m**3) for m in (16, 64, 256, 1024)
-    )  # fmt: skip
+        calibrate.Product("float32", "nn", 1, m, m, m, 2e-9 * m**3, 4e-9 * m**3) for m in (16, 64, 256, 1024)
+    )
     line = ((1e3, 1e-6), (1e9, 1.0))
     kinds = ("add", "divide", "sqrt", "exponential", "log", "tanh", "cosine", "power")
     elements = dict.fromkeys(kinds, 1e-9)
     made = calibrate.Calibration(
-        "here", products, line, line, line, elements, 1e-9, 0.0, 0.0, {"all-reduce": line}
+        "here", products, line, line, line, line, elements, 1e-9, 0.0, 0.0, {"all-reduce": line}
     )
     return dataclasses.replace(made, **changes)
 
@@ -303,11 +303,88 @@ def test_a_calibration_survives_its_file(tmp_path: pathlib.Path, monkeypatch):
 
 def test_cpu_costs_are_the_measured_speeds():
     costs = cpu_costs.CpuCosts(rates())
-    assert costs.product_s("float32", "nn", 1, 100, 200, 300) == pytest.approx(2e-9 * 6e6)
+    assert costs.product_s("float32", "nn", 1, 100, 200, 300) == pytest.approx((2e-9 * 6e6, 4e-9 * 6e6))
     found = loop(12, 1)
     double = found.tables["body"]["double"]
-    assert costs.compute_s(found, "body", double, "memory", 0.0) == pytest.approx(3 * 4 * 8 * 4 * 1e-9)
+    moved_s = 3 * 4 * 8 * 4 * 1e-9
+    assert costs.compute_s(found, "body", double, "memory", 0.0) == pytest.approx(moved_s)
+    assert costs.compute_s(found, "body", double, "optimizer", 0.0) == pytest.approx(moved_s * 2 / 3)
     assert costs.transfer_s(schedule.Transfer("all-reduce", 1e6)) == pytest.approx(1e-3)
+
+
+def test_devices_take_turns_on_the_cores(monkeypatch):
+    monkeypatch.setattr(calibrate, "cores", lambda: 2)
+    found = loop(12, 1)
+    double = found.tables["body"]["double"]
+    one, eight = (cpu_costs.CpuCosts(rates(), n).seconds(found, "body", double, "memory") for n in (1, 8))
+    assert eight.alone == pytest.approx(max(4 * one.one_core, 8 * one.memory))
+
+
+NOTHING = cpu_costs.Seconds(0.0, 0.0)
+
+
+@dataclasses.dataclass
+class Cores:
+    """Two cores; an addition and a subtraction take what is said."""
+
+    add: cpu_costs.Seconds
+    subtract: cpu_costs.Seconds = NOTHING
+    share: float = 2.0
+
+    def seconds(self, module, computation, i, kind):
+        return {"add": self.add, "subtract": self.subtract}.get(i.opcode, NOTHING)
+
+    def transfer_s(self, transfer):
+        return 5.0
+
+
+def sequence(*lines: str) -> hlo.Module:
+    body = "\n".join(f"  {line}" for line in lines)
+    return hlo.parse(
+        "HloModule m\n\nENTRY %main (a: f32[4,8]) -> f32[4,8] {\n"
+        f"  %a = f32[4,8]{{1,0}} parameter(0)\n{body}\n"
+        "  ROOT %r = f32[4,8]{1,0} bitcast(%a)\n}\n"
+    )
+
+
+def alike(n: int) -> hlo.Module:
+    return sequence(*(f"%x{k} = f32[4,8]{{1,0}} add(%a, %a)" for k in range(n)))
+
+
+SINGLE, SPREAD = cpu_costs.Seconds(1.0, 1.0), cpu_costs.Seconds(1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("n", "each", "total_s"),
+    [
+        (8, SINGLE, 8.0),  # a short sequence runs in its order
+        (10, SINGLE, 6.0),  # nine wait: the worker keeps five more, a second takes four
+        (10, SPREAD, 10.0),  # the pool takes one after another, with both cores
+        (10, cpu_costs.Seconds(1.0, 1.0, 1.0), 10.0),  # each wants all of the memory's bandwidth
+        (10, cpu_costs.Seconds(1.0, 1.0, 0.5), 6.0),  # half of it is enough
+    ],
+)
+def test_kernels_share_the_cores(n, each, total_s):
+    plan = thunks.run(alike(n), Cores(each))
+    assert plan.total_s == pytest.approx(total_s)
+    assert sum(plan.breakdown().values()) == pytest.approx(total_s)
+
+
+def test_what_the_pool_runs_takes_the_cores_that_are_left():
+    """5 s of both cores, or 10 s of one, beside a chain of nine that takes 9 s of the other."""
+    chain = [f"%x{k} = f32[4,8]{{1,0}} add(%{f'x{k - 1}' if k else 'a'}, %a)" for k in range(9)]
+    found = sequence("%big = f32[4,8]{1,0} subtract(%a, %a)", *chain)
+    plan = thunks.run(found, Cores(SINGLE, cpu_costs.Seconds(5.0, 10.0)))
+    assert plan.total_s == pytest.approx(9 + 5 * (1 - 9 / 10))
+    big = next(e for e in plan.events if e.name == "big")
+    assert (big.start_s, big.duration_s) == pytest.approx((0.0, plan.total_s))
+    assert big.stream != next(e for e in plan.events if e.name == "x0").stream
+
+
+def test_a_loop_of_kernels_counts_as_often_as_it_runs():
+    plan = thunks.run(loop(12, 3), Cores(SINGLE))
+    assert plan.breakdown() == {"memory": pytest.approx(plan.total_s)}
+    assert [(e.name, e.times) for e in plan.events if e.name == "double"] == [("double", 4)]
 
 
 # -------------------------------------------------------------------------------------------------- memory

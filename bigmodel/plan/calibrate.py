@@ -1,12 +1,13 @@
 """How fast this machine's CPU is: a microbenchmark of under 30 s, kept for the next plan.
 
-It times, as XLA compiles them here: matrix products by shape, layout and dtype; elementwise work by kind of
-operation; memory by size of the working set; transposed copies; what a thunk (a kernel's launch) costs; and
-collectives between forced CPU devices. Nothing in it knows what a model looks like.
+It times, as XLA compiles them here: matrix products by shape, layout and dtype, on all cores and on one;
+elementwise work by kind of operation; memory by size of the working set; transposed copies; what a thunk (a
+kernel's launch) costs; collectives between forced CPU devices. Nothing in it knows what a model looks like.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -15,22 +16,25 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-# (batch, m, k, n): squares, the tall and skinny ones of dense layers, batches of small ones as attention has
+# (batch, m, k, n): squares, the tall and skinny ones of dense layers, batches of small ones as attention has;
+# a layout's letters say which of the two factors is stored transposed
 SHAPES = (
     (1, 64, 64, 64), (1, 256, 64, 256), (1, 256, 256, 256), (1, 1024, 64, 1024), (1, 1024, 128, 128),
     (1, 128, 1024, 128), (1, 128, 1024, 512), (1, 1024, 128, 512), (1, 1024, 512, 128), (1, 1024, 384, 384),
     (1, 384, 1024, 384), (1, 384, 1024, 1536), (1, 1024, 384, 1536), (1, 1024, 1536, 384), (1, 512, 512, 512),
     (1, 64, 4096, 256), (1, 64, 256, 4096), (1, 4096, 64, 256), (1, 16384, 64, 64), (1, 64, 16384, 64),
-    (1, 16384, 512, 128), (1, 512, 16384, 128), (1, 32768, 9, 64), (1, 9, 32768, 64), (1, 1024, 1024, 1024),
-    (16, 64, 32, 64), (16, 64, 64, 32), (16, 64, 32, 256), (16, 64, 256, 32), (16, 256, 64, 32),
-    (48, 64, 64, 64), (24, 64, 64, 256), (24, 64, 256, 64), (24, 256, 64, 64),
+    (1, 8192, 512, 128), (1, 512, 8192, 128), (1, 32768, 9, 64), (1, 9, 32768, 64), (1, 1024, 1024, 1024),
+    (32, 64, 16, 64), (32, 64, 64, 16), (16, 64, 32, 64), (16, 64, 64, 32), (16, 64, 32, 256),
+    (16, 64, 256, 32), (16, 256, 64, 32), (48, 64, 64, 64), (24, 64, 64, 256), (24, 64, 256, 64),
+    (24, 256, 64, 64),
 )  # fmt: skip
 # and the narrow ones that a convolution of few channels becomes: forward, by its input, by its kernel
 NARROW = (
@@ -38,11 +42,10 @@ NARROW = (
     ("nn", (1, 32768, 144, 16)), ("nt", (1, 32768, 16, 16)), ("tn", (1, 144, 32768, 16)),
     ("nn", (1, 8192, 480, 192)),
 )  # fmt: skip
-LAYOUTS = ("nn", "nt", "tn")  # which of the two factors is stored transposed
 DTYPES = ("float32", "bfloat16")
 STREAM_BYTES = tuple(2**p for p in (15, 17, 19, 21, 23, 25, 27))
 PASSES = 4  # over everything that is timed; the shortest counts
-VERSION = 3  # of what is measured: another one is measured afresh
+VERSION = 4  # of what is measured: another one is measured afresh
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -57,19 +60,21 @@ class Product:
     k: int
     n: int
     seconds: float
+    one_core_s: float
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured. `*_s` are seconds; an element's are one thread's, in cache."""
+    """What was measured, one kernel at a time. `*_s` are seconds; an element's are one thread's, in cache."""
 
     key: str
     products: tuple[Product, ...]
-    stream: tuple[tuple[float, float], ...]  # (bytes read and written, seconds), both cores
-    stream_one: tuple[tuple[float, float], ...]  # likewise, one thread
-    reduce: tuple[tuple[float, float], ...]  # (bytes read by a sum over rows, seconds)
+    stream: tuple[tuple[float, float], ...]  # (bytes read and written, seconds), all cores
+    stream_one: tuple[tuple[float, float], ...]  # likewise, one core
+    reduce: tuple[tuple[float, float], ...]  # (bytes read by a sum over rows, seconds), all cores
+    reduce_one: tuple[tuple[float, float], ...]  # likewise, one core
     element_s: dict[str, float]  # kind of operation -> seconds for one float32
-    transpose_s: float  # an element's strided move, beyond the stream
+    transpose_s: float  # an element's strided move by one core
     thunk_s: float  # launching one kernel
     call_s: float  # launching one program
     collectives: dict[str, tuple[tuple[float, float], ...]]  # kind -> (bytes of the whole array, seconds)
@@ -94,8 +99,6 @@ def cores() -> int:
 def _allocator() -> str:
     """`keeps` when freed pages stay with the process (scripts/cli.py), told by page faults."""
     import resource
-
-    import numpy as np
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -140,7 +143,7 @@ def from_json(text: str) -> Calibration:
         return tuple((float(a), float(b)) for a, b in rows)
 
     raw["products"] = tuple(Product(**p) for p in raw["products"])
-    for name in ("stream", "stream_one", "reduce"):
+    for name in ("stream", "stream_one", "reduce", "reduce_one"):
         raw[name] = pairs(raw[name])
     raw["collectives"] = {kind: pairs(rows) for kind, rows in raw["collectives"].items()}
     return Calibration(**raw)
@@ -150,54 +153,98 @@ def from_json(text: str) -> Calibration:
 
 
 class _Stopwatch:
-    """Times programs in several passes over all of them: what disturbs one pass spares the others."""
+    """Times programs in several passes over all of them: what disturbs one pass spares the others. The first
+    pass only collects them, and they are compiled side by side."""
 
     def __init__(self) -> None:
-        self._programs: list[tuple[Any, tuple[Any, ...]]] = []
-        self._best: list[float] = []
+        self._lowered: list[tuple[jax.stages.Lowered, tuple[Any, ...]]] = []
+        self._programs: list[tuple[jax.stages.Compiled, tuple[Any, ...]]] = []
+        self._best: list[list[float]] = []  # of each program on all cores, on one
         self._next = 0
 
     def new_pass(self) -> None:
         """From here on the same programs are timed again, in the same order."""
         self._next = 0
+        if not self._programs:
+            with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+                made = pool.map(lambda pair: (pair[0].compile(), pair[1]), self._lowered)
+                self._programs = list(made)
 
-    def seconds(self, function: Callable[..., Any], *args: Any, least_s: float = 0.01) -> float:
+    def seconds(self, function: Callable[..., Any], *args: Any) -> float:
         """The shortest run so far: other processes only ever add time."""
-        if self._next == len(self._programs):
-            program = jax.jit(function).lower(*args).compile()
-            jax.block_until_ready(program(*args))
-            self._programs.append((program, args))
-            self._best.append(float("inf"))
+        return self._time(function, args, (contextlib.nullcontext,))[0]
+
+    def both(self, function: Callable[..., Any], *args: Any) -> tuple[float, float]:
+        """-> seconds on all cores, on one."""
+        all_s, one_s = self._time(function, args, (contextlib.nullcontext, _one_core))
+        return all_s, max(one_s, all_s) if hasattr(os, "sched_setaffinity") else all_s * cores()
+
+    def _time(self, function: Callable[..., Any], args: tuple[Any, ...], where: Any) -> list[float]:
+        if not self._programs:
+            self._lowered.append((jax.jit(function).lower(*args), args))
+            self._best.append([float("inf")] * len(where))
+            return self._best[-1]
         at, self._next = self._next, self._next + 1
-        program, args = self._programs[at]
+        best = self._best[at]
+        for index, placed in enumerate(where):
+            with placed():
+                best[index] = min(best[index], _shortest(*self._programs[at], least_s=0.006 / (index + 1)))
+        return best
+
+
+def _shortest(program: Any, args: tuple[Any, ...], least_s: float) -> float:
+    """Of runs that take `least_s` in all, and of three at least; the first does not count."""
+    jax.block_until_ready(program(*args))
+    best, spent, repeats = float("inf"), 0.0, 0
+    while repeats < 3 or (spent < least_s and repeats < 200):
+        start = time.perf_counter()
         jax.block_until_ready(program(*args))
-        spent = repeats = 0.0
-        while repeats < 4 or (spent < least_s and repeats < 200):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*args))
-            took = time.perf_counter() - start
-            spent, repeats, self._best[at] = spent + took, repeats + 1, min(self._best[at], took)
-        return self._best[at]
+        took = time.perf_counter() - start
+        best, spent, repeats = min(best, took), spent + took, repeats + 1
+    return best
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Every thread of this process on one core, where the system can do that (Linux)."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    _keep_to({min(allowed)})
+    try:
+        yield
+    finally:
+        _keep_to(allowed)
+
+
+def _keep_to(allowed: set[int]) -> None:
+    for thread in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(thread.name), allowed)
 
 
 def _kernel_s(
-    clock: _Stopwatch, function: Callable[[jax.Array], jax.Array], x: jax.Array, many: int = 9
-) -> float:
-    """Seconds that one kernel takes within a program: the slope between many and a few, on arrays of their
-    own, as equal or chained ones would become one kernel."""
+    clock: _Stopwatch, function: Callable[[jax.Array], jax.Array], x: jax.Array, many: int = 7
+) -> tuple[float, float]:
+    """Seconds that one kernel takes within a program, on all cores and on one: the slope between many and a
+    few, on arrays of their own, as equal or chained ones would become one kernel. XLA runs up to eight one
+    after another."""
     few = max(many // 3, 1)
 
     def each(xs: list[jax.Array]) -> list[jax.Array]:
         return [function(x) for x in xs]
 
-    more, less = (clock.seconds(each, [x + i for i in range(n)]) for n in (many, few))
-    return max((more - less) / (many - few), 1e-8)
+    more, less = (clock.both(each, [x + i for i in range(n)]) for n in (many, few))
+    all_s, one_s = (max((m - f) / (many - few), 1e-8) for m, f in zip(more, less, strict=True))
+    return all_s, max(one_s, all_s)
 
 
 def measure(key: str = "") -> Calibration:
     """Times everything, on the first CPU device (collectives: on all)."""
     began, clock = time.perf_counter(), _Stopwatch()
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        _measure(clock, key)
         for _ in range(PASSES):
             clock.new_pass()
             found = _measure(clock, key)
@@ -206,15 +253,18 @@ def measure(key: str = "") -> Calibration:
 
 def _measure(clock: _Stopwatch, key: str) -> Calibration:
     call_s = clock.seconds(lambda x: x + 1, jnp.zeros(4))
+    reduced = [(b, _reduce(clock, b, call_s)) for b in STREAM_BYTES[1::2]]
+    streamed = [(b, _stream(clock, b)) for b in STREAM_BYTES]
     return Calibration(
         key=key,
         products=tuple(_products(clock, call_s)),
-        stream=tuple((b, _stream(clock, b)) for b in STREAM_BYTES),
-        stream_one=tuple((b, _stream(clock, b, parallel=False)) for b in STREAM_BYTES[:-1]),
-        reduce=tuple((b, _reduce(clock, b) - call_s) for b in STREAM_BYTES[1::2]),
+        stream=tuple((b, all_s) for b, (all_s, _) in streamed),
+        stream_one=tuple((b, one_s) for b, (_, one_s) in streamed),
+        reduce=tuple((b, all_s) for b, (all_s, _) in reduced),
+        reduce_one=tuple((b, one_s) for b, (_, one_s) in reduced),
         element_s=_elements(clock),
         transpose_s=_transpose(clock),
-        thunk_s=_kernel_s(clock, lambda x: x + 1, jnp.zeros(64), 60),
+        thunk_s=_kernel_s(clock, lambda x: x + 1, jnp.zeros(64), 60)[0],
         call_s=call_s,
         collectives=_collectives(clock, call_s),
     )
@@ -222,18 +272,18 @@ def _measure(clock: _Stopwatch, key: str) -> Calibration:
 
 def _products(clock: _Stopwatch, call_s: float) -> list[Product]:
     found = []
-    wanted = [("float32", layout, shape) for shape in SHAPES for layout in LAYOUTS]
+    wanted = [("float32", layout, shape) for layout in ("nn", "nt", "tn") for shape in SHAPES]
     wanted += [("float32", *narrow) for narrow in NARROW]
-    wanted += [(dtype, LAYOUTS[0], shape) for dtype in DTYPES[1:] for shape in SHAPES[::4]]
+    wanted += [(dtype, "nn", shape) for dtype in DTYPES[1:] for shape in SHAPES[::6]]
     for dtype, layout, (batch, m, k, n) in wanted:
-        a = jnp.ones((batch, k, m) if layout[0] == "t" else (batch, m, k), dtype)
-        b = jnp.ones((batch, n, k) if layout[1] == "t" else (batch, k, n), dtype)
+        a = jnp.asarray(np.ones((batch, k, m) if layout[0] == "t" else (batch, m, k), dtype))
+        b = jnp.asarray(np.ones((batch, n, k) if layout[1] == "t" else (batch, k, n), dtype))
         if batch == 1:
             a, b = a[0], b[0]
         axes = (a.ndim - (2 if layout[0] == "t" else 1),), (b.ndim - (1 if layout[1] == "t" else 2),)
         batched = ((0,), (0,)) if batch > 1 else ((), ())
-        seconds = clock.seconds(lambda a, b, d=(axes, batched): jax.lax.dot_general(a, b, d), a, b)
-        found.append(Product(dtype, layout, batch, m, k, n, max(seconds - call_s, 1e-7)))
+        both = clock.both(lambda a, b, d=(axes, batched): jax.lax.dot_general(a, b, d), a, b)
+        found.append(Product(dtype, layout, batch, m, k, n, *(max(s - call_s, 1e-7) for s in both)))
     return found
 
 
@@ -265,20 +315,22 @@ def _elements(clock: _Stopwatch, size: int = 32768, long: int = 24, short: int =
     return found
 
 
-def _stream(clock: _Stopwatch, size: int, parallel: bool = True) -> float:
-    """x + 1 reads `size` / 2 bytes and writes as many; one row cannot be cut between threads."""
-    x = jnp.zeros((16, size // 8 // 16) if parallel else (1, size // 8), jnp.float32)
-    return _kernel_s(clock, lambda x: x + 1, x, 3 if size >= 2**25 else 9)
+def _stream(clock: _Stopwatch, size: int) -> tuple[float, float]:
+    """x + 1 reads `size` / 2 bytes and writes as many; -> seconds on all cores, on one."""
+    x = jnp.zeros((16, size // 8 // 16), jnp.float32)
+    return _kernel_s(clock, lambda x: x + 1, x, 3 if size >= 2**25 else 7)
 
 
-def _reduce(clock: _Stopwatch, size: int) -> float:
-    return clock.seconds(lambda x: x.sum(-1), jnp.zeros((size // 4 // 256, 256), jnp.float32))
+def _reduce(clock: _Stopwatch, size: int, call_s: float) -> tuple[float, float]:
+    """-> seconds on all cores, on one."""
+    both = clock.both(lambda x: x.sum(-1), jnp.zeros((size // 4 // 256, 256), jnp.float32))
+    return both[0] - call_s, both[1] - call_s
 
 
 def _transpose(clock: _Stopwatch) -> float:
-    """[B, L, H, K] -> [B, H, L, K]; seconds an element."""
+    """[B, L, H, K] -> [B, H, L, K]; seconds an element, on one core."""
     x = jnp.zeros((4, 64, 64, 64), jnp.float32)
-    return _kernel_s(clock, lambda x: x.swapaxes(1, 2) + 1, x) / x.size
+    return _kernel_s(clock, lambda x: x.swapaxes(1, 2) + 1, x)[1] / x.size
 
 
 def _collectives(clock: _Stopwatch, call_s: float) -> dict[str, tuple[tuple[float, float], ...]]:

@@ -1,8 +1,8 @@
 """What instructions take on this machine's CPU: `schedule.Costs` from a `Calibration`.
 
-XLA runs a CPU program's kernels (thunks) nearly one after another. A matrix product takes what a product of
-the nearest measured shapes took; a loop over elements the larger of its arithmetic and its memory traffic.
-Forced CPU devices share the cores, so one device's work counts as often as there are devices.
+A matrix product takes what a product of the nearest measured shapes took; a loop over elements the larger of
+its arithmetic and its memory traffic; each on all cores and on one, as kernels (thunks) that do not wait for
+each other share them (`thunks.py`). Forced CPU devices share the cores too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from bigmodel.plan import calibrate
 from bigmodel.plan.calibrate import Calibration, Product
@@ -35,33 +37,66 @@ FREE = (
     "slice",
     "reshape",
 )
+IN_PLACE = (
+    2 / 3
+)  # of the memory's traffic, what writes where it has read: a new line is fetched, then overwritten
 NEAREST = 4  # measured products that a product's speed is interpolated from
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a kernel takes: alone on all cores, on one of them, and what its traffic takes of the memory's
+    whole bandwidth, which kernels at once share."""
+
+    alone: float
+    one_core: float
+    memory: float = 0.0
 
 
 class CpuCosts:
     """Costs of one of `devices` forced CPU devices that share the cores."""
 
     def __init__(self, calibration: Calibration, devices: int = 1) -> None:
-        self.c, self.devices = calibration, devices
-        self.cores = calibrate.cores()
+        self.c, self.devices, self.cores = calibration, devices, calibrate.cores()
+        self.share = self.cores / devices  # of the cores, what one device has
 
     def compute_s(self, module: Module, computation: str, i: Instruction, kind: str, flops: float) -> float:
+        return self.seconds(module, computation, i, kind).alone
+
+    def seconds(self, module: Module, computation: str, i: Instruction, kind: str) -> Seconds:
+        """What an instruction that is neither a loop nor a call takes on the device's share of the cores."""
         if i.opcode == "custom-call" and not i.bytes:
-            return 0.0
-        seconds = self.c.thunk_s
-        products = list(_products(module, computation, i))
+            return Seconds(0.0, 0.0)
+        moved = module.touched_bytes(computation, i) * (IN_PLACE if kind == "optimizer" else 1)
+        all_cores, one = self._kernel(module, computation, i, moved)
+        all_cores, one = self.c.thunk_s + all_cores, self.c.thunk_s + one
+        memory = self.devices * moved / self._bandwidth(moved)
+        if self.share <= 1:  # devices take turns
+            alone = max(one / self.share, memory)
+            return Seconds(alone, alone, memory)
+        part = math.log(self.share) / math.log(self.cores)
+        return Seconds(one * (all_cores / one) ** part, one, memory)
+
+    def _kernel(self, module: Module, computation: str, i: Instruction, moved: float) -> tuple[float, float]:
+        """-> seconds on every core, on one."""
+        products = [self.product_s(*p) for p in _products(module, computation, i)]
         if products:
-            return (seconds + sum(self.product_s(*p) for p in products)) * self.devices
+            return sum(p[0] for p in products), sum(p[1] for p in products)
         if i.opcode == "sort":
             n = _elements(i)
-            return (seconds + n * math.log2(n + 1) * self.c.element_s["log"]) * self._share(1)
-        moved, threads = module.touched_bytes(computation, i), self._threads(i)
+            return (n * math.log2(n + 1) * self.c.element_s["log"],) * 2
         if "__ynn" in i.text:
-            seconds += _interpolate(self.c.reduce, moved)
-            return seconds * self.devices
-        memory = _interpolate(self.c.stream if threads > 1 else self.c.stream_one, moved)
-        seconds += max(memory, self._arithmetic_s(module, i) / threads)
-        return seconds * self._share(threads)
+            return _interpolate(self.c.reduce, moved), _interpolate(self.c.reduce_one, moved)
+        arithmetic = self._arithmetic_s(module, i)
+        one, threads = max(_interpolate(self.c.stream_one, moved), arithmetic), self._threads(i)
+        if threads == 1:
+            return one, one
+        return min(max(_interpolate(self.c.stream, moved), arithmetic / threads), one), one
+
+    def _bandwidth(self, size: float) -> float:
+        """Bytes a second of all cores: the most of any measured set of this size or larger."""
+        rates = [b / s for b, s in self.c.stream if b >= size and s > 0]
+        return max(rates, default=self.c.stream[-1][0] / self.c.stream[-1][1])
 
     def transfer_s(self, transfer: Transfer) -> float:
         """Measured over all devices; a smaller group moves its share."""
@@ -71,10 +106,6 @@ class CpuCosts:
     def stream(self, transfer: Transfer) -> str:
         return "memory"
 
-    def _share(self, threads: int) -> float:
-        """How much longer work of this many threads takes when every device does it at once."""
-        return max(self.devices * threads / self.cores, 1.0)
-
     def _threads(self, i: Instruction) -> int:
         found = i.attribute(r'"outer_dimension_partitions":\[([^\]]*)\]') or ""
         parts = math.prod(int(n) for n in re.findall(r"\d+", found))
@@ -83,7 +114,8 @@ class CpuCosts:
     def _arithmetic_s(self, module: Module, i: Instruction) -> float:
         """Of one thread: every operation of a loop, on its own elements, no more than are wanted."""
         if i.opcode != "fusion":
-            return self._moved_s(i) if i.opcode in ("transpose", "copy", "gather", "scatter") else 0.0
+            strided = i.opcode in ("transpose", "copy", "gather", "scatter")
+            return _elements(i) * self.c.transpose_s if strided else 0.0
         body = [inner for called in i.called for inner in module.computations.get(called, ())]
         wanted = sum(_elements(inner) for inner in body[-1:])
         if any(inner.opcode in ("reduce", "reduce-window", "scatter") for inner in body):
@@ -93,33 +125,32 @@ class CpuCosts:
             if inner.opcode in FREE:
                 continue
             if inner.opcode in ("transpose", "gather", "scatter"):
-                total += min(self._moved_s(inner), wanted * self.c.transpose_s * self.cores)
+                total += min(_elements(inner), wanted) * self.c.transpose_s
             elif inner.opcode != "copy":
                 each = self.c.element_s[KINDS.get(inner.opcode, "add")]
                 total += each * min(_elements(inner), wanted)
         return total
 
-    def _moved_s(self, i: Instruction) -> float:
-        return _elements(i) * self.c.transpose_s * self.cores  # it was measured on all of them
-
     @functools.cache  # noqa: B019  an instance lives as long as a plan
-    def product_s(self, dtype: str, layout: str, batch: int, m: int, k: int, n: int) -> float:
-        """From the nearest measured products by the sizes' logarithms; speeds weighted by distance."""
+    def product_s(self, dtype: str, layout: str, batch: int, m: int, k: int, n: int) -> tuple[float, float]:
+        """Seconds on every core, on one: from the nearest measured products by the sizes' logarithms; their
+        speeds are weighted by distance."""
         points = [p for p in self.c.products if p.dtype == dtype] or list(self.c.products)
         points = [p for p in points if p.layout == layout] or points
         here = _place(batch, m, k, n)
-        near = sorted((math.dist(here, _place(p.batch, p.m, p.k, p.n)), p.seconds, p) for p in points)[
-            :NEAREST
-        ]
-        weights = [1 / (distance**2 + 1e-3) for distance, _, _ in near]
-        speed = sum(w * math.log(_speed(p)) for w, (_, _, p) in zip(weights, near, strict=True)) / sum(
-            weights
-        )
-        return 2.0 * batch * m * k * n / math.exp(speed)
+        near = sorted(points, key=lambda p: math.dist(here, _place(p.batch, p.m, p.k, p.n)))[:NEAREST]
+        weights = [1 / (math.dist(here, _place(p.batch, p.m, p.k, p.n)) ** 2 + 1e-3) for p in near]
+
+        def seconds(measured: Callable[[Product], float]) -> float:
+            logs = [math.log(_flops(p) / measured(p)) for p in near]
+            speed = sum(w * log for w, log in zip(weights, logs, strict=True)) / sum(weights)
+            return 2.0 * batch * m * k * n / math.exp(speed)
+
+        return seconds(lambda p: p.seconds), seconds(lambda p: p.one_core_s)
 
 
-def _speed(p: Product) -> float:
-    return 2.0 * p.batch * p.m * p.k * p.n / p.seconds
+def _flops(p: Product) -> float:
+    return 2.0 * p.batch * p.m * p.k * p.n
 
 
 def _place(batch: int, m: int, k: int, n: int) -> tuple[float, ...]:

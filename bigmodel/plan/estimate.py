@@ -10,7 +10,7 @@ import jax
 from bigmodel import hardware, optim
 from bigmodel import mesh as mesh_lib
 from bigmodel.data import text
-from bigmodel.plan import calibrate, flops, hlo, schedule
+from bigmodel.plan import calibrate, flops, hlo, schedule, thunks
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.costs import ChipCosts, attention_flops, gemm_flops
 from bigmodel.plan.cpu_costs import CpuCosts
@@ -101,13 +101,13 @@ def step(
     here = target.devices[0].platform == "cpu"
     measured = (calibrate.load if calibrated else calibrate.known)(folder) if here else None
     if measured is not None:
-        walked = schedule.walk(hlo.parse(compiled.text), CpuCosts(measured, program.mesh.size))
+        walked = thunks.run(hlo.parse(compiled.text), CpuCosts(measured, program.mesh.size))
         return Schedule(walked.total_s + measured.call_s, walked.events), "cpu"
     hosts = len({d.process_index for d in program.mesh.devices.flat})
     devices = hosts if here else program.mesh.size  # CPU devices share their host's cores
     speed = hardware.matmul_flops(program.config.compute_dtype) * devices
     seconds = flops.model_flops(program) / (speed * GUESSED_EFFICIENCY)
-    return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds),)), "guess"
+    return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds, 1, seconds),)), "guess"
 
 
 def executed_flops(text: str, devices: int) -> float:

@@ -42,7 +42,7 @@ class Event:
     start_s: float
     duration_s: float
     times: int = 1  # how often in a step
-    exposed_s: float = 0.0  # of one time: how long the compute stream stood still for it
+    exposed_s: float = 0.0  # of one time: what it adds to the step; of what runs at once, each has a part
     flops: float = 0.0
     bytes: float = 0.0
     group: tuple[int, ...] = ()
@@ -60,9 +60,7 @@ class Schedule:
         """Seconds a step by kind of compute, and `communication` that nothing hides; they add to total_s."""
         out: defaultdict[str, float] = defaultdict(float)
         for e in self.events:
-            out[e.kind if e.kind in COMPUTE else "communication"] += e.times * (
-                e.duration_s if e.kind in COMPUTE else e.exposed_s
-            )
+            out[e.kind if e.kind in COMPUTE else "communication"] += e.times * e.exposed_s
         return dict(out)
 
 
@@ -112,7 +110,7 @@ def _walk(module: Module, computation: str, costs: Costs, clock: _Clock, times: 
                 _walk(module, called, costs, clock, times)
         elif _ends(module, i):
             _wait(clock, carried)
-        elif transfer := _transfer(module, computation, i):
+        elif transfer := transfer_of(module, computation, i):
             started = _start(costs, clock, i, transfer, times)
             if _is_async(module, i):
                 under_way[i.name] = frozenset([started])
@@ -168,6 +166,7 @@ def _compute(
                 clock.now_s,
                 seconds,
                 times,
+                seconds,
                 flops=flops,
                 bytes=i.bytes,
                 where=i.op_name,
@@ -209,7 +208,7 @@ def _wait(clock: _Clock, under_way: Set[tuple[float, int]]) -> None:
 # -------------------------------------------------------------------------------- what moves, and to whom
 
 
-def _transfer(module: Module, computation: str, i: Instruction) -> Transfer | None:
+def transfer_of(module: Module, computation: str, i: Instruction) -> Transfer | None:
     """The transfer that an instruction makes or starts, if it is one."""
     if i.opcode in ("copy-start", "slice-start") or (i.opcode == "async-start" and not _inner(module, i)):
         spaces = {shape.space for shape in i.shapes}
