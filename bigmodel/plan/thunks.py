@@ -33,7 +33,7 @@ class _Thunk:
     waits: frozenset[int]  # for which thunks of its sequence
     events: tuple[Event, ...]  # as if it had begun at 0 and run alone
     left: float = 1.0  # of its work
-    lane: int = 0
+    lane: int | None = None  # of the picture, once it has begun
     start_s: float = 0.0
     end_s: float = 0.0
     share_s: float = 0.0  # of the time that passed while it ran, its part
@@ -48,7 +48,7 @@ class _Thunk:
                 start_s=self.start_s + event.start_s * stretched,
                 duration_s=event.duration_s * stretched,
                 exposed_s=event.exposed_s * share,
-                stream=event.stream if self.lane == 0 else f"{event.stream} {self.lane + 1}",
+                stream=f"{event.stream} {self.lane + 1}" if self.lane else event.stream,
             )
 
 
@@ -163,11 +163,7 @@ class _Pool:
             if len(queue) > QUEUE and len(self.blocking) + len(workers) < WORKERS:
                 workers.append(deque(queue.pop() for _ in range(len(queue) // 2)))
                 workers[-1].reverse()
-            thunk = self.thunks[index]
-            thunk.start_s = self.now_s
-            taken = {self.thunks[other].lane for other in (*self.blocking, *self.handed)}
-            thunk.lane = next(lane for lane in range(len(taken) + 1) if lane not in taken)
-            if thunk.blocks:
+            if self.thunks[index].blocks:
                 self.blocking[index] = queue
                 return
             self.handed.append(index)
@@ -192,6 +188,11 @@ class _Pool:
         running = list(self.blocking)
         if len(running) + 1 <= self.cores:
             running += self.handed[:1]
+        for index in running:
+            if self.thunks[index].lane is None:
+                taken = {self.thunks[other].lane for other in running}
+                self.thunks[index].lane = next(lane for lane in range(len(running)) if lane not in taken)
+                self.thunks[index].start_s = self.now_s
         each = self.cores / max(len(running), 1)
         takes = {index: _on(self.thunks[index].seconds, each, self.cores) for index in running}
         return self._shared(takes)

@@ -32,7 +32,7 @@ def write(steps: Schedule, directory: pathlib.Path) -> list[pathlib.Path]:
 
 def _streams(steps: Schedule) -> list[str]:
     names = dict.fromkeys(e.stream for e in steps.events)
-    return ["compute", *(name for name in names if name != "compute")]
+    return sorted(names, key=lambda name: (not name.startswith("compute"), name))
 
 
 def _trace(steps: Schedule) -> list[dict[str, object]]:
