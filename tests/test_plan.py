@@ -399,6 +399,15 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("compiler", "host", "peak"), [("cpu", 0, 17), ("libtpu", 0, 14), ("libtpu", 6, 17)], ids=str
+)
+def test_what_lies_on_the_host_is_none_of_the_device_s_memory(compiler, host, peak):
+    """A TPU compiler's peak counts both memories: with offloading, only all that was allocated is a bound."""
+    made = compiled_lib.Compiled("", 10, 10, 8, 5, 14, host)
+    assert estimate.peak_bytes(made, compiler) == peak
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "keys"), CASES, ids=str)
 def test_planned_bytes_are_live_bytes(family, keys):

@@ -22,7 +22,7 @@ import jax
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files
 COMPILERS = {"libtpu": "libtpu", "cuda": "jax-cuda13-pjrt"}  # packages; else jaxlib's own
 
 
@@ -35,7 +35,8 @@ class Compiled:
     output_bytes: int
     alias_bytes: int  # of the output, what lies where an argument was
     temporary_bytes: int
-    peak_bytes: int  # what is live at once, where the compiler says; else 0
+    peak_bytes: int  # what is live at once, the host's memory included, where the compiler says; else 0
+    host_bytes: int = 0  # temporaries in the host's memory
 
 
 def of(executable: Any) -> Compiled:
@@ -48,6 +49,7 @@ def of(executable: Any) -> Compiled:
         analysis.alias_size_in_bytes,
         analysis.temp_size_in_bytes,
         getattr(analysis, "peak_memory_in_bytes", 0),
+        getattr(analysis, "host_temp_size_in_bytes", 0),
     )
 
 

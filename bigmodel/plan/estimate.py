@@ -63,10 +63,7 @@ def memory(program: Program, compiled: Compiled, target: Target) -> dict[str, An
     """Bytes on one device: what the state takes, and the compiler's own peak against the memory there is."""
     spec = program.state_spec
     arguments, outputs = compiled.argument_bytes, compiled.output_bytes - compiled.alias_bytes
-    peak = arguments + outputs + compiled.temporary_bytes
-    if target.compiler == "libtpu":  # there, temporaries include what is never live at once
-        peak = max(compiled.peak_bytes, arguments) or peak
-    capacity = capacity_bytes(target)
+    peak, capacity = peak_bytes(compiled, target.compiler), capacity_bytes(target)
     return {
         "params_bytes": tree_bytes(weights(program)),
         "optimizer_bytes": tree_bytes(spec["opt"]),
@@ -78,6 +75,15 @@ def memory(program: Program, compiled: Compiled, target: Target) -> dict[str, An
         "headroom_bytes": None if capacity is None else capacity - peak,
         "fits": capacity is None or peak <= capacity,
     }
+
+
+def peak_bytes(compiled: Compiled, compiler: str) -> int:
+    """The most of a device's memory that is in use at once, or a bound on it."""
+    arguments, outputs = compiled.argument_bytes, compiled.output_bytes - compiled.alias_bytes
+    every = arguments + outputs + compiled.temporary_bytes
+    if compiler != "libtpu" or compiled.host_bytes:  # whose peak would count what lies on the host
+        return every
+    return max(compiled.peak_bytes, arguments) or every  # temporaries include what is never live at once
 
 
 def capacity_bytes(target: Target) -> float | None:
