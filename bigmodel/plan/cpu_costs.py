@@ -37,9 +37,8 @@ FREE = (
     "slice",
     "reshape",
 )
-IN_PLACE = (
-    2 / 3
-)  # of the memory's traffic, what writes where it has read: a new line is fetched, then overwritten
+# Of the memory's traffic, what a kernel makes that writes where it has read; others fetch what they overwrite
+IN_PLACE = 2 / 3
 NEAREST = 4  # measured products that a product's speed is interpolated from
 
 
@@ -51,6 +50,12 @@ class Seconds:
     alone: float
     one_core: float
     memory: float = 0.0
+
+    def on(self, share: float, cores: float) -> float:
+        """On `share` of the cores, between the two by powers; less than one: in turns with others."""
+        if share <= 1:
+            return self.one_core / share
+        return self.one_core * (self.alone / self.one_core) ** (math.log(share) / math.log(cores))
 
 
 class CpuCosts:
@@ -69,13 +74,13 @@ class CpuCosts:
             return Seconds(0.0, 0.0)
         moved = module.touched_bytes(computation, i) * (IN_PLACE if kind == "optimizer" else 1)
         all_cores, one = self._kernel(module, computation, i, moved)
-        all_cores, one = self.c.thunk_s + all_cores, self.c.thunk_s + one
+        kernel = Seconds(self.c.thunk_s + all_cores, self.c.thunk_s + one)
         memory = self.devices * moved / self._bandwidth(moved)
-        if self.share <= 1:  # devices take turns
-            alone = max(one / self.share, memory)
-            return Seconds(alone, alone, memory)
-        part = math.log(self.share) / math.log(self.cores)
-        return Seconds(one * (all_cores / one) ** part, one, memory)
+        alone = kernel.on(self.share, self.cores)
+        if self.share > 1:
+            return Seconds(alone, kernel.one_core, memory)
+        alone = max(alone, memory)  # every device is at it
+        return Seconds(alone, alone, memory)
 
     def _kernel(self, module: Module, computation: str, i: Instruction, moved: float) -> tuple[float, float]:
         """-> seconds on every core, on one."""

@@ -10,7 +10,6 @@ between two. A sequence of up to eight runs in its own order. A loop's rounds fo
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,8 +19,8 @@ from bigmodel.plan.hlo import Instruction, Module
 from bigmodel.plan.schedule import SILENT, Event, Schedule, kind_of, transfer_of
 
 SEQUENTIAL = 8  # the longest sequence that runs in its own order
-QUEUE = 8  # what a worker keeps for itself
-WORKERS = 4
+QUEUE = 8  # the most that waits for one worker while another could take half
+WORKERS = 4  # the most on one sequence
 
 
 @dataclass
@@ -194,7 +193,7 @@ class _Pool:
                 self.thunks[index].lane = next(lane for lane in range(len(running)) if lane not in taken)
                 self.thunks[index].start_s = self.now_s
         each = self.cores / max(len(running), 1)
-        takes = {index: _on(self.thunks[index].seconds, each, self.cores) for index in running}
+        takes = {index: self.thunks[index].seconds.on(each, self.cores) for index in running}
         return self._shared(takes)
 
     def _shared(self, takes: dict[int, float]) -> dict[int, float]:
@@ -207,10 +206,3 @@ class _Pool:
                 slowed[index] = takes[index] * wanted[index] / part
             left -= min(wanted[index], part)
         return slowed
-
-
-def _on(seconds: Seconds, share: float, cores: float) -> float:
-    """On a share of the cores; less than one of them: in turns with others."""
-    if share <= 1:
-        return seconds.one_core / share
-    return seconds.one_core * (seconds.alone / seconds.one_core) ** (math.log(share) / math.log(cores))
