@@ -13,20 +13,16 @@ import contextlib
 import math
 import os
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from bigmodel import config as config_lib
-from bigmodel import data, distill, evaluate, hardware, log, mesh, program, transfer, workdir
+from bigmodel import data, evaluate, hardware, log, mesh, signals, start, workdir
 from bigmodel.checkpoint import Checkpoints
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config
 from bigmodel.data import Pipeline, Prefetch
 from bigmodel.ledger import Ledger, ProcessMemory
 from bigmodel.plan import estimate, planner
@@ -35,7 +31,6 @@ from bigmodel.program import Program, State
 
 DONE, BAD_INPUT, NOT_FINITE, PREEMPTED = 0, 2, 3, 75
 WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
-Resume = Literal["auto", "never", "must"]
 
 
 class NotFinite(RuntimeError):
@@ -54,7 +49,7 @@ class Result:
     state: State = field(repr=False)
 
 
-def run(config: Config, directory: str | os.PathLike[str], resume: Resume = "auto") -> Result:
+def run(config: Config, directory: str | os.PathLike[str], resume: start.Resume = "auto") -> Result:
     """Trains `config` in `directory`, on every device of the job; goes on from the newest checkpoint there.
 
     Every host of a multi-host job calls it alike.
@@ -75,33 +70,12 @@ def run(config: Config, directory: str | os.PathLike[str], resume: Resume = "aut
         first = jax.process_index() == 0
         path = stack.enter_context(workdir.claim(directory)) if first else pathlib.Path(directory)
         with ledger.timing("start"):
-            _check_resume(path, resume)
+            start.check_resume(path, resume)
             rows = mesh.host_rows(the_mesh, config.batch_size)
             train_data = data.make_pipeline(config, "train", path, **rows)
             eval_data = data.make_pipeline(config, "eval", path, **rows)
-            the_program = _build(config, the_mesh)
+            the_program = start.build(config, the_mesh)
         return Run(the_program, path, train_data, eval_data, ledger).train(stack)
-
-
-def _build(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
-    """The Program; a budget is first turned into steps, which the learning rate's schedule needs."""
-    spec = data.batch_spec(config)
-    built = program.build(config, the_mesh, spec)
-    if not config.budget:
-        return built
-    config = config.replace(steps=estimate.steps_for_budget(built))
-    log.say(f"budget    {receipts.quantity(config.budget)}FLOP buys {config.steps:,} steps")
-    return program.build(config, the_mesh, spec)
-
-
-def _check_resume(path: pathlib.Path, resume: Resume) -> None:
-    there = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
-    if resume == "never" and (there or (path / "config.json").exists()):
-        raise InputError(f"--resume=never, but --workdir={path} holds a run; choose a new --workdir")
-    if resume == "must" and not there:
-        raise InputError(
-            f"--resume=must, but --workdir={path} holds no checkpoint; check it, or use --resume=auto"
-        )
 
 
 @dataclass
@@ -123,62 +97,33 @@ class Run:
                 async_save=config.checkpoint.async_save,
             )
         )
-        self._compare_with_last(checkpoints)
+        start.compare_with_last(self.program, self.path, checkpoints, self.train_data.fingerprint())
         with self.ledger.timing("restore"):
-            state = self._initial_state(checkpoints)
-        start = int(state["step"])
-        if start >= config.steps:
-            log.say(f"done: {self.path} is at step {start:,} of {config.steps:,}; raise steps to go on")
-            return Result(DONE, start, {}, self.path, self.program, state)
+            state = start.initial_state(self.program, self.path, checkpoints)
+        first_step = int(state["step"])
+        if first_step >= config.steps:
+            log.say(f"done: {self.path} is at step {first_step:,} of {config.steps:,}; raise steps to go on")
+            return Result(DONE, first_step, {}, self.path, self.program, state)
         with self.ledger.timing("compile"):
             compiled = planner.compile_to_run(self.program)
-        receipt = planner.of_run(self.program, compiled, config.steps - start)
+        receipt = planner.of_run(self.program, compiled, config.steps - first_step)
         log.say("\n".join(receipts.table(receipt)))
         if first:
             workdir.write_config(self.path, config)
             workdir.write_json(self.path / "plan.json", receipt)
-        if start:
-            log.say(f"resuming from step {start:,}")
+        if first_step:
+            log.say(f"resuming from step {first_step:,}")
         writer = stack.enter_context(
-            log.Writer(self.path, first_step=start, tensorboard=config.log.tensorboard)
+            log.Writer(self.path, first_step=first_step, tensorboard=config.log.tensorboard)
         )
         loop = Loop(self, compiled, state, checkpoints, writer, receipt)
         try:
-            return loop.run(start)
+            return loop.run(first_step)
         finally:
             if first:
                 workdir.write_json(
                     self.path / "ledger.json", self.ledger.report(receipt["model_flops_per_step"])
                 )
-
-    def _compare_with_last(self, checkpoints: Checkpoints) -> None:
-        """Refuses another model or other data than the checkpoint's; tells which other settings changed."""
-        if transfer.is_imported(checkpoints) or not (meta := checkpoints.check(self.program.state_spec)):
-            return
-        was, now = meta["pipeline"], self.train_data.fingerprint()
-        for key in sorted(was.keys() | now.keys()):
-            if was.get(key) != now.get(key):
-                raise InputError(
-                    f"--workdir={self.path} was trained on other data: {key} was {was.get(key)}, "
-                    f"now {now.get(key)}; use the same data, seed and batch_size, or a new --workdir"
-                )
-        if (self.path / "config.json").exists():
-            old = workdir.read_config(self.path)
-            for key, (before, after) in config_lib.difference(old, self.program.config).items():
-                log.say(f"config    {key}: was {before}, now {after}")
-
-    def _initial_state(self, checkpoints: Checkpoints) -> State:
-        imported = transfer.is_imported(checkpoints)
-        if checkpoints.latest() is not None and not imported:
-            return checkpoints.restore(self.program.state_spec)[0]
-        config = self.program.config
-        state = distill.fill(self.program, self.program.init(jax.random.key(config.seed)))
-        if source := str(self.path) if imported else config.init.from_:
-            state, report = transfer.load(self.program, state, source, config.init.skip)
-            log.say("\n".join(report.lines()))
-            if jax.process_index() == 0:
-                workdir.write_json(self.path / "init.json", report._asdict())
-        return state
 
 
 class Loop:
@@ -204,7 +149,7 @@ class Loop:
     def run(self, start: int) -> Result:
         steps, run = self.config.steps, self.run_
         prefetch = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch)
-        with _sigterm() as stop_asked, self.progress, prefetch as batches:
+        with signals.sigterm() as stop_asked, self.progress, prefetch as batches:
             self.window.reset()
             for index, batch, wait_s in batches:
                 step = index + 1
@@ -361,28 +306,3 @@ class _Window:
         """-> (seconds a step without input, seconds of waiting for input)."""
         steps = max(self.steps, 1)
         return max((time.perf_counter() - self.began - self.wait_s) / steps, 1e-9), self.wait_s / steps
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step)`: whether SIGTERM came and, in a multi-host job, all hosts stop at this step.
-
-    A second SIGTERM ends the process at once.
-    """
-    if jax.process_count() > 1:  # JAX's coordination service has the signal, and agrees on a step
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = threading.Event()
-
-    def handle(number: int, frame: Any) -> None:
-        came.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: came.is_set()
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield lambda step: came.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)

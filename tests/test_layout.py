@@ -72,7 +72,7 @@ ORDER = """
     engine | predict | openai_api | speculative | beam | export | plan/serve
     worker
     serve
-    evaluate
+    evaluate | signals | start
     train
     compress/__init__ | compress/recipe | compress/trained | compress/units
     compress/observe
