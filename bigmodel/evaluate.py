@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,10 +43,12 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
     if pending is not None:
         sums.add(pending)
     values = sums.values()
-    if "bits_per_byte" in values:
-        values["perplexity"] = math.exp(min(values["loss"], 700.0))
+    if program.config.task.name in ("lm", "mlm", "seq2seq"):
+        with np.errstate(over="ignore"):
+            values["perplexity"] = float(np.exp(np.float64(values["loss"])))
     if whole := WHOLE.get(program.config.task.name):
-        values |= whole(program, collect(program, state, pipeline))
+        more = whole(program, collect(program, state, pipeline))
+        values |= {name: value for name, value in more.items() if value is not None}
     return values
 
 
@@ -59,7 +60,7 @@ BESIDE = {"gan": ("image",), "detect": ("boxes", "labels")}
 def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
     """What the task keeps of every example of a split, once each and in order, on every host.
 
-    -> {"output": float32 [N, ...], "label": [N, ...], and "group": [N] if the config names one}; for tasks
+    -> {"output": float [N, ...], "label": [N, ...], and "group": [N] if the config names one}; for tasks
     whose predictions are not their logits, what tasks.PREDICTIONS says. Numbers that were standardised are in
     their own unit again.
     """
@@ -74,7 +75,7 @@ def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
             there = got.pop("mask") > 0
             if (scale_B2 := got.pop("label_scale", None)) is not None:
                 for name in ("output", "label"):
-                    got[name] = got[name] * scale_B2[:, 1:] + scale_B2[:, :1]
+                    got[name] = got[name].astype(np.float64) * scale_B2[:, 1:] + scale_B2[:, :1]
             parts.append({name: value[there] for name, value in got.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -111,12 +112,26 @@ def _classified(
     program: Program, examples: Examples, directory: pathlib.Path, names: Sequence[str], _: Features | None
 ) -> dict[str, Any]:
     output, label, task = examples["output"], examples["label"], program.config.task
-    score_NK = np.asarray(jax.nn.softmax(output) if task.name == "classify" else jax.nn.sigmoid(output))
+    score_NK = likelihoods(output, task.name)
     out = metrics.classification(score_NK, label, examples.get("group"), task.top_k)
     is_NK = np.eye(score_NK.shape[1], dtype=bool)[label] if label.ndim == 1 else label > 0.5
     titles = [*names, *map(str, range(len(names), score_NK.shape[1]))]
     paths = pictures.draw(directory, is_NK, score_NK, out, titles)
     return out | {"pictures": [str(path) for path in paths]}
+
+
+def likelihoods(output_NK: np.ndarray, task: str) -> np.ndarray:
+    """Logits -> softmax's scores, or for multilabel sigmoid's, in float64: sure ones do not become equal.
+
+    Logits that are infinite share all the likelihood, so that the argmax is theirs.
+    """
+    x_NK = output_NK.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN stays one
+        if task != "classify":
+            return np.exp(-np.logaddexp(0, -x_NK))
+        most_N1 = x_NK.max(1, keepdims=True)
+        share_NK = np.exp(np.where(x_NK == most_N1, 0.0, x_NK - most_N1))
+    return share_NK / share_NK.sum(1, keepdims=True)
 
 
 def _drawn(
@@ -165,7 +180,7 @@ REPORTS: dict[str, Callable[..., dict[str, Any]]] = {
 # ------------------------------------------------------------------------------------- distances of images
 
 
-def _distances(program: Program, examples: Examples) -> dict[str, float]:
+def _distances(program: Program, examples: Examples) -> dict[str, float | None]:
     """`frechet_random`: the Frechet distance between the features of real images and of fakes that a small
     CNN of fixed random weights sees. For comparing runs on one dataset; 0 for equal sets."""
     features = _random_features(examples["image"].shape[1:])
@@ -215,7 +230,7 @@ def in_pieces(run: Any, image_NHWC: np.ndarray, size: int = 256) -> np.ndarray:
 
 
 # Task -> what `run` adds, of all examples at once.
-WHOLE: dict[str, Callable[[Program, Examples], dict[str, float]]] = {
+WHOLE: dict[str, Callable[[Program, Examples], Mapping[str, float | None]]] = {
     "gan": _distances,
     "detect": lambda program, examples: {k: v for k, v in _precision(examples).items() if k != "per_class"},
 }

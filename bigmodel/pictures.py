@@ -37,7 +37,7 @@ def draw(
     figures["pr"] = _curves(is_NK, score_NK, report["pr_auc"]["per_class"], names, roc=False)
     figures["calibration"] = _calibration(report["calibration"])
     if "confusion" in report:
-        figures["confusion"] = _confusion(np.array(report["confusion"]), names)
+        figures["confusion"] = _confusion(np.array(report["confusion"]), names, report["accuracy"])
     paths = []
     for name, figure in figures.items():
         paths.append(directory / f"{name}.png")
@@ -100,7 +100,7 @@ def _colors(count: int) -> list[Any]:
     return [colormaps["tab10"](index) for index in range(count)]
 
 
-def _confusion(counts_KK: np.ndarray, names: Sequence[str]) -> Any:
+def _confusion(counts_KK: np.ndarray, names: Sequence[str], accuracy: float) -> Any:
     """Shares of each row's examples as colour, counts as numbers."""
     classes = len(counts_KK)
     side = min(max(0.52 * classes, 3.2), 11.0)
@@ -109,8 +109,7 @@ def _confusion(counts_KK: np.ndarray, names: Sequence[str]) -> Any:
     share_KK = counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
     # A square root, so that few mistakes among many examples are seen.
     image = axes.imshow(share_KK**0.5, cmap="Blues", vmin=0, vmax=1)
-    right = np.trace(counts_KK) / max(counts_KK.sum(), 1)
-    axes.set(xlabel="predicted", ylabel="label", title=f"Confusion matrix, {right:.2%} right")
+    axes.set(xlabel="predicted", ylabel="label", title=f"Confusion matrix, {accuracy:.2%} right")
     if classes <= MOST_CELLS:
         axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 3 else 0)
         axes.set_yticks(range(classes), names)
@@ -133,10 +132,10 @@ def _calibration(bins: dict[str, Any]) -> Any:
     at = (np.arange(len(count)) + 0.5) * width
     upper.plot([0, 1], [0, 1], "--", color=FAINT, linewidth=1, label="perfect")
     # Of n predictions with accuracy a, the bar is the standard error of a.
-    error = np.sqrt(accuracy * (1 - accuracy) / np.maximum(count, 1))
+    spread = np.sqrt(accuracy * (1 - accuracy) / np.maximum(count, 1))
     firm, thin = count >= FEW, some & (count < FEW)
     upper.errorbar(
-        confidence[firm], accuracy[firm], error[firm], fmt="o-", color=INK, markersize=4, linewidth=1.2,
+        confidence[firm], accuracy[firm], spread[firm], fmt="o-", color=INK, markersize=4, linewidth=1.2,
         capsize=2, label="this model",
     )  # fmt: skip
     if thin.any():
@@ -149,7 +148,8 @@ def _calibration(bins: dict[str, Any]) -> Any:
             label=f"fewer than {FEW} predictions",
         )
     upper.set(ylabel="accuracy", ylim=(-0.02, 1.04), xlim=(-0.01, 1.01))
-    upper.set_title(f"Calibration, expected error {bins['ece']:.4f}")
+    error = "unknown: some outputs are NaN" if bins["ece"] is None else f"{bins['ece']:.4f}"
+    upper.set_title(f"Calibration, expected error {error}")
     upper.legend(loc="upper left")
     lower.bar(at[some], count[some], width * 0.92, color=INK)
     lower.set(xlabel="confidence", ylabel="predictions", yscale="log")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bigmodel.config import Task as TaskConfig
 from bigmodel.metrics import Metrics
@@ -73,11 +74,22 @@ def candidates(outputs: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Arra
 def at_k(own_B: jax.Array, other_BC: jax.Array, real_BC: jax.Array, k: int) -> dict[str, jax.Array]:
     """Whether the item is among the first k, and 1 / log2(its place + 1) if so (He et al. 2015, section 4.1).
 
-    A tie counts as half a place: an even chance of either order.
+    Items of equal scores may come in any order: both are expected values over all of these orders (McSherry
+    and Najork 2008, section 3), so a model whose scores are all equal does as well as chance. A NaN stands
+    before every other score, and an own score that is NaN is never a hit.
     """
-    tie_BC = 0.5 * (other_BC == own_B[:, None]).astype(jnp.float32)
-    above_BC = jnp.where(other_BC > own_B[:, None], 1, tie_BC)
-    rank_B = jnp.where(real_BC, above_BC, 0).sum(1)
-    hit_B = rank_B < k
-    gain_B = 1 / jnp.log2(rank_B + 2)
-    return {f"hr@{k}": hit_B.astype(jnp.float32), f"ndcg@{k}": jnp.where(hit_B, gain_B, 0)}
+    tie_BC = other_BC == own_B[:, None]
+    before_BC = ~(other_BC <= own_B[:, None])
+    first_B = (before_BC & real_BC).sum(1)  # the best place it may have, from 0
+    count_B = (tie_BC & real_BC).sum(1) + 1  # places it may have
+    last_B = jnp.minimum(first_B + count_B, k)
+    first_B = jnp.minimum(first_B, k)
+    gain_K = np.append(1 / np.log2(np.arange(k) + 2), 0)  # of each of the first k places, and beyond
+    summed_K = jnp.asarray(np.insert(gain_K, 0, 0).cumsum(), jnp.float32)  # of the first 0, 1, .. places
+    hits_B, many_B = last_B - first_B, summed_K[last_B] - summed_K[first_B]
+    gains_B = jnp.where(count_B == 1, jnp.asarray(gain_K, jnp.float32)[first_B], many_B)
+    real_B = ~jnp.isnan(own_B)
+    return {
+        f"{name}@{k}": jnp.where(real_B, value_B.astype(jnp.float32) / count_B.astype(jnp.float32), 0)
+        for name, value_B in (("hr", hits_B), ("ndcg", gains_B))
+    }

@@ -64,10 +64,24 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return nll
 
 
+def _precedes_none(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """bool [..., V]: which classes do not stand before the label's: lower, or equal and not earlier.
+
+    The order is argmax's and `jax.lax.top_k`'s: of equal classes the first one. A NaN precedes everything.
+    """
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    return (logits < chosen) | ((logits == chosen) & (jnp.arange(logits.shape[-1]) >= labels[..., None]))
+
+
 def _is_likeliest(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether no class beats the label's; a maximum, which unlike an argmax is fast on a CPU."""
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return chosen >= logits.max(-1)
+    """Whether the label is the argmax; never where a logit is NaN. One pass that is fast on a CPU."""
+    return _precedes_none(logits, labels).all(-1)
+
+
+def _is_among(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether the label is among the k likeliest classes; never where a logit is NaN."""
+    before = (~_precedes_none(logits, labels)).astype(jnp.int32)
+    return jnp.where(jnp.isnan(logits), k, before).sum(-1) < k
 
 
 def _lm_weight(batch: Batch) -> jax.Array:
@@ -171,14 +185,8 @@ def _classify(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metr
 
     metrics["accuracy"] = count(lambda label: _is_likeliest(logits_BV, label))
     if 1 < task.top_k < logits_BV.shape[-1]:
-        metrics[f"top{task.top_k}"] = count(lambda label: _rank(logits_BV, label) < task.top_k)
+        metrics[f"top{task.top_k}"] = count(lambda label: _is_among(logits_BV, label, task.top_k))
     return _with(metrics, _auxiliary(outputs), weight_B, train)
-
-
-def _rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """How many classes beat the label's."""
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
-    return (logits > chosen).sum(-1)
 
 
 def _multilabel(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Metrics:
@@ -196,7 +204,7 @@ def _multilabel(outputs: Any, batch: Batch, train: bool, task: TaskConfig) -> Me
     else:
         nats_BV = optax.sigmoid_binary_cross_entropy(logits_BV, target_BV)
     mask_B, weight_B = batch["mask"], _weight(batch)
-    right_BV = (logits_BV > 0) == (label_BV > 0.5)
+    right_BV = ((logits_BV > 0) == (label_BV > 0.5)) & ~jnp.isnan(logits_BV)  # a NaN predicts nothing
     exact_B = right_BV.all(-1).astype(jnp.float32)
     metrics = {
         "loss": ((nats_BV.mean(-1) * weight_B).sum(), weight_B.sum()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -79,7 +80,16 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader finds the old file or the new one, never half of one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump(value, file, indent=2)
+        json.dump(without_nan(value), file, indent=2, allow_nan=False)
         file.write("\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def without_nan(value: Any) -> Any:
+    """The same value with None for each float that is NaN or infinite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -43,7 +43,7 @@ def main() -> int:
         shown = pictures.save(path / "evaluation", evaluate.shown(program, state, pipeline))
         whole["pictures"] = [*whole.get("pictures", []), *shown]
         workdir.write_json(path / "evaluation.json", values | whole)
-    print(json.dumps(values, indent=2))
+    print(json.dumps(workdir.without_nan(values), indent=2, allow_nan=False))
     return 0
 
 

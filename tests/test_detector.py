@@ -132,7 +132,12 @@ def test_the_letterbox_keeps_proportions():
 
 
 def coco(
-    boxes: np.ndarray, labels: np.ndarray, found: np.ndarray, scores: np.ndarray, kinds: np.ndarray
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    found: np.ndarray,
+    scores: np.ndarray,
+    kinds: np.ndarray,
+    crowds: np.ndarray,
 ) -> np.ndarray:
     """pycocotools' twelve numbers."""
     from pycocotools.coco import COCO
@@ -144,10 +149,10 @@ def coco(
 
     truth, answers = [], []
     for image in range(len(boxes)):
-        for box, label in zip(boxes[image], labels[image], strict=True):
+        for box, label, crowd in zip(boxes[image], labels[image], crowds[image], strict=True):
             if label >= 0:
                 size = corner_and_size(box)
-                one = {"bbox": size, "area": size[2] * size[3], "iscrowd": 0, "id": len(truth) + 1}
+                one = {"bbox": size, "area": size[2] * size[3], "iscrowd": int(crowd), "id": len(truth) + 1}
                 truth.append(one | {"image_id": image, "category_id": int(label)})
         for box, score, label in zip(found[image], scores[image], kinds[image], strict=True):
             if score > 0:
@@ -182,10 +187,26 @@ def test_precision_is_that_of_the_published_evaluator(seed):
     order = np.argsort(-scores, 1, kind="stable")
     found = np.take_along_axis(found, order[..., None], 1)
     scores, guess = (np.take_along_axis(x, order, 1) for x in (scores, guess))
-    ours = metrics.detections(boxes, labels, found, scores, guess)
-    theirs = coco(boxes, labels, found, scores, guess)
+    crowds = rng.random(labels.shape) < (0, 0.2, 0.5, 0.9)[seed]
+    boxes[crowds] += np.array([-6, -6, 6, 6])
+    ours = metrics.detections(boxes, labels, found, scores, guess, crowds)
+    theirs = coco(boxes, labels, found, scores, guess, crowds)
     np.testing.assert_allclose([ours["map"], ours["map50"], ours["map75"]], theirs[:3], atol=1e-6)
     assert 0.05 < ours["map"] < ours["map50"] < 0.95
+    if seed:  # a crowd that is taken for a box is another number
+        assert abs(metrics.detections(boxes, labels, found, scores, guess)["map"] - ours["map"]) > 0.01
+
+
+def test_no_more_than_a_hundred_detections_of_an_image_and_class_count():
+    rng = np.random.default_rng(9)
+    boxes, labels = np.stack([random_boxes(rng, 130)]), np.zeros((1, 130), int)
+    boxes[0, :40] += 200  # apart, with the best scores: wrong, and of another class in half of the cases
+    scores = np.sort(rng.random((1, 130)))[:, ::-1]
+    for kinds in (labels, np.arange(130)[None] % 2):
+        truth, crowds = boxes[:, 40:], np.zeros((1, 90), bool)
+        ours = metrics.detections(truth, labels[:, 40:], boxes, scores, kinds)
+        theirs = coco(truth, labels[:, 40:], boxes, scores, kinds, crowds)
+        np.testing.assert_allclose([ours["map"], ours["map50"], ours["map75"]], theirs[:3], atol=1e-6)
 
 
 def test_precision_at_its_ends():
@@ -194,7 +215,9 @@ def test_precision_at_its_ends():
     assert metrics.detections(boxes, labels, boxes, ones, labels)["map"] == pytest.approx(1)
     assert metrics.detections(boxes, labels, boxes, 0 * ones, labels)["map"] == 0
     assert metrics.detections(boxes, labels, boxes, ones, 1 - labels)["map50"] == 0
-    assert metrics.detections(boxes, labels - 2, boxes, ones, labels)["map"] == 0  # nothing to be found
+    assert metrics.detections(boxes, labels - 2, boxes, ones, labels)["map"] is None  # nothing to be found
+    crowd = np.array([[False, True]])  # of the second class there is a crowd alone: no class to be found
+    assert metrics.detections(boxes, labels, boxes[:, :1], ones[:, :1], labels[:, :1], crowd)["map"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ the data

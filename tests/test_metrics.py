@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bigmodel import metrics, pictures
+from bigmodel import evaluate, metrics, pictures, tasks
+from bigmodel.config import InputError, Task
 
 N, K = 10_000, 7
 
@@ -99,3 +104,153 @@ def test_pictures_are_drawn(scored, tmp_path):
     paths = pictures.draw(tmp_path, np.eye(K, dtype=bool)[label], score, report, [str(k) for k in range(K)])
     assert sorted(path.name for path in paths) == ["calibration.png", "confusion.png", "pr.png", "roc.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+# ------------------------------------------------------------------------- ties, NaN, and what has no value
+
+
+def on_device(logits: np.ndarray, label: np.ndarray, **keys: int) -> dict[str, float]:
+    batch = {"label": jnp.asarray(label), "mask": jnp.ones(len(label))}
+    name = "classify" if label.ndim == 1 else "multilabel"
+    terms = jax.jit(lambda x: tasks.TASKS[name][1](x, batch, False, Task(name=name, **keys)))
+    return {key: float(total / weight) for key, (total, weight) in terms(jnp.asarray(logits)).items()}
+
+
+@pytest.mark.parametrize("values", [1, 2, 3, 50])
+def test_ties_are_broken_as_argmax_does(values):
+    """Logits of few values: the k first of a stable sort, by which the first of equals is the higher."""
+    rng = np.random.default_rng(values)
+    logits, label = rng.integers(0, values, (400, 9)).astype(np.float32), rng.integers(0, 9, 400)
+    order = np.argsort(-logits, 1, kind="stable")
+    np.testing.assert_array_equal(order[:, 0], logits.argmax(1))
+    np.testing.assert_array_equal(order[:, :3], jax.lax.top_k(logits, 3)[1])
+    top3 = (order[:, :3] == label[:, None]).any(1).mean()
+    ours = on_device(logits, label, top_k=3)
+    assert ours["accuracy"] == pytest.approx(sk.accuracy_score(label, logits.argmax(1)), abs=1e-6)
+    assert ours["top3"] == pytest.approx(top3, abs=1e-6)
+    report = metrics.classification(evaluate.likelihoods(logits, "classify"), label, k=3)
+    assert (report["accuracy"], report["top3"]) == (pytest.approx(ours["accuracy"]), pytest.approx(top3))
+    half = on_device(logits.astype(jnp.bfloat16), label, top_k=3)
+    assert half["accuracy"] == ours["accuracy"]
+
+
+def test_words_and_next_sentences_break_ties_alike():
+    batch = {"segments": jnp.ones((2, 5), int), "mask": jnp.ones(2), "targets": jnp.arange(10).reshape(2, 5)}
+    batch["target_bytes"] = jnp.ones((2, 5), jnp.uint8)
+    total, count = tasks._lm(jnp.zeros((2, 5, 10)), batch, False, Task())["accuracy"]
+    assert (float(total), float(count)) == (1, 10)  # only token 0 is the argmax
+
+
+def test_a_nan_is_never_right():
+    rng = np.random.default_rng(0)
+    logits, label = rng.normal(size=(60, 6)).astype(np.float32), rng.integers(0, 6, 60)
+    bad = rng.random(60) < 0.4
+    hurt = logits.copy()
+    hurt[bad, rng.integers(0, 6, bad.sum())] = np.nan
+    right = (logits.argmax(1) == label) & ~bad
+    top5 = (np.argsort(-logits, 1)[:, :5] == label[:, None]).any(1) & ~bad
+    ours = on_device(hurt, label)
+    report = metrics.classification(evaluate.likelihoods(hurt, "classify"), label)
+    for values in (ours, report):
+        assert values["accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+        assert values["top5"] == pytest.approx(top5.mean(), abs=1e-6)
+    assert report["nan_examples"] == bad.sum()
+    assert np.sum(report["confusion"]) == (~bad).sum()
+    assert report["micro"]["recall"] == pytest.approx(right.mean(), abs=1e-6)
+    assert report["roc_auc"] == {"macro": None, "per_class": [None] * 6}
+    assert report["calibration"]["ece"] is None
+    many = (rng.random((60, 6)) < 0.1).astype(np.float32)
+    hurt = np.where(np.isnan(hurt), hurt, -9.0)  # says no to everything
+    met = ~np.isnan(hurt) & (many == 0)
+    ours, report = (
+        on_device(hurt, many),
+        metrics.classification(evaluate.likelihoods(hurt, "multilabel"), many),
+    )
+    for values in (ours, report):
+        assert values["accuracy"] == pytest.approx(met.mean(), abs=1e-6)
+        assert values["exact_match"] == pytest.approx(met.all(1).mean(), abs=1e-6)
+
+
+def test_what_is_sure_beyond_float32_keeps_its_order():
+    """Logits far apart have likelihoods that float32 rounds to 0 and 1; areas see their order."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 500)
+    margin = rng.normal(18, 4, 500) + 4 * label
+    logits = np.stack([0 * margin, margin], 1).astype(np.float32)
+    report = metrics.classification(evaluate.likelihoods(logits, "classify"), label)
+    assert report["roc_auc"]["per_class"][1] == pytest.approx(sk.roc_auc_score(label, margin), abs=1e-4)
+    sure = np.array([[np.inf, 3, np.inf], [-np.inf, 2, 1]])
+    np.testing.assert_allclose(evaluate.likelihoods(sure, "classify")[0], [0.5, 0, 0.5])
+    assert evaluate.likelihoods(sure, "classify")[1, 0] == 0
+
+
+def test_areas_and_curves_with_ties_are_those_of_scikit_learn():
+    rng = np.random.default_rng(3)
+    score, label = rng.integers(0, 4, (300, 3)) / 4, rng.integers(0, 3, 300)
+    ours = metrics.areas(np.eye(3, dtype=bool)[label], score)
+    for k in range(3):
+        assert ours["roc_auc"]["per_class"][k] == sk.roc_auc_score(label == k, score[:, k])
+        assert ours["pr_auc"]["per_class"][k] == sk.average_precision_score(label == k, score[:, k])
+
+
+@pytest.mark.parametrize("bins", [3, 10, 15, 20])
+def test_a_bin_of_calibration_holds_its_upper_edge(bins):
+    edges = np.linspace(0, 1, bins + 1)
+    confidence = np.concatenate([edges, edges[1:] - 1e-9, np.random.default_rng(0).random(99)])
+    right = np.arange(len(confidence)) % 3 > 0
+    ece, counts = 0.0, []
+    for low, high in itertools.pairwise(edges):  # as Guo et al.'s own code
+        inside = (confidence > low) & (confidence <= high) | (low == 0) & (confidence == 0)
+        counts.append(inside.sum())
+        ece += abs(right[inside].mean() - confidence[inside].mean()) * inside.mean() if inside.any() else 0
+    ours = metrics.reliability(confidence, right, bins)
+    assert ours["count"] == counts
+    assert ours["ece"] == pytest.approx(ece, abs=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_r2_of_labels_that_are_all_equal_is_that_of_scikit_learn(shift):
+    label = np.array([[3.0, 1.0], [3.0, 2.0], [3.0, 5.0]])
+    value = label + np.array([shift, 0.5])
+    assert metrics.regression(value, label)["r2"] == pytest.approx(sk.r2_score(label, value))
+
+
+def test_what_is_not_finite_has_no_value():
+    label = np.array([[1.0], [2.0], [4.0]])
+    for value in (np.nan, np.inf):
+        report = metrics.regression(np.array([[1.0], [value], [3.0]]), label)
+        assert (report["mse"], report["mae"], report["r2"]) == (None, None, None)
+    assert metrics.regression(label[:1], label[:1])["r2"] is None
+    wide = np.random.default_rng(0).normal(size=(9, 3))
+    assert metrics.frechet(wide, np.where(wide > 1, np.nan, wide)) is None
+    assert metrics.frechet(wide, wide[:1]) is None
+    assert metrics.frechet(wide, wide) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_metric_without_weight_is_left_out_and_a_loss_without_is_refused():
+    sums = metrics.Sums()
+    zero, one = jnp.float32(0), jnp.float32(1)
+    sums.add({"loss": (one, one), "bits_per_byte": (zero, zero)})
+    assert sums.values() == {"loss": 1.0}
+    for terms in ({"loss": (zero, zero)}, {}):
+        empty = metrics.Sums()
+        empty.add(terms)
+        with pytest.raises(InputError, match=r"no example of the split counts.*data\.eval_split"):
+            empty.values()
+
+
+def test_sums_over_batches_are_exact_beyond_float32():
+    sums = metrics.Sums()
+    for count in (2**24, 1, 1, 3):
+        sums.add(
+            {"loss": (jnp.float32(1), jnp.float32(count)), "count": (jnp.float32(count), jnp.float32(1))}
+        )
+    assert sums.values()["count"] * 4 == 2**24 + 5
+
+
+def test_a_nan_leaves_the_pictures_readable(tmp_path):
+    score = np.full((20, 3), 1 / 3)
+    score[4] = np.nan
+    label = np.arange(20) % 3
+    report = metrics.classification(score, label)
+    assert len(pictures.draw(tmp_path, np.eye(3, dtype=bool)[label], score, report, "abc")) == 4

@@ -177,7 +177,27 @@ def test_hits_and_gains_by_hand():
     real = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]], bool)
     out = jax.jit(ranking.at_k, static_argnums=3)(own, others, real, 2)
     np.testing.assert_allclose(out["hr@2"], [1, 0, 1])
-    np.testing.assert_allclose(out["ndcg@2"], [1, 0, 1 / np.log2(2.5)], rtol=1e-6)
+    np.testing.assert_allclose(out["ndcg@2"], [1, 0, (1 + 1 / np.log2(3)) / 2], rtol=1e-6)
+
+
+def test_ties_are_ranked_by_chance_and_nan_is_no_hit():
+    """Scores of few values, against the mean over every order of the items that are equal."""
+    rng = np.random.default_rng(0)
+    scores, real = rng.integers(0, 3, (40, 7)).astype(np.float32), rng.random((40, 6)) < 0.8
+    scores[:2], real[0] = 1, True
+    out = jax.jit(ranking.at_k, static_argnums=3)(scores[:, 0], scores[:, 1:], real, 3)
+    for row in range(40):
+        rivals = scores[row, 1:][real[row]]
+        places = (rivals > scores[row, 0]).sum() + np.arange((rivals == scores[row, 0]).sum() + 1)
+        np.testing.assert_allclose(out["hr@3"][row], (places < 3).mean(), rtol=1e-6)
+        gains = np.where(places < 3, 1 / np.log2(places + 2), 0)
+        np.testing.assert_allclose(out["ndcg@3"][row], gains.mean(), rtol=1e-6)
+    assert out["hr@3"][0] == pytest.approx(3 / 7)  # a constant model does as well as chance
+    bad = scores.copy()
+    bad[:, 0] = np.nan
+    assert not np.any(ranking.at_k(bad[:, 0], bad[:, 1:], real, 9)["hr@9"])
+    lost = jnp.full((40, 6), jnp.nan)  # others that are NaN stand before
+    np.testing.assert_array_equal(ranking.at_k(scores[:, 0], lost, real, 3)["hr@3"], real.sum(1) < 3)
 
 
 @pytest.mark.parametrize("kind", PAIRS)
