@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigmodel import data, infer, mesh, metrics, models, pictures, tasks
 from bigmodel import decoder as decoder_lib
+from bigmodel import infer, mesh, metrics, models, pictures, tasks
 from bigmodel.config import Config, InputError, Task
 from bigmodel.data import Pipeline, Prefetch, open_source
 from bigmodel.data.sources import features_of
@@ -88,7 +88,7 @@ def shown(program: Program, state: State, pipeline: Pipeline) -> dict[str, np.nd
     batch = program.put(pipeline[0])
     everywhere = jax.jit(lambda columns: columns, out_shardings=mesh.replicated(program.mesh))
     kept, beside = jax.device_get((program.predict(state, batch), everywhere(batch)))
-    return draw(program.config, kept, beside, data.class_names(program.config))
+    return draw(program.config, kept, beside, pipeline.class_names)
 
 
 def report(

@@ -39,7 +39,7 @@ def load(
     devices = jax.devices()
     if axes is None:
         devices = devices[: np.gcd(len(devices), config.batch_size)]
-    built = program.build(config, mesh.make_mesh(config, devices), data.batch_spec(config))
+    built = program.build(config, mesh.make_mesh(config, devices), data.batch_spec(config, path))
     part = "ema" if "ema" in built.state_spec else "params"
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         params, _, step = checkpoints.restore(built.state_spec[part], step, part=part)

@@ -72,10 +72,10 @@ class Predictor:
         config, spec = program.config, program.batch_spec
         return cls(
             program, state,
-            names=data.class_names(config) if spec.keys() & {"label", "labels"} else (),
+            names=data.class_names(config, directory) if spec.keys() & {"label", "labels"} else (),
             tokenizer=data.get_tokenizer(config, directory) if "tokens" in spec else None,
             columns=tables.fitted(config, directory) if spec.keys() & TABLE else None,
-            ids=ratings.load(config).names if "user" in spec else None,
+            ids=ratings.ids(config, data.Facts(config, directory)) if "user" in spec else None,
         )  # fmt: skip
 
     @property

@@ -158,7 +158,7 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
     if config.lora.rank or (
         config.quantize.weights != "none" and (like is None or like.quantize != config.quantize)
     ):
-        model = models.define(config, data.batch_spec(config))
+        model = models.define(config, data.batch_spec(config, path))
         whole = jax.jit(model.whole)(mesh.nest(params), mesh.nest(rest))
         params, rest = (
             mesh.by_path(whole),

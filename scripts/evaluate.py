@@ -37,9 +37,8 @@ def main() -> int:
         values |= evaluate.bleu(program, state, data.get_tokenizer(program.config, path))
     if program.config.task.name in evaluate.REPORTS:
         examples = evaluate.collect(program, state, pipeline)
-        names = data.class_names(program.config)
         features = evaluate.classifier_features(args.features, program) if args.features else None
-        whole = evaluate.report(program, examples, path / "evaluation", names, features)
+        whole = evaluate.report(program, examples, path / "evaluation", pipeline.class_names, features)
         shown = pictures.save(path / "evaluation", evaluate.shown(program, state, pipeline))
         whole["pictures"] = [*whole.get("pictures", []), *shown]
         workdir.write_json(path / "evaluation.json", values | whole)

@@ -19,6 +19,7 @@ ORDER = """
     tuning
     config
     workdir | hardware
+    fitted
     energy
     mesh
     data/builders/__init__ | data/builders/python_source | data/builders/digits | data/builders/shapes
@@ -29,6 +30,7 @@ ORDER = """
     data/pretrained
     data/transforms
     data/text | data/objectives | data/balance | data/labels
+    data/facts
     data/images | data/tables | data/ratings
     data/objects
     data/batches

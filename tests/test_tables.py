@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import by_path, mesh_keys, steps, tiny
 
-from bigmodel import evaluate, mesh, program, train
+from bigmodel import evaluate, fitted, mesh, program, train
 from bigmodel.config import Config, InputError
 from bigmodel.data import batch_spec, class_names, delimited, labels, make_pipeline, tables
 
@@ -159,8 +158,9 @@ def test_a_classifier_of_rows_learns_and_its_groups_are_compared(people, tmp_pat
     assert report["roc_auc"]["macro"] > 0.95
     assert set(report["gaps"]["groups"]) == {"0", "1", "2"}
     assert report["gaps"]["demographic_parity"] > 0.1  # only one town buys
-    kept = json.loads((tmp_path / "run" / "columns.json").read_text())
-    assert list(kept["numeric"]) == ["age"]
+    facts = fitted.read(tmp_path / "run")
+    assert list(facts["columns"]["numeric"]) == ["age"]
+    assert facts["names of town"] == ["Bern", "Oslo", "Rom"]
 
 
 def test_a_number_is_learnt_in_its_own_unit(people, tmp_path):

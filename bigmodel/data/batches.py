@@ -7,7 +7,6 @@ Ids beyond the tokenizer's are special ones, counted down from the end of the mo
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +25,7 @@ from bigmodel.data import (
     text,
     transforms,
 )
+from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.families import IMAGE_TASKS
 
@@ -79,13 +79,13 @@ class EncodedPairs:
 # -------------------------------------------------------------------------------------------------- tasks
 
 
-def _lm(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
-    tokenizer = _tokenizer(config, workdir, special=0)
-    packed, facts = _packed(config, split, tokenizer, config.seq_len)
-    return Parts(packed, lambda batch, serials: dict(batch), facts)
+def _lm(config: Config, split: str, facts: Facts, train: bool) -> Parts:
+    tokenizer = _tokenizer(config, facts, special=0)
+    packed, about = _packed(config, split, tokenizer, config.seq_len)
+    return Parts(packed, lambda batch, serials: dict(batch), about)
 
 
-def _lm_shapes(config: Config) -> Shapes:
+def _lm_shapes(config: Config, _: Facts) -> Shapes:
     row = (config.seq_len,)
     return {
         **dict.fromkeys(("tokens", "targets", "segments", "positions"), (row, np.int32)),
@@ -93,13 +93,13 @@ def _lm_shapes(config: Config) -> Shapes:
     }
 
 
-def _mlm(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+def _mlm(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     task, seed = config.task, config.seed if train else EVAL_SEED
-    tokenizer = _tokenizer(config, workdir, special=2)
+    tokenizer = _tokenizer(config, facts, special=2)
     vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
     mask_id, cls = (text.special_id(tokenizer, vocab_size, role) for role in ("mask", "cls"))
     length = config.seq_len - 3 if task.next_sentence else config.seq_len
-    packed, facts = _packed(config, split, tokenizer, length)
+    packed, about = _packed(config, split, tokenizer, length)
     mask = functools.partial(
         objectives.mask_words,
         seed=seed,
@@ -118,11 +118,11 @@ def _mlm(config: Config, split: str, workdir: pathlib.Path | None, train: bool) 
             )
         return mask(batch, serials)
 
-    facts |= {"mask_rate": task.mask_rate, "next_sentence": task.next_sentence, "draws": seed}
-    return Parts(packed, finish, facts)
+    about |= {"mask_rate": task.mask_rate, "next_sentence": task.next_sentence, "draws": seed}
+    return Parts(packed, finish, about)
 
 
-def _mlm_shapes(config: Config) -> Shapes:
+def _mlm_shapes(config: Config, _: Facts) -> Shapes:
     row, masked = (config.seq_len,), (objectives.most_masked(config.seq_len, config.task.mask_rate),)
     shapes: Shapes = dict.fromkeys(("tokens", "segments", "positions"), (row, np.int32))
     if config.task.next_sentence:
@@ -133,29 +133,29 @@ def _mlm_shapes(config: Config) -> Shapes:
     }  # fmt: skip
 
 
-def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+def _seq2seq(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     task, seed = config.task, config.seed if train else EVAL_SEED
-    paired = _is_paired(config)
-    inputs, targets, window = _lengths(config)
+    paired = _is_paired(facts)
+    inputs, targets, window = _lengths(config, facts)
     spans = 0 if paired else objectives.span_counts(window, task.mask_rate, task.mean_span)[1]
-    tokenizer = _tokenizer(config, workdir, special=spans)
+    tokenizer = _tokenizer(config, facts, special=spans)
     vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + spans)
     shape: dict[str, Any] = {"inputs": inputs, "targets": targets, "end": tokenizer.separator}
     shape["start"] = text.special_id(tokenizer, vocab_size, "start")
     token_bytes = _all_bytes(tokenizer, vocab_size)
     if paired:
-        source = sources.open_source(config.data.name, split, config.data.data_dir, keys=("source", "target"))
+        source = facts.open(split, ("source", "target"))
 
         def finish_pairs(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
             pairs = list(zip(batch["source_ids"], batch["target_ids"], strict=True))
             return objectives.sequence_pairs(pairs, token_bytes=token_bytes, **shape)
 
-        facts = {
+        about = {
             "source": source.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "lengths": [inputs, targets],
         }
-        return Parts(EncodedPairs(source, tokenizer), finish_pairs, facts)
+        return Parts(EncodedPairs(source, tokenizer), finish_pairs, about)
     packed, more = _packed(config, split, tokenizer, window)
     corrupt = functools.partial(
         objectives.corrupt_spans,
@@ -170,8 +170,8 @@ def _seq2seq(config: Config, split: str, workdir: pathlib.Path | None, train: bo
     return Parts(packed, corrupt, more)
 
 
-def _seq2seq_shapes(config: Config) -> Shapes:
-    inputs, targets, _ = _lengths(config)
+def _seq2seq_shapes(config: Config, facts: Facts) -> Shapes:
+    inputs, targets, _ = _lengths(config, facts)
     return {
         **dict.fromkeys(("tokens", "segments", "positions"), ((inputs,), np.int32)),
         **dict.fromkeys(("decoder_tokens", "decoder_segments", "targets"), ((targets,), np.int32)),
@@ -204,10 +204,10 @@ def _labelled(
     return Parts(records, prepare(balance.class_weights(counts) if weigh else None), facts, order=order)
 
 
-def _images(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+def _images(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     d = config.data
     keys = tuple(filter(None, ("image", labels.name_of(config), d.group)))
-    source = sources.open_source(d.name, split, d.data_dir, keys=keys, cache=d.cache)
+    source = facts.open(split, keys)
     images.check(config, source.features)
 
     def label_of() -> np.ndarray:  # without decoding an image
@@ -227,9 +227,9 @@ def _images(config: Config, split: str, workdir: pathlib.Path | None, train: boo
     return parts._replace(facts=parts.facts | more, mix=mix)
 
 
-def _gan(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+def _gan(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     """Images, each with its serial number, from which evaluation draws the latent of the fake beside it."""
-    parts = _images(config, split, workdir, train)
+    parts = _images(config, split, facts, train)
 
     def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
         return {**parts.finish(batch, serials), "serial": (serials % 2**31).astype(np.int32)}
@@ -237,32 +237,32 @@ def _gan(config: Config, split: str, workdir: pathlib.Path | None, train: bool) 
     return parts._replace(finish=finish)
 
 
-def _gan_shapes(config: Config) -> Shapes:
-    return {**images.shapes(config), "serial": ((), np.int32)}
+def _gan_shapes(config: Config, facts: Facts) -> Shapes:
+    return {**images.shapes(config, facts), "serial": ((), np.int32)}
 
 
-def _objects(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+def _objects(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     d = config.data
-    source = sources.open_source(d.name, split, d.data_dir, keys=objects.KEYS, cache=d.cache)
+    source = facts.open(split, objects.KEYS)
     objects.check(config, source.features)
 
     def where(index: int) -> str:
         return f"data.name={d.name!r} split {split!r} record {index}"
 
-    facts: dict[str, Any] = {"source": source.fingerprint}
+    about: dict[str, Any] = {"source": source.fingerprint}
     keys = ("image_size", "augment") if train else ()
-    facts |= {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
-    return Parts(objects.Records(source, config, where), objects.Prepare(config, train), facts)
+    about |= {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
+    return Parts(objects.Records(source, config, where), objects.Prepare(config, train), about)
 
 
-def _texts(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+def _texts(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     d = config.data
-    tokenizer = _tokenizer(config, workdir, special=2 if _starts(config) == "cls" else 0)
+    tokenizer = _tokenizer(config, facts, special=2 if _starts(config) == "cls" else 0)
     arrange = whole_texts(config, tokenizer)
-    _texts_shapes(config)  # whatever is wrong with the features
-    opened = labels.open_split(config, split, tuple(filter(None, (d.text, d.label, d.group))))
+    _texts_shapes(config, facts)  # whatever is wrong with the features
+    opened = facts.open(split, tuple(filter(None, (d.text, d.label, d.group))))
     where = labels.where(config, opened, split)
-    source = labels.Numbered(config, opened, where)
+    source = labels.Numbered(config, opened, where, facts.names)
 
     def prepare(weights: np.ndarray | None) -> transforms.Transform:
         def finish(batch: Mapping[str, np.ndarray], positions: np.ndarray) -> transforms.Batch:
@@ -293,23 +293,24 @@ def _starts(config: Config) -> str:
     return getattr(config.model, "STARTS", "separator")
 
 
-def _texts_shapes(config: Config) -> Shapes:
-    features = labels.features(config)
+def _texts_shapes(config: Config, facts: Facts) -> Shapes:
+    features = facts.features
     labels.require(config, features, config.data.text)
-    labels.check(config, labels.numbered(config, features))
+    labels.check(config, labels.numbered(config, features, facts.names))
     tokens: Shapes = dict.fromkeys(("tokens", "segments", "positions"), ((config.seq_len,), np.int32))
     return tokens | labels.shapes(config)
 
 
-def _tables(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
-    tables.shapes(config)  # whatever is wrong with the columns
-    columns = tables.fitted(config, workdir)
-    source = labels.open_split(config, split)
+def _tables(config: Config, split: str, facts: Facts, train: bool) -> Parts:
+    tables.shapes(config, facts)  # whatever is wrong with the columns
+    columns = tables.fitted(config, facts=facts)
+    source = facts.open(split)
     where = labels.where(config, source, split)
-    rows = labels.Numbered(config, tables.Encoded(config, source, columns), where)
+    rows = labels.Numbered(config, tables.Encoded(config, source, columns), where, facts.names)
 
     def label_of() -> np.ndarray:
-        return labels.column(labels.Numbered(config, source, where), config.data.label).astype(np.int64)
+        numbered = labels.Numbered(config, source, where, facts.names)
+        return labels.column(numbered, config.data.label).astype(np.int64)
 
     parts = _labelled(
         config, train, rows, where, functools.partial(tables.prepare, config, columns), label_of
@@ -317,22 +318,22 @@ def _tables(config: Config, split: str, workdir: pathlib.Path | None, train: boo
     return parts._replace(facts=parts.facts | {"columns": columns.fingerprint})
 
 
-def _rank(config: Config, split: str, workdir: pathlib.Path | None, train: bool) -> Parts:
+def _rank(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     """The ratings of `data.split`, the last one of each user held out for evaluation."""
-    found, task = ratings.load(config), config.task
-    facts: dict[str, Any] = {"source": found.fingerprint, "loss": task.rank_loss}
-    facts |= {"held_out": "validation"} if config.data.eval_split == "validation" else {}
+    found, task = ratings.load(config, facts), config.task
+    about: dict[str, Any] = {"source": found.fingerprint, "loss": task.rank_loss}
+    about |= {"held_out": "validation"} if config.data.eval_split == "validation" else {}
     if train and task.rank_loss == "binary":
-        facts |= {"negatives": task.negatives, "draws": config.seed}
-    return Parts(ratings.Split(found, not train), ratings.finisher(config, found, train), facts)
+        about |= {"negatives": task.negatives, "draws": config.seed}
+    return Parts(ratings.Split(found, not train), ratings.finisher(config, found, train), about)
 
 
 class Kind(NamedTuple):
-    """How a task's batches are made, from (config, split, workdir, train), and their shapes."""
+    """How a task's batches are made, from (config, split, facts, train), and their shapes."""
 
-    parts: Callable[[Config, str, pathlib.Path | None, bool], Parts]
-    shapes: Callable[[Config], Shapes]
-    class_names: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    parts: Callable[[Config, str, Facts, bool], Parts]
+    shapes: Callable[[Config, Facts], Shapes]
+    classes: str = ""  # the feature whose classes have names; label: the one of data.label
 
 
 KINDS = {
@@ -342,13 +343,13 @@ KINDS = {
     **dict.fromkeys(
         IMAGE_TASKS,
         Kind(
-            lambda config, *args: _content(config).parts(config, *args),
-            lambda config: _content(config).shapes(config),
-            labels.class_names,
+            lambda config, split, facts, train: _content(config, facts).parts(config, split, facts, train),
+            lambda config, facts: _content(config, facts).shapes(config, facts),
+            "label",
         ),
     ),
     "gan": Kind(_gan, _gan_shapes),
-    "detect": Kind(_objects, objects.shapes, objects.class_names),
+    "detect": Kind(_objects, objects.shapes, "objects/label"),
     "rank": Kind(_rank, ratings.shapes),
 }
 CONTENTS = {  # of what one output is made from
@@ -358,24 +359,29 @@ CONTENTS = {  # of what one output is made from
 }
 
 
-def _content(config: Config) -> Kind:
+def _content(config: Config, facts: Facts) -> Kind:
     """The first that the model takes and the dataset has; if it has none, the last, whose error tells."""
     takes, shown = config.model.INPUTS, {"image": "image", "text": config.data.text}
-    features = labels.features(config)
-    return CONTENTS[next((kind for kind in takes if shown.get(kind) in features), takes[-1])]
+    return CONTENTS[next((kind for kind in takes if shown.get(kind) in facts.features), takes[-1])]
 
 
-def class_names(config: Config) -> tuple[str, ...]:
-    """What the dataset calls its classes; nothing where it has no names for them."""
-    return KINDS[config.task.name].class_names(config)
+def class_names(config: Config, facts: Facts) -> tuple[str, ...]:
+    """What the classes are called; nothing where they have no names."""
+    key = KINDS[config.task.name].classes
+    key = labels.name_of(config) if key == "label" else key
+    if not key:
+        return ()
+    feature = facts.features[key]
+    return tuple(facts.names(key)) if feature.dtype == "text" else feature.names
 
 
 # ------------------------------------------------------------------------------------------------- shared
 
 
-def _tokenizer(config: Config, workdir: pathlib.Path | None, special: int) -> text.Tokenizer:
+def _tokenizer(config: Config, facts: Facts, special: int) -> text.Tokenizer:
     """The tokenizer, whose ids and `special` more have to fit the model's vocabulary."""
-    tokenizer = text.get_tokenizer(config, workdir)
+    tokenizer = text.get_tokenizer(config, facts.workdir)
+    facts.get("tokenizer", lambda: tokenizer.fingerprint)
     needed = tokenizer.vocab_size + (0 if getattr(tokenizer, "special", {}) else special)  # it has its own
     room = getattr(config.model, "vocab_size", needed)
     if needed > room:
@@ -392,8 +398,8 @@ def _packed(
 ) -> tuple[text.Packed, dict[str, Any]]:
     source = text.open_text(config, split)
     stream = text.token_stream(source, tokenizer, cache=config.data.cache)
-    facts = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
-    return text.Packed(stream, tokenizer, length), facts
+    about = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
+    return text.Packed(stream, tokenizer, length), about
 
 
 def _all_bytes(tokenizer: text.Tokenizer, vocab_size: int) -> np.ndarray:
@@ -401,14 +407,14 @@ def _all_bytes(tokenizer: text.Tokenizer, vocab_size: int) -> np.ndarray:
     return np.pad(tokenizer.token_bytes, (0, vocab_size - len(tokenizer.token_bytes)))
 
 
-def _is_paired(config: Config) -> bool:
-    return {"source", "target"} <= set(sources.features_of(config.data.name, config.data.data_dir))
+def _is_paired(facts: Facts) -> bool:
+    return {"source", "target"} <= set(facts.features)
 
 
-def _lengths(config: Config) -> tuple[int, int, int]:
+def _lengths(config: Config, facts: Facts) -> tuple[int, int, int]:
     """Tokens of inputs, of targets, and of the text that spans are cut from (pairs: 0)."""
     task, inputs = config.task, config.seq_len
-    if _is_paired(config):
+    if _is_paired(facts):
         return inputs, task.target_len or inputs, 0
     window, targets = objectives.span_lengths(inputs, task.mask_rate, task.mean_span)
     return inputs, targets, window

@@ -187,8 +187,16 @@ class TableFiles:
     """`table:GLOB`: each row is an example. About a tenth, by a hash of the content, are `test`, the others
     `train`; or a column `split` says so."""
 
-    def __init__(self, name: str, split: str, *, text: Collection[str] = (), max_skipped: int = 0) -> None:
-        table = read(name, text=text, max_skipped=max_skipped)
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        *,
+        text: Collection[str] = (),
+        numbers: Collection[str] = (),
+        max_skipped: int = 0,
+    ) -> None:
+        table = read(name, text=text, numbers=numbers, max_skipped=max_skipped)
         if SPLIT in table.columns:
             chosen = table.columns[SPLIT] == split
         else:
@@ -199,7 +207,7 @@ class TableFiles:
                 f"data.name={name!r} has no rows in split {split!r}; give more, or another split"
             )
         self._rows = table.of(chosen)
-        self.features = features(name, text=text, max_skipped=max_skipped)
+        self.features = features(name, text=text, numbers=numbers, max_skipped=max_skipped)
         self.num_bytes = sum(os.stat(path).st_size for path in set(table.path))
         self.fingerprint = f"table/{split} records={len(self)} sha256={self._rows.digest()}"
 
@@ -220,10 +228,12 @@ class TableFiles:
         return out
 
 
-def features(name: str, *, text: Collection[str] = (), max_skipped: int = 0) -> Mapping[str, Feature]:
+def features(
+    name: str, *, text: Collection[str] = (), numbers: Collection[str] = (), max_skipped: int = 0
+) -> Mapping[str, Feature]:
     """The columns of `table:GLOB`: text, whole numbers (int64), or numbers (float64). Reads the files."""
     out = {}
-    for key, column in read(name, text=text, max_skipped=max_skipped).columns.items():
+    for key, column in read(name, text=text, numbers=numbers, max_skipped=max_skipped).columns.items():
         whole = column.dtype != object and bool((np.floor(column) == column).all())
         dtype = "text" if column.dtype == object else "int64" if whole else "float64"
         if key != SPLIT:

@@ -15,6 +15,7 @@ import numpy as np
 
 from bigmodel.config import Config, InputError
 from bigmodel.data import labels, sources, transforms
+from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 
 BIG_PIXELS = 64 * 64  # from this size on, threads prepare the images
@@ -81,14 +82,13 @@ def mixer(config: Config) -> Any:
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-def shapes(config: Config) -> Shapes:
+def shapes(config: Config, facts: Facts) -> Shapes:
     """What a batch holds beside `mask`. Reads no data.
 
     Raises:
         InputError: an unknown dataset, or features that do not suit the task or the model.
     """
-    features = sources.features_of(config.data.name, config.data.data_dir)
-    out: Shapes = {"image": (check(config, features), np.float32), **labels.shapes(config)}
+    out: Shapes = {"image": (check(config, facts.features), np.float32), **labels.shapes(config)}
     if mixes(config):
         out |= {"label_other": out["label"], "label_share": ((), np.float32)}
     return out

@@ -204,12 +204,20 @@ def features(config: Config) -> Mapping[str, sources.Feature]:
     return sources.features_of(d.name, d.data_dir, text=text, max_skipped=d.max_skipped)
 
 
-def open_split(config: Config, split: str, keys: Collection[str] | None = None) -> sources.Source:
+def open_split(
+    config: Config,
+    split: str,
+    keys: Collection[str] | None = None,
+    *,
+    text: Collection[str] = (),
+    numbers: Collection[str] = (),
+) -> sources.Source:
+    """A split of the dataset. `text`, `numbers`: columns of a table, whatever their cells look like."""
     d = config.data
-    text = (d.text, *d.categorical)
     return sources.open_source(
-        d.name, split, d.data_dir, keys=keys, cache=d.cache, text=text, max_skipped=d.max_skipped
-    )
+        d.name, split, d.data_dir, keys=keys, cache=d.cache,
+        text={d.text, *d.categorical, *text}, numbers=numbers, max_skipped=d.max_skipped,
+    )  # fmt: skip
 
 
 def where(config: Config, source: sources.Source, split: str) -> Where:
@@ -219,38 +227,35 @@ def where(config: Config, source: sources.Source, split: str) -> Where:
     return lambda index: f"data.name={config.data.name!r} split {split!r} record {index}"
 
 
-def class_names(config: Config) -> tuple[str, ...]:
-    """What the dataset calls its classes; nothing where it has no names for them."""
-    label = name_of(config)
-    if not label:
-        return ()
-    feature = features(config)[label]
-    return tuple(names(config, label)) if feature.dtype == "text" else feature.names
-
-
 def names(config: Config, key: str) -> list[str]:
     """The different values of a text feature in the training split, sorted."""
     return sorted({as_text(value) for value in column(open_split(config, config.data.split, (key,)), key)})
 
 
 def as_text(value: Any) -> str:
-    """A category by name: text as it is, a number as it would be written."""
+    """A category by name: text as it is, a number as it would be written, with all its digits."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(float(value))
+    return str(value)
 
 
 class Numbered:
-    """A source whose label and group, where they are text, are numbers instead: the place of their name."""
+    """A source whose group, and label if it is text, are numbers instead: the place of their name."""
 
-    def __init__(self, config: Config, source: sources.Source, where: Where) -> None:
+    def __init__(
+        self, config: Config, source: sources.Source, where: Where, names: Callable[[str], list[str]]
+    ) -> None:
+        """Args: names: of a column's values, see facts.py; a group not among them gets the next id."""
         self._source, self._where, self._label = source, where, config.data.label
         self.features, self.fingerprint = source.features, source.fingerprint
         self.num_bytes = source.num_bytes
-        keys = {key for key in (config.data.label, config.data.group) if key}
-        texts = sorted(key for key in keys if source.features[key].dtype == "text")
-        self.names = {key: names(config, key) for key in texts}
-        self._at = {key: {name: at for at, name in enumerate(known)} for key, known in self.names.items()}
+        label, group = config.data.label, config.data.group
+        keys = {label, group} - {""}
+        if label and source.features[label].dtype != "text":
+            keys.remove(label)  # its numbers are the classes
+        self._at = {key: {name: at for at, name in enumerate(names(key))} for key in keys}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -270,9 +275,11 @@ class Numbered:
         return out
 
 
-def numbered(config: Config, features: Mapping[str, sources.Feature]) -> sources.Feature:
+def numbered(
+    config: Config, features: Mapping[str, sources.Feature], names: Callable[[str], list[str]]
+) -> sources.Feature:
     """The label's feature, as `Numbered` gives it."""
     label = features[config.data.label]
     if label.dtype == "text" and config.task.name == "classify":
-        return sources.Feature((), "int64", len(names(config, config.data.label)))
+        return sources.Feature((), "int64", len(names(config.data.label)))
     return label

@@ -17,6 +17,7 @@ import numpy as np
 
 from bigmodel.config import Config, InputError
 from bigmodel.data import images, labels, sources, transforms
+from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.families import Detector
 
@@ -198,13 +199,13 @@ def targets(config: Config, size: tuple[int, ...], boxes: np.ndarray, labels: np
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-def shapes(config: Config) -> Shapes:
+def shapes(config: Config, facts: Facts) -> Shapes:
     """What a batch holds beside `mask`. Reads no data.
 
     Raises:
         InputError: as `check`.
     """
-    image = check(config, sources.features_of(config.data.name, config.data.data_dir))
+    image = check(config, facts.features)
     assert isinstance(config.model, Detector)
     most, count = config.data.max_boxes, len(places(config.model, image[:2]).stride)
     return {
@@ -237,7 +238,3 @@ def check(config: Config, features: Mapping[str, sources.Feature]) -> tuple[int,
         raise InputError(f"data.{key} is nothing for task.name=detect; leave it out")
     height, width, channels = images.image_shape(config, features["image"])
     return height, width, channels
-
-
-def class_names(config: Config) -> tuple[str, ...]:
-    return sources.features_of(config.data.name, config.data.data_dir)["objects/label"].names

@@ -24,6 +24,7 @@ import numpy as np
 from bigmodel.config import Config, InputError
 from bigmodel.data import batches, transforms
 from bigmodel.data.batches import Parts
+from bigmodel.data.facts import Facts
 
 Split = Literal["train", "eval"]
 
@@ -41,6 +42,7 @@ class Pipeline:
         max_batches: int | None,
         process_index: int,
         process_count: int,
+        class_names: tuple[str, ...] = (),
     ) -> None:
         """Use `make_pipeline`. `seed` None: in order; `max_batches` None: no end, else so many at most.
 
@@ -50,7 +52,7 @@ class Pipeline:
         self._facts = {**parts.facts, **facts}
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
-        self.num_examples = len(self._examples)
+        self.num_examples, self.class_names = len(self._examples), class_names
         self._len = sys.maxsize if max_batches is None else max_batches
         self._order = (parts.order or _order(self.num_examples, seed)) if max_batches is None else None
 
@@ -132,7 +134,8 @@ def make_pipeline(
     Args:
         split: `train` reads `data.split` and shuffles; `eval` reads `data.eval_split` in order, at most
             `eval.batches` batches; the last one is filled up with rows whose `mask` is 0.
-        workdir: where a trained tokenizer is kept.
+        workdir: where what training fits (facts.py, a tokenizer) is kept, and read from later; training
+            data that disagree with it are refused.
         process_index, process_count: this host; None asks JAX.
 
     Raises:
@@ -143,7 +146,9 @@ def make_pipeline(
     if config.batch_size % count:
         raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
     name = config.data.split if split == "train" else config.data.eval_split
-    parts = batches.KINDS[config.task.name].parts(config, name, workdir, split == "train")
+    facts = Facts(config, workdir, training=split == "train")
+    parts = batches.KINDS[config.task.name].parts(config, name, facts, split == "train")
+    class_names = batches.class_names(config, facts)
     most = None if split == "train" else _eval_batches(config, len(parts.examples))
     if split == "train" and len(parts.examples) < config.batch_size:
         lower = "batch_size or seq_len" if "seq_len" in parts.facts else "batch_size"
@@ -153,7 +158,9 @@ def make_pipeline(
         )
     shuffle = split == "train" and config.data.shuffle
     seed = _shuffle_seed(config.seed) if shuffle else None
-    facts = {
+    if split == "train" and jax.process_index() == 0:
+        facts.keep()
+    about = {
         "name": config.data.name,
         "split": name,
         "shuffle": shuffle,
@@ -161,24 +168,32 @@ def make_pipeline(
     }
     return Pipeline(
         parts,
-        facts=facts,
+        facts=about,
         batch_size=config.batch_size,
         seed=seed,
         max_batches=most,
         process_index=index,
         process_count=count,
+        class_names=class_names,
     )
 
 
-def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the global batch. Reads no data: runs are planned before data is there.
+def batch_spec(config: Config, workdir: pathlib.Path | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global batch. Reads no records: runs are planned before data is there; where
+    a workdir keeps what training fitted, not even a table's header.
 
     Raises:
         InputError: an unknown dataset, or one whose images have no fixed size.
     """
-    shapes = {"mask": ((), np.float32), **batches.KINDS[config.task.name].shapes(config)}
+    kind = batches.KINDS[config.task.name]
+    shapes = {"mask": ((), np.float32), **kind.shapes(config, Facts(config, workdir))}
     size = config.batch_size
     return {key: jax.ShapeDtypeStruct((size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
+
+
+def class_names(config: Config, workdir: pathlib.Path | None = None) -> tuple[str, ...]:
+    """What the classes are called, as the workdir keeps it, else as the data say; () without names."""
+    return batches.class_names(config, Facts(config, workdir))
 
 
 def _eval_batches(config: Config, num_examples: int) -> int:

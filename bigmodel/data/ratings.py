@@ -14,13 +14,15 @@ what the item is ranked among: `negatives`, or all items but `seen` int32 [B, K]
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bigmodel.config import Config, InputError
 from bigmodel.data import delimited, labels, sources
+from bigmodel.data.facts import Facts
 from bigmodel.data.transforms import Batch
 
 KEYS = ("user", "item", "rating", "timestamp")
@@ -31,11 +33,11 @@ EVAL_SEED = 0
 class Ratings(NamedTuple):
     """All ratings of both splits, by user and time."""
 
-    user: np.ndarray  # int32 (n,), from 1
+    user: np.ndarray  # int32 (n,), from 1; above `users`: one whom training did not know, 0 in a batch
     item: np.ndarray  # int32 (n,), from 1; 0: no training rating is of it
     rating: np.ndarray  # float32 (n,)
     is_test: np.ndarray  # bool (n,)
-    users: int  # the largest id
+    users: int  # the largest id that the model knows
     items: int
     fingerprint: str
     names: dict[str, dict[str, int]]  # of users and items, by what the ratings call them: their ids
@@ -46,13 +48,14 @@ class Ratings(NamedTuple):
         return np.unique(pair[~self.is_test] if train else pair)
 
 
-def load(config: Config) -> Ratings:
-    """Reads and numbers all ratings.
+def load(config: Config, facts: Facts | None = None) -> Ratings:
+    """Reads all ratings, and numbers them as the facts say (None: as these ratings do).
 
     Raises:
         InputError: a file without one of the columns, or with a bad line; more users or items than the model
-            has rows for; nobody with two ratings.
+            has rows for; nobody with two ratings; in training, other users or items than are kept.
     """
+    facts = facts or Facts(config)
     d = config.data
     columns, fingerprint = _columns(config)
     order = np.lexsort(
@@ -66,22 +69,21 @@ def load(config: Config) -> Ratings:
     is_test = _is_last(user)
     if not is_test.any():
         raise InputError(f"data.name={d.name!r} has nobody with two ratings or more; give more ratings")
-    users, numbered, counts = np.unique(user, return_inverse=True, return_counts=True)
-    items = np.unique(item[~is_test])
-    at = np.clip(np.searchsorted(items, item), 0, len(items) - 1)
-    item_id = np.where(items[at] == item, at + 1, 0).astype(np.int32)
+    names = {
+        "user": _ids(facts.get("users", lambda: _names(user))),
+        "item": _ids(facts.get("items", lambda: _names(item[~is_test]))),
+    }
+    user_id, item_id = _numbered(user, names["user"]), _numbered(item, names["item"])
+    by_id = np.argsort(user_id, kind="stable")
     found = Ratings(
-        user=(numbered + 1).astype(np.int32),
-        item=item_id,
-        rating=rating.astype(np.float32),
-        is_test=is_test,
-        users=len(counts),
-        items=len(items),
+        user=user_id[by_id],
+        item=np.where(item_id > len(names["item"]), 0, item_id)[by_id],
+        rating=rating.astype(np.float32)[by_id],
+        is_test=is_test[by_id],
+        users=len(names["user"]),
+        items=len(names["item"]),
         fingerprint=fingerprint,
-        names={
-            key: {labels.as_text(name): index for index, name in enumerate(names.tolist(), 1)}
-            for key, names in (("user", users), ("item", items))
-        },
+        names=names,
     )
     for key, largest in (("users", found.users), ("items", found.items)):
         if getattr(config.model, key) <= largest:
@@ -90,6 +92,35 @@ def load(config: Config) -> Ratings:
                 f"the unknown one; set model.{key} to {-(-(largest + 1) // 128) * 128} or more"
             )
     return found
+
+
+def ids(config: Config, facts: Facts) -> dict[str, dict[str, int]]:
+    """The ids of users and items by name. Reads no ratings where the facts are kept."""
+
+    def made(key: str) -> list[str]:
+        return list(load(config).names[key])
+
+    return {
+        "user": _ids(facts.get("users", lambda: made("user"))),
+        "item": _ids(facts.get("items", lambda: made("item"))),
+    }
+
+
+def _names(values: np.ndarray) -> list[str]:
+    return list(map(labels.as_text, np.unique(values).tolist()))
+
+
+def _ids(names: Sequence[str]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(names, 1)}
+
+
+def _numbered(values: np.ndarray, ids: Mapping[str, int]) -> np.ndarray:
+    """int32 (n,): each value's id; those of unknown ones follow, so that these are told apart."""
+    different, at = np.unique(values, return_inverse=True)
+    names = map(labels.as_text, different.tolist())
+    unknown = itertools.count(len(ids) + 1)
+    each = [ids[name] if name in ids else next(unknown) for name in names]
+    return np.array(each, np.int32)[at]
 
 
 def _is_last(user: np.ndarray) -> np.ndarray:
@@ -157,7 +188,8 @@ def finisher(config: Config, ratings: Ratings, train: bool) -> Callable[..., Bat
     starts, seen, widest = _seen(ratings)
 
     def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> Batch:
-        out = {key: batch[key] for key in ("user", "item")}
+        known = np.where(batch["user"] > ratings.users, 0, batch["user"])
+        out = {"user": known, "item": batch["item"]}
         if loss == "rating":
             out["rating"] = batch["rating"]
         if loss == "softmax":
@@ -178,7 +210,7 @@ def finisher(config: Config, ratings: Ratings, train: bool) -> Callable[..., Bat
 def _seen(ratings: Ratings) -> tuple[np.ndarray, np.ndarray, int]:
     """Training items by user: user u's are seen[starts[u] : starts[u + 1]]; and the most that one has."""
     train = ~ratings.is_test
-    counts = np.bincount(ratings.user[train], minlength=ratings.users + 1)
+    counts = np.bincount(ratings.user[train], minlength=int(np.max(ratings.user)) + 1)
     starts = np.concatenate([[0], np.cumsum(counts)])
     return starts, ratings.item[train], int(np.max(counts))  # sorted by user already
 
@@ -251,7 +283,7 @@ def _mixed(seed: int, serial: np.ndarray, column: np.ndarray, attempt: int) -> n
     return x
 
 
-def shapes(config: Config) -> labels.Shapes:
+def shapes(config: Config, _: Facts) -> labels.Shapes:
     """What a training batch holds beside `mask`."""
     out: labels.Shapes = {"user": ((), np.int32), "item": ((), np.int32)}
     more: dict[str, labels.Shapes] = {

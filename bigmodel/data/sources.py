@@ -40,6 +40,7 @@ def open_source(
     keys: Collection[str] | None = None,
     cache: bool = True,
     text: Collection[str] = (),
+    numbers: Collection[str] = (),
     max_skipped: int = 0,
 ) -> Source:
     """Opens a split of a dataset; a bundled one is made first if need be.
@@ -51,7 +52,7 @@ def open_source(
         data_dir: TFDS's directory; None is its own default.
         keys: the features to read; None reads all plain ones (images, labels, text).
         cache: keep decoded records of fixed size in memory, so each is decoded once.
-        text, max_skipped: of tables, see delimited.py.
+        text, numbers, max_skipped: of tables, see delimited.py.
 
     Raises:
         InputError: unknown or not prepared dataset, unknown split, no data, no random access.
@@ -61,7 +62,7 @@ def open_source(
     if name.startswith("pairs:"):
         return PairFiles(name, split)
     if name.startswith("table:"):
-        return TableFiles(name, split, text=text, max_skipped=max_skipped)
+        return TableFiles(name, split, text=text, numbers=numbers, max_skipped=max_skipped)
     return TfdsSource(name, split, data_dir, keys=keys, cache=cache)
 
 

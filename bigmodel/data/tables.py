@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel import fitted as fitted_lib
 from bigmodel.config import Config, InputError
 from bigmodel.data import labels, sources
-from bigmodel.data.builders.prepare import write_atomically
+from bigmodel.data.facts import Facts
 from bigmodel.data.transforms import Batch
 
-FILE = "columns.json"  # in the workdir
+OLD_FILE = "columns.json"  # in the workdirs of older versions, in place of fitted.json
 
 
 @dataclass(frozen=True)
@@ -134,25 +135,21 @@ def _scale(values: np.ndarray) -> list[float]:
     return [float(values.mean()) if len(values) else 0.0, deviation if deviation > 0 else 1.0]
 
 
-def fitted(config: Config, workdir: pathlib.Path | None) -> Columns:
-    """As the workdir keeps them, or fitted on the training split now and kept there.
+def fitted(config: Config, workdir: pathlib.Path | None = None, facts: Facts | None = None) -> Columns:
+    """As the workdir keeps them, or fitted on the training split now.
 
     Raises:
-        InputError: the workdir's are of another table; more categories than the model has rows for.
+        InputError: more categories than the model has rows for.
     """
-    path = workdir and pathlib.Path(workdir) / FILE
-    if path and path.is_file():
-        columns = Columns(**json.loads(path.read_text()))
-        found = kinds(config, labels.features(config))
-        if (list(columns.numeric), list(columns.categories)) != found:
-            raise InputError(
-                f"{path} is of other columns than data.name={config.data.name!r}; use another workdir"
-            )
-    else:
-        columns = fit(config, labels.open_split(config, config.data.split))
-        if path:
-            text = json.dumps(dataclasses.asdict(columns))
-            write_atomically(path, lambda file: file.write(text.encode()))
+    facts = facts or Facts(config, workdir)
+    old = pathlib.Path(facts.workdir) / OLD_FILE if facts.workdir else None
+
+    def made() -> Any:
+        if old and old.is_file():
+            return json.loads(old.read_text())
+        return dataclasses.asdict(fit(config, facts.open(config.data.split)))
+
+    columns = Columns(**facts.get("columns", made, compare=False))
     room = getattr(config.model, "rows", 0)
     if columns.rows > room:
         raise InputError(
@@ -167,6 +164,13 @@ class Encoded:
 
     def __init__(self, config: Config, source: sources.Source, columns: Columns) -> None:
         self._source, self._columns, d = source, columns, config.data
+        wanted = [*columns.numeric, *columns.categories]
+        there = [key for part in kinds(config, source.features) for key in part]
+        if difference := fitted_lib.difference(sorted(wanted), sorted(there), "columns"):
+            raise InputError(
+                f"data.name={d.name!r} has not the columns that training used: {difference}; correct it, or "
+                "use another --workdir"
+            )
         self._keep = tuple(key for key in (d.label, d.group) if key)
         self.features, self.fingerprint = source.features, source.fingerprint
         self.num_bytes = source.num_bytes
@@ -195,11 +199,11 @@ def prepare(config: Config, columns: Columns, weights: np.ndarray | None) -> Any
     return finish
 
 
-def shapes(config: Config) -> labels.Shapes:
+def shapes(config: Config, facts: Facts) -> labels.Shapes:
     """What a batch holds beside `mask`."""
-    features = labels.features(config)
+    features = facts.features
     labels.require(config, features)
-    labels.check(config, labels.numbered(config, features))
+    labels.check(config, labels.numbered(config, features, facts.names))
     numbers, categories = kinds(config, features)
     out = labels.shapes(config)
     if numbers:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bigmodel import fitted
 from bigmodel.config import Config, InputError
 from bigmodel.data.builders.prepare import locked, write_atomically
 from bigmodel.data.pretrained import Pretrained
@@ -161,8 +162,19 @@ def get_tokenizer(config: Config, workdir: pathlib.Path | None = None) -> Tokeni
     another's (hf:DIR) the workdir keeps a copy.
 
     Raises:
-        InputError: a workdir with a tokenizer of another size, or bad data.
+        InputError: a workdir with another tokenizer than training used, or bad data.
     """
+    tokenizer = _tokenizer(config, workdir)
+    used = fitted.read(workdir).get("tokenizer", tokenizer.fingerprint)
+    if used != tokenizer.fingerprint:
+        raise InputError(
+            f"data.tokenizer={config.data.tokenizer!r} is {tokenizer.fingerprint}, but {workdir} was trained "
+            f"with {used}; restore its tokenizer.json, or use a new --workdir"
+        )
+    return tokenizer
+
+
+def _tokenizer(config: Config, workdir: pathlib.Path | None) -> Tokenizer:
     kind, _, size_text = config.data.tokenizer.partition(":")
     if kind == "bytes":
         return Bytes()
@@ -212,13 +224,30 @@ def _trained(config: Config, size: int) -> BPE:
 
 
 def open_text(config: Config, split: str) -> Source:
-    """The source of documents. Raises InputError for a dataset without text."""
-    source = open_source(config.data.name, split, config.data.data_dir, keys=("text",))
-    if "text" not in source.features:
+    """The source of documents, each as `text`. Raises InputError for a dataset without text."""
+    d = config.data
+    text = (d.text, *d.categorical)  # of a table, as labels.py reads it
+    source = open_source(d.name, split, d.data_dir, keys=(d.text,), text=text, max_skipped=d.max_skipped)
+    if d.text not in source.features:
         raise InputError(
-            f"data.name={config.data.name!r} has no feature 'text', which task.name={config.task.name} needs"
+            f"data.name={d.name!r} has no feature {d.text!r}, which task.name={config.task.name} needs; set "
+            f"data.text to one of {', '.join(source.features)}"
         )
-    return source
+    return source if d.text == "text" else _Column(source, d.text)
+
+
+class _Column:
+    """One text column of a source, as `text`."""
+
+    def __init__(self, source: Source, key: str) -> None:
+        self._source, self._key, self.features = source, key, {"text": source.features[key]}
+        self.fingerprint, self.num_bytes = f"{source.fingerprint} text={key}", source.num_bytes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"text": self._source.read(indices)[self._key]}
 
 
 # ------------------------------------------------------------------------------------------- token stream
