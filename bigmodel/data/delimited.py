@@ -7,28 +7,30 @@ import functools
 import hashlib
 import io
 import logging
-import math
 import os
+import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bigmodel.config import InputError
-from bigmodel.data import files
+from bigmodel.data import cells, files
 from bigmodel.data.files import Feature
 
 log = logging.getLogger("bigmodel")
 
-MISSING = {"", "na", "n/a", "nan", "null", "?"}  # cells of a column of numbers that hold none
 MOSTLY = 0.9  # of the filled cells are numbers: then the column is one of numbers, and the others are wrong
+MANY = 0.5  # are numbers, but not so many: the column is text, and that is said
 SPLIT = "split"  # a column of this name says which split a row is of
 
 
 class Rows(NamedTuple):
     """All rows of some files, column by column."""
 
-    columns: dict[str, np.ndarray]  # str in object arrays (n,), or float64 with NaN for a missing number
+    # str in object arrays (n,), float64 with NaN for a missing number, or int64 where float64 would round
+    columns: dict[str, np.ndarray]
     path: np.ndarray  # object (n,)
     line: np.ndarray  # int64 (n,): where a row ends
     hash: np.ndarray  # uint64 (n,), of the cells as written: what decides a row's split, wherever it stands
@@ -58,31 +60,56 @@ class _Skips:
         log.warning("skipped %d of at most %d: %s %s", self._count, self._most, where, problem)
 
 
+class Columns(NamedTuple):
+    """How columns are read."""
+
+    text: tuple[str, ...] | None = ()  # are text, whatever their cells look like; None: all but `numbers`
+    numbers: tuple[str, ...] = ()  # are numbers, whatever their cells look like
+    decimal: str = "auto"  # the sign before a number's fraction
+
+
 def read(
-    name: str, *, text: Collection[str] = (), numbers: Collection[str] = (), max_skipped: int = 0
+    name: str,
+    *,
+    text: Collection[str] = (),
+    numbers: Collection[str] = (),
+    max_skipped: int = 0,
+    decimal: str = "auto",
 ) -> Rows:
     """The rows of `table:GLOB` or `ratings:GLOB`. A column is of numbers where nearly all its cells are.
 
     Args:
         text, numbers: columns that are text, or numbers, whatever their cells look like.
         max_skipped: so many bad rows are left out, each with a warning.
+        decimal: the sign before a number's fraction; auto: as the cells tell.
 
     Raises:
-        InputError: no file, headers that differ, and one bad row too many: cells missing or over, no UTF-8,
-            no number in a column of numbers.
+        InputError: no file, headers that differ, numbers that may be read in two ways, quotes that do not
+            close, and one bad row too many: cells missing or over, no UTF-8, no number where one has to be.
     """
     paths = files.paths(name, f"{name.partition(':')[0]}:data/*.csv")
     stamp = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
-    return _read(stamp, tuple(sorted(text)), tuple(sorted(numbers)), max_skipped)
+    return _read(stamp, Columns(tuple(sorted(text)), tuple(sorted(numbers)), decimal), max_skipped)
+
+
+def rows_of(
+    path: str, numbers: Collection[str] = (), decimal: str = "auto"
+) -> list[tuple[int, dict[str, Any]]]:
+    """(line, {column: its number or text}) of each row of one file, read as `read` does; NaN is a missing
+    number. Raises InputError as `read`."""
+    stamp = ((path, os.stat(path).st_size, os.stat(path).st_mtime_ns),)
+    table = _read(stamp, Columns(None, tuple(sorted(numbers)), decimal), 0)
+    columns = [column.tolist() for column in table.columns.values()]
+    rows = (dict(zip(table.columns, cells, strict=True)) for cells in zip(*columns, strict=True))
+    return list(zip(table.line.tolist(), rows, strict=True))
 
 
 @functools.lru_cache(maxsize=4)  # a pipeline asks for each split, and for the columns before
-def _read(
-    stamp: tuple[tuple[str, int, int], ...], text: tuple[str, ...], numbers: tuple[str, ...], most: int
-) -> Rows:
-    skips, header, rows = _Skips(most), None, list[tuple[str, int, list[str]]]()
+def _read(stamp: tuple[tuple[str, int, int], ...], how: Columns, most: int) -> Rows:
+    skips, header, rows, signs = _Skips(most), None, list[tuple[str, int, list[str]]](), set[str]()
     for path, _, _ in stamp:
-        lines = _lines(path, skips)
+        delimiter, lines = _lines(path, skips, empty=how.text is None)
+        signs.add(delimiter)
         _, first = next(lines, (0, []))
         first = [cell.strip() for cell in first]
         if not all(first) or len(set(first)) < len(first) or not first:
@@ -90,11 +117,11 @@ def _read(
         if header is not None and first != header:
             raise InputError(f"{path} has another header than {stamp[0][0]}; give files of one kind")
         header = first
-        for line, cells in lines:
-            if len(cells) != len(header):
-                skips.bad(f"{path} line {line}", f"has {len(cells)} cells, but the header {len(header)}")
+        for line, row in lines:
+            if len(row) != len(header):
+                skips.bad(f"{path} line {line}", f"has {len(row)} cells, but the header {len(header)}")
             else:
-                rows.append((path, line, cells))
+                rows.append((path, line, row))
     if header is None or not rows:
         raise InputError(f"{stamp[0][0]} has no rows after its header; give some")
     table = Rows(
@@ -105,7 +132,7 @@ def _read(
             [files.content_hash("\x1f".join(row[2]).encode("utf-8", "replace")) for row in rows], np.uint64
         ),
     )
-    return _with_numbers(table, text, numbers, skips)
+    return _with_numbers(table, how, "," not in signs, skips)
 
 
 def _objects(values: list[str]) -> np.ndarray:
@@ -114,73 +141,101 @@ def _objects(values: list[str]) -> np.ndarray:
     return out
 
 
-def _lines(path: str, skips: _Skips) -> Iterator[tuple[int, list[str]]]:
-    """(number of its last line, cells) of each row that is not empty, the header first."""
+def _lines(path: str, skips: _Skips, empty: bool) -> tuple[str, Iterator[tuple[int, list[str]]]]:
+    """-> (the delimiter; number of its last line, cells of each row, the header first).
+
+    Args:
+        empty: rows whose cells are all empty count, too.
+    """
     content = files.read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     try:
         decoded, doubtful = content.decode("utf-8"), False
     except UnicodeDecodeError:
         decoded, doubtful = content.decode("utf-8", "surrogateescape"), True
-    first = decoded.partition("\n")[0]
+    first = re.sub(r'"[^"]*"', "", decoded.partition("\n")[0])
     delimiter = max(",\t;", key=first.count)
-    reader = csv.reader(io.StringIO(decoded, newline=""), delimiter=delimiter, strict=True)
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            skips.bad(f"{path} line {reader.line_num}", f"is no row of a CSV file ({error})")
-            continue
-        if doubtful and any("\udc80" <= char <= "\udcff" for cell in cells for char in cell):
-            skips.bad(f"{path} line {reader.line_num}", "is not UTF-8 text")
-        elif any(cells):
-            yield reader.line_num, cells
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        reader = csv.reader(io.StringIO(decoded, newline=""), delimiter=delimiter, strict=True)
+        begin = 1
+        while (row := _row(reader, path, begin)) is not None:
+            if doubtful and any("\udc80" <= char <= "\udcff" for cell in row for char in cell):
+                skips.bad(f"{path} line {reader.line_num}", "is not UTF-8 text")
+            elif any(row) or (empty and row):
+                yield reader.line_num, row
+            begin = reader.line_num + 1
+
+    return delimiter, rows()
 
 
-def _with_numbers(table: Rows, text: Collection[str], numbers: Collection[str], skips: _Skips) -> Rows:
-    """Columns of numbers become float64; the rows of cells that are none are left out."""
+def _row(reader: Any, path: str, begin: int) -> list[str] | None:
+    """The next row, of cells of any length; None after the last.
+
+    Raises:
+        InputError: quotes that nobody can follow. Such a row is never skipped: it may end anywhere, so lines
+            of a text could be taken for rows.
+    """
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise InputError(
+            f"{path} line {begin} is no row of a CSV file ({error}); correct its quotes: where the row ends "
+            "is not known, so data.max_skipped does not skip it"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _with_numbers(table: Rows, how: Columns, commas: bool, skips: _Skips) -> Rows:
+    """Columns of numbers become numbers; rows whose cells are none are left out.
+
+    Args:
+        commas: whether numbers may have decimal commas: no comma parts the cells.
+    """
+    text = set(table.columns) - set(how.numbers) if how.text is None else how.text
+    looks = {
+        name: cells.look(column.tolist())
+        for name, column in table.columns.items()
+        if name not in (*text, SPLIT)
+    }
+    for name, each in list(looks.items()):
+        if name not in how.numbers and each.share < MOSTLY:
+            if each.share >= MANY and each.other is not None:
+                cell = table.columns[name][each.other]
+                log.warning("%s has %r in %r: the column is text, though %.0f %% of its cells are numbers",
+                            table.where(each.other), cell, name, 100 * each.share)  # fmt: skip
+            del looks[name]
+    signs = _signs(table, looks, how.decimal, commas)
     columns, keep = dict(table.columns), np.ones(len(table.line), bool)
-    for name, cells in table.columns.items():
-        if name in text or name == SPLIT:
-            continue
-        values, wrong = _numbers(cells, len(cells) if name in numbers else None)
-        if values is None:
-            continue
-        for index in wrong:
-            fix = "" if name in numbers else " (name the column in data.categorical if it holds text)"
+    for name, each in looks.items():
+        columns[name], wrong = cells.values(table.columns[name].tolist(), each.floats, signs[name])
+        fix = "" if name in how.numbers else " (name the column in data.categorical if it holds text)"
+        for index, why in sorted(wrong.items()):
             if keep[index]:
-                problem = f"has {cells[index]!r} in {name!r}, a column of numbers{fix}"
-                skips.bad(table.where(index), problem)
+                cell = table.columns[name][index]
+                skips.bad(table.where(index), f"has {cell!r} in {name!r}, a column of numbers: {why}{fix}")
             keep[index] = False
-        columns[name] = values
     return table._replace(columns=columns).of(keep)
 
 
-def _numbers(cells: np.ndarray, allowed: int | None) -> tuple[np.ndarray | None, list[int]]:
-    """-> (values, NaN where missing or none; which are none), or (None, []) for a column that is text.
-
-    Args: allowed: so many cells may be no numbers; None: a tenth of those that are filled.
-    """
-    values, wrong, empty = np.full(len(cells), np.nan), list[int](), 0
-    most = len(cells) * (1 - MOSTLY) if allowed is None else allowed
-    for index, cell in enumerate(cells):
-        if cell.strip().lower() in MISSING:
-            empty += 1
-            continue
-        try:
-            value = float(cell) if "_" not in cell else math.nan  # Python reads 1_000; other programs do not
-        except ValueError:
-            value = math.nan
-        if math.isfinite(value):
-            values[index] = value
-        else:
-            wrong.append(index)
-            if len(wrong) > most:
-                return None, []
-    filled = len(cells) - empty
-    is_text = allowed is None and (not filled or len(wrong) > filled * (1 - MOSTLY))
-    return (None, []) if is_text else (values, wrong)
+def _signs(
+    table: Rows, looks: Mapping[str, cells.Look], decimal: str, commas: bool
+) -> Mapping[str, cells.Decimal]:
+    """The decimal sign of each column of numbers. Raises InputError where nobody can tell."""
+    if decimal in (".", ","):
+        return dict.fromkeys(looks, "." if decimal == "." else ",")
+    signs, problems = cells.styles(looks, commas)
+    for name, problem in problems.items():
+        each = looks[name]
+        at = next(index for index in (each.comma, *each.either.values(), each.point) if index is not None)
+        raise InputError(
+            f"{table.where(at)} has {table.columns[name][at]!r} in {name!r}, a column of numbers with "
+            f"{problem}; set data.decimal to , or . (or name the column in data.categorical if it holds text)"
+        )
+    for name in [name for name, sign in signs.items() if sign == ","]:
+        log.info("%s: the numbers in %r have decimal commas", table.path[0], name)
+    return signs
 
 
 class TableFiles:
@@ -234,7 +289,10 @@ def features(
     """The columns of `table:GLOB`: text, whole numbers (int64), or numbers (float64). Reads the files."""
     out = {}
     for key, column in read(name, text=text, numbers=numbers, max_skipped=max_skipped).columns.items():
-        whole = column.dtype != object and bool((np.floor(column) == column).all())
+        whole = column.dtype == np.int64 or (
+            column.dtype != object
+            and bool((np.floor(column) == column).all() and np.abs(column).max() < 2**63)
+        )
         dtype = "text" if column.dtype == object else "int64" if whole else "float64"
         if key != SPLIT:
             out[key] = Feature((), dtype)

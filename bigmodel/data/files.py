@@ -104,12 +104,22 @@ def check_split(name: str, split: str) -> None:
 
 
 def paths(name: str, example: str) -> list[str]:
-    """The files of `text:GLOB` or `pairs:GLOB`, sorted."""
-    pattern = os.path.expanduser(name.partition(":")[2])
+    """The files of `text:GLOB` or `pairs:GLOB`, sorted; what exists by that very name is meant."""
+    pattern = literal(os.path.expanduser(name.partition(":")[2]))
     found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not found:
         raise InputError(f"data.name={name!r} matches no file; give a path or a glob such as {example}")
     return found
+
+
+def literal(pattern: str) -> str:
+    """A glob whose longest beginning that exists, file or directory, is meant as it is written."""
+    parts = pattern.split(os.sep)
+    for count in range(len(parts), 0, -1):
+        beginning = os.sep.join(parts[:count])
+        if beginning and os.path.exists(beginning):
+            return os.sep.join([glob.escape(beginning), *parts[count:]])
+    return pattern
 
 
 def content_hash(content: bytes) -> int:
