@@ -25,6 +25,7 @@ ORDER = """
     data/builders/__init__ | data/builders/python_source | data/builders/digits | data/builders/shapes
     data/builders/lowrank_ratings | data/builders/clicks | data/builders/python_packages
     data/builders/prepare | data/files
+    data/cells
     data/delimited
     data/sources | data/randaugment
     data/pretrained

@@ -16,7 +16,7 @@ import numpy as np
 Decimal = Literal[".", ","]
 
 # Cells of a column of numbers that hold none.
-MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "<na>", "#n/a", "#na"}
+MISSING = {"", "na", "n/a", "nan", "null", "?", "<na>", "#n/a", "#na"}
 LARGEST = float(np.finfo(np.float32).max)
 EXACT = 2**53  # float64 holds every integer up to here
 LONGEST = 400  # characters: what is longer is no number
