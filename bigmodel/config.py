@@ -81,6 +81,9 @@ class Data:
     # Classes are drawn ~ their count, its root, alike; over, under: in epochs of equal counts, see balance.py
     balance: Literal["none", "sqrt", "balanced", "over", "under"] = "none"
     max_boxes: int = 100  # detect: places for an image's boxes; one with more is a bad record
+    decimal: Literal["auto", ".", ","] = (
+        "auto"  # the sign before a fraction in files of numbers; auto: by cells
+    )
     max_skipped: int = 0  # records or rows of files: so many bad ones are skipped, one more is an error
 
 

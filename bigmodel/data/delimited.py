@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from bigmodel.data import cells, files
 from bigmodel.data.files import Feature
 
 log = logging.getLogger("bigmodel")
+
+Row = dict[str, Any]
 
 MOSTLY = 0.9  # of the filled cells are numbers: then the column is one of numbers, and the others are wrong
 MANY = 0.5  # are numbers, but not so many: the column is text, and that is said
@@ -60,55 +62,67 @@ class _Skips:
         log.warning("skipped %d of at most %d: %s %s", self._count, self._most, where, problem)
 
 
-class Columns(NamedTuple):
-    """How columns are read."""
+class Reading(TypedDict, total=False):
+    """How columns are read. Where nearly all cells are numbers the column is one of numbers, by default."""
 
-    text: tuple[str, ...] | None = ()  # are text, whatever their cells look like; None: all but `numbers`
-    numbers: tuple[str, ...] = ()  # are numbers, whatever their cells look like
-    decimal: str = "auto"  # the sign before a number's fraction
+    text: Collection[str]  # columns that are text, whatever their cells look like
+    numbers: Collection[str]  # and that are numbers
+    only: Collection[str] | None  # columns that may be numbers at all; None: all
+    required: Collection[str]  # a row without a value there is a bad one
+    decimal: str  # the sign before a number's fraction; auto: as the cells tell
+    max_skipped: int  # so many bad rows are left out, each with a warning
 
 
-def read(
-    name: str,
-    *,
-    text: Collection[str] = (),
-    numbers: Collection[str] = (),
-    max_skipped: int = 0,
-    decimal: str = "auto",
-) -> Rows:
-    """The rows of `table:GLOB` or `ratings:GLOB`. A column is of numbers where nearly all its cells are.
+class _How(NamedTuple):
+    """`Reading` as a key of a cache."""
 
-    Args:
-        text, numbers: columns that are text, or numbers, whatever their cells look like.
-        max_skipped: so many bad rows are left out, each with a warning.
-        decimal: the sign before a number's fraction; auto: as the cells tell.
+    text: frozenset[str]
+    numbers: frozenset[str]
+    only: frozenset[str] | None
+    required: frozenset[str]
+    decimal: str
+    max_skipped: int
+    empty: bool  # rows whose cells are all empty count, too
+
+
+def _how(empty: bool = False, **how: Unpack[Reading]) -> _How:
+    text, numbers, required = (frozenset(how.get(key, ())) for key in ("text", "numbers", "required"))  # type: ignore[call-overload]
+    only = how.get("only")
+    return _How(
+        text, numbers, None if only is None else frozenset(only), required,
+        how.get("decimal", "auto"), how.get("max_skipped", 0), empty,
+    )  # fmt: skip
+
+
+def read(name: str, **how: Unpack[Reading]) -> Rows:
+    """The rows of `table:GLOB` or `ratings:GLOB`.
 
     Raises:
         InputError: no file, headers that differ, numbers that may be read in two ways, quotes that do not
             close, and one bad row too many: cells missing or over, no UTF-8, no number where one has to be.
     """
     paths = files.paths(name, f"{name.partition(':')[0]}:data/*.csv")
-    stamp = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths)
-    return _read(stamp, Columns(tuple(sorted(text)), tuple(sorted(numbers)), decimal), max_skipped)
+    return _read(tuple(map(_stamp, paths)), _how(**how))
 
 
-def rows_of(
-    path: str, numbers: Collection[str] = (), decimal: str = "auto"
-) -> list[tuple[int, dict[str, Any]]]:
+def rows_of(path: str, numbers: Collection[str] = (), decimal: str = "auto") -> list[tuple[int, Row]]:
     """(line, {column: its number or text}) of each row of one file, read as `read` does; NaN is a missing
     number. Raises InputError as `read`."""
-    stamp = ((path, os.stat(path).st_size, os.stat(path).st_mtime_ns),)
-    table = _read(stamp, Columns(None, tuple(sorted(numbers)), decimal), 0)
+    table = _read((_stamp(path),), _how(empty=True, numbers=numbers, only=numbers, decimal=decimal))
     columns = [column.tolist() for column in table.columns.values()]
     rows = (dict(zip(table.columns, cells, strict=True)) for cells in zip(*columns, strict=True))
     return list(zip(table.line.tolist(), rows, strict=True))
 
 
+def _stamp(path: str) -> tuple[str, int, int]:
+    return path, os.stat(path).st_size, os.stat(path).st_mtime_ns
+
+
 @functools.lru_cache(maxsize=4)  # a pipeline asks for each split, and for the columns before
-def _read(stamp: tuple[tuple[str, int, int], ...], how: Columns, most: int) -> Rows:
-    skips, header, rows, signs = _Skips(most), None, list[tuple[str, int, list[str]]](), set[str]()
+def _read(stamp: tuple[tuple[str, int, int], ...], how: _How) -> Rows:
+    skips, header, rows, signs = _Skips(how.max_skipped), None, list[tuple[str, int, list[str]]](), set[str]()
     for path, _, _ in stamp:
-        delimiter, lines = _lines(path, skips, empty=how.text is None)
+        delimiter, lines = _lines(path, skips, how.empty)
         signs.add(delimiter)
         _, first = next(lines, (0, []))
         first = [cell.strip() for cell in first]
@@ -132,7 +146,9 @@ def _read(stamp: tuple[tuple[str, int, int], ...], how: Columns, most: int) -> R
             [files.content_hash("\x1f".join(row[2]).encode("utf-8", "replace")) for row in rows], np.uint64
         ),
     )
-    return _with_numbers(table, how, "," not in signs, skips)
+    if lacking := how.required - set(header):
+        how = how._replace(required=how.required - lacking)  # who asks for such a column says so
+    return _with_numbers(_complete(table, how, skips), how, "," not in signs, skips)
 
 
 def _objects(values: list[str]) -> np.ndarray:
@@ -187,17 +203,28 @@ def _row(reader: Any, path: str, begin: int) -> list[str] | None:
         csv.field_size_limit(limit)
 
 
-def _with_numbers(table: Rows, how: Columns, commas: bool, skips: _Skips) -> Rows:
+def _complete(table: Rows, how: _How, skips: _Skips) -> Rows:
+    """Without the rows that lack a required value."""
+    keep = np.ones(len(table.line), bool)
+    for name in sorted(how.required):
+        for index, cell in enumerate(table.columns[name].tolist()):
+            if not cell.strip() and keep[index]:
+                skips.bad(table.where(index), f"has no {name}; fill it in, or take the line out")
+                keep[index] = False
+    return table if keep.all() else table.of(keep)
+
+
+def _with_numbers(table: Rows, how: _How, commas: bool, skips: _Skips) -> Rows:
     """Columns of numbers become numbers; rows whose cells are none are left out.
 
     Args:
         commas: whether numbers may have decimal commas: no comma parts the cells.
     """
-    text = set(table.columns) - set(how.numbers) if how.text is None else how.text
+    names = set(table.columns) if how.only is None else how.only
     looks = {
         name: cells.look(column.tolist())
         for name, column in table.columns.items()
-        if name not in (*text, SPLIT)
+        if name in names - how.text - {SPLIT}
     }
     for name, each in list(looks.items()):
         if name not in how.numbers and each.share < MOSTLY:
@@ -210,6 +237,9 @@ def _with_numbers(table: Rows, how: Columns, commas: bool, skips: _Skips) -> Row
     columns, keep = dict(table.columns), np.ones(len(table.line), bool)
     for name, each in looks.items():
         columns[name], wrong = cells.values(table.columns[name].tolist(), each.floats, signs[name])
+        if name in how.required:
+            lacking = np.flatnonzero(columns[name] != columns[name])  # NaN
+            wrong = dict.fromkeys(lacking.tolist(), "no value") | wrong
         fix = "" if name in how.numbers else " (name the column in data.categorical if it holds text)"
         for index, why in sorted(wrong.items()):
             if keep[index]:
@@ -246,12 +276,9 @@ class TableFiles:
         self,
         name: str,
         split: str,
-        *,
-        text: Collection[str] = (),
-        numbers: Collection[str] = (),
-        max_skipped: int = 0,
+        **how: Unpack[Reading],
     ) -> None:
-        table = read(name, text=text, numbers=numbers, max_skipped=max_skipped)
+        table = read(name, **how)
         if SPLIT in table.columns:
             chosen = table.columns[SPLIT] == split
         else:
@@ -262,7 +289,7 @@ class TableFiles:
                 f"data.name={name!r} has no rows in split {split!r}; give more, or another split"
             )
         self._rows = table.of(chosen)
-        self.features = features(name, text=text, numbers=numbers, max_skipped=max_skipped)
+        self.features = features(name, **how)
         self.num_bytes = sum(os.stat(path).st_size for path in set(table.path))
         self.fingerprint = f"table/{split} records={len(self)} sha256={self._rows.digest()}"
 
@@ -283,12 +310,10 @@ class TableFiles:
         return out
 
 
-def features(
-    name: str, *, text: Collection[str] = (), numbers: Collection[str] = (), max_skipped: int = 0
-) -> Mapping[str, Feature]:
+def features(name: str, **how: Unpack[Reading]) -> Mapping[str, Feature]:
     """The columns of `table:GLOB`: text, whole numbers (int64), or numbers (float64). Reads the files."""
     out = {}
-    for key, column in read(name, text=text, numbers=numbers, max_skipped=max_skipped).columns.items():
+    for key, column in read(name, **how).columns.items():
         whole = column.dtype == np.int64 or (
             column.dtype != object
             and bool((np.floor(column) == column).all() and np.abs(column).max() < 2**63)

@@ -15,7 +15,7 @@ import numpy as np
 
 from bigmodel.config import Config, InputError
 from bigmodel.data import sources
-from bigmodel.data.delimited import TableFiles
+from bigmodel.data.delimited import Reading, TableFiles
 from bigmodel.data.transforms import Batch
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape after the batch's dimension, dtype)
@@ -199,9 +199,7 @@ def column(source: sources.Source, key: str) -> np.ndarray:
 
 def features(config: Config) -> Mapping[str, sources.Feature]:
     """The features of the dataset that a text or a table comes from."""
-    d = config.data
-    text = (d.text, *d.categorical)
-    return sources.features_of(d.name, d.data_dir, text=text, max_skipped=d.max_skipped)
+    return sources.features_of(config.data.name, config.data.data_dir, **_reading(config))
 
 
 def open_split(
@@ -213,11 +211,21 @@ def open_split(
     numbers: Collection[str] = (),
 ) -> sources.Source:
     """A split of the dataset. `text`, `numbers`: columns of a table, whatever their cells look like."""
-    d = config.data
-    return sources.open_source(
-        d.name, split, d.data_dir, keys=keys, cache=d.cache,
-        text={d.text, *d.categorical, *text}, numbers=numbers, max_skipped=d.max_skipped,
-    )  # fmt: skip
+    d, how = config.data, _reading(config)
+    how["text"], how["numbers"] = {*how["text"], *text}, numbers
+    return sources.open_source(d.name, split, d.data_dir, keys=keys, cache=d.cache, **how)
+
+
+def _reading(config: Config) -> Reading:
+    """How a table is read: no column is minded that the model does not read."""
+    d, name = config.data, name_of(config)
+    return {
+        "text": {d.text, *d.categorical} | (set(d.ignore) - {name, d.group}),
+        "only": None if "table" in config.model.INPUTS else {name, d.group},
+        "required": {name} - {""},
+        "decimal": d.decimal,
+        "max_skipped": d.max_skipped,
+    }
 
 
 def where(config: Config, source: sources.Source, split: str) -> Where:

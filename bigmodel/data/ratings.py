@@ -133,18 +133,26 @@ def _columns(config: Config) -> tuple[Mapping[str, np.ndarray], str]:
     """The four columns, users and items as what they are called; and a fingerprint."""
     d = config.data
     if d.name.startswith("ratings:"):
-        table = delimited.read(d.name, text=KEYS[:2], numbers=KEYS[2:], max_skipped=d.max_skipped)
+        table = delimited.read(
+            d.name,
+            numbers=KEYS[2:],
+            only=KEYS[2:],
+            required=KEYS,
+            decimal=d.decimal,
+            max_skipped=d.max_skipped,
+        )
         _require(config, table.columns)
-        for key in KEYS[2:]:
-            missing = np.flatnonzero(np.isnan(table.columns[key]))
-            if len(missing):
-                raise InputError(f"{table.where(missing[0])} has no {key}; fill it in, or take the line out")
         names = {key: table.columns[key].astype(str) for key in KEYS[:2]}
         numbers = {key: table.columns[key] for key in KEYS[2:]}
         return {**names, **numbers}, f"ratings records={len(table.line)} sha256={table.digest()}"
     source = sources.open_source(d.name, d.split, d.data_dir, keys=KEYS)
     _require(config, source.features)
     columns = {key: labels.column(source, key) for key in KEYS}
+    for key in KEYS[2:]:
+        if len(bad := np.flatnonzero(~np.isfinite(columns[key].astype(np.float64)))):
+            raise InputError(
+                f"data.name={d.name!r} record {bad[0]} has {key} {columns[key][bad[0]]}, no finite number"
+            )
     return columns, source.fingerprint
 
 

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -39,9 +39,7 @@ def open_source(
     *,
     keys: Collection[str] | None = None,
     cache: bool = True,
-    text: Collection[str] = (),
-    numbers: Collection[str] = (),
-    max_skipped: int = 0,
+    **table: Unpack[delimited.Reading],
 ) -> Source:
     """Opens a split of a dataset; a bundled one is made first if need be.
 
@@ -52,7 +50,7 @@ def open_source(
         data_dir: TFDS's directory; None is its own default.
         keys: the features to read; None reads all plain ones (images, labels, text).
         cache: keep decoded records of fixed size in memory, so each is decoded once.
-        text, numbers, max_skipped: of tables, see delimited.py.
+        table: how a table's columns are read.
 
     Raises:
         InputError: unknown or not prepared dataset, unknown split, no data, no random access.
@@ -62,12 +60,12 @@ def open_source(
     if name.startswith("pairs:"):
         return PairFiles(name, split)
     if name.startswith("table:"):
-        return TableFiles(name, split, text=text, numbers=numbers, max_skipped=max_skipped)
+        return TableFiles(name, split, **table)
     return TfdsSource(name, split, data_dir, keys=keys, cache=cache)
 
 
 def features_of(
-    name: str, data_dir: str | None = None, *, text: Collection[str] = (), max_skipped: int = 0
+    name: str, data_dir: str | None = None, **table: Unpack[delimited.Reading]
 ) -> Mapping[str, Feature]:
     """The features of a dataset whose data need not be there (they are part of its TFDS code); a table's
     columns are read from its files.
@@ -80,7 +78,7 @@ def features_of(
     if name.startswith("pairs:"):
         return PairFiles.features
     if name.startswith("table:"):
-        return delimited.features(name, text=text, max_skipped=max_skipped)
+        return delimited.features(name, **table)
     return _features(find(name, data_dir))
 
 

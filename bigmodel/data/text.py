@@ -226,8 +226,7 @@ def _trained(config: Config, size: int) -> BPE:
 def open_text(config: Config, split: str) -> Source:
     """The source of documents, each as `text`. Raises InputError for a dataset without text."""
     d = config.data
-    text = (d.text, *d.categorical)  # of a table, as labels.py reads it
-    source = open_source(d.name, split, d.data_dir, keys=(d.text,), text=text, max_skipped=d.max_skipped)
+    source = open_source(d.name, split, d.data_dir, keys=(d.text,), only=(), max_skipped=d.max_skipped)
     if d.text not in source.features:
         raise InputError(
             f"data.name={d.name!r} has no feature {d.text!r}, which task.name={config.task.name} needs; set "
