@@ -324,7 +324,7 @@ def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]
 
     held = {part: state["rest"][part] for part in model.held}
     rest = {part: value for part, value in state["rest"].items() if part not in held}
-    params = jax.jit(arrange)(state.get("ema", state["params"]), held)
+    params = jax.jit(arrange)(built.evaluated(state), held)
     return unheld(model), params, rest
 
 

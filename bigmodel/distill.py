@@ -5,23 +5,22 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from bigmodel import workdir
+from bigmodel import parameters, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.models.distilled import NAME
 from bigmodel.program import Program, State
 
 
 def taught(program: Program) -> Any:
-    """`rest["teacher"]` of a Program with `distill.teacher`: the newest checkpoint there, its moving average
-    where it has one, laid out on this run's mesh.
+    """`rest["teacher"]` of a Program with `distill.teacher`: what is evaluated of its newest checkpoint, laid
+    out on this run's mesh.
 
     Raises:
         InputError: no run or no good checkpoint there.
     """
     path, spec = pathlib.Path(program.config.distill.teacher), program.state_spec["rest"][NAME]
-    part = "ema" if workdir.read_config(path).optim.ema_decay else "params"
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        params, _, step = checkpoints.restore(spec["params"], part=part)
+        params, step = parameters.restore(checkpoints, workdir.read_config(path), spec["params"])
         rest, _, _ = checkpoints.restore(spec["rest"], step, part="rest")
     return {"params": params, "rest": rest}
 

@@ -210,7 +210,7 @@ def classifier_features(directory: str, program: Program) -> Features:
             f"--features={directory}: it takes a classifier of images of the same size, channels and "
             f"normalisation, {program.batch_spec['image'].shape[1:]}; train one on data.name={ours.name}"
         )
-    params, rest = state["params"], state["rest"]
+    params, rest = built.evaluated(state), state["rest"]
     run = jax.jit(
         lambda image: tasks.logits(
             built.model.apply(params, rest, {"image": image}, key=None, train=False)[0]

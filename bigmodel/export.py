@@ -68,7 +68,7 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
 
 def _weights(built: Program, state: State) -> tuple[list[str], list[jax.Array], Any]:
     """-> (names, arrays, the tree they make): what `apply` takes, quantized weights in their places."""
-    whole: Any = state.get("ema", state["params"])
+    whole = built.evaluated(state)
     held = {part: state["rest"][part] for part in built.model.held}
     rest = {part: value for part, value in state["rest"].items() if part not in held}
     params = built.model.unpack(whole, held)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, mesh, optim, program, workdir
+from bigmodel import data, mesh, parameters, program, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError, Mesh
 from bigmodel.data.text import Tokenizer, special_id
@@ -23,7 +23,7 @@ from bigmodel.sampling import GREEDY, Sampling
 def load(
     directory: str | os.PathLike[str], step: int | None = None, axes: Mesh | None = None
 ) -> tuple[Program, State]:
-    """The run in `directory` and what inference needs of its state: params (or ema) and rest.
+    """The run in `directory` and what inference needs of its state: the evaluated params, and rest.
 
     Restores onto the devices at hand, whatever mesh trained it.
 
@@ -40,14 +40,10 @@ def load(
     if axes is None:
         devices = devices[: np.gcd(len(devices), config.batch_size)]
     built = program.build(config, mesh.make_mesh(config, devices), data.batch_spec(config, path))
-    part = "ema" if "ema" in built.state_spec else "params"
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        params, _, step = checkpoints.restore(built.state_spec[part], step, part=part)
-        if part == "ema" and optim.split(config, built.state_spec["params"])[1]:
-            whole, _, _ = checkpoints.restore(built.state_spec["params"], step, part="params")
-            params = optim.join(params, whole)  # what is frozen has no average
+        params, step = parameters.restore(checkpoints, config, built.state_spec["params"], step)
         rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
-    return built, {part: params, "params": params, "rest": rest}
+    return built, {"params": params, "rest": rest}
 
 
 def generate(

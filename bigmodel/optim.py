@@ -160,12 +160,23 @@ def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
     return _standard_promotion(main)
 
 
-def learning_rates(config: Config, step: jax.Array) -> dict[str, jax.Array]:
-    """`lr`, and `lr_<group>` of each of `optim.groups`, at a step."""
-    rates = {"lr": schedule(config)(step)}
+def learning_rates(config: Config, count: jax.Array) -> dict[str, jax.Array]:
+    """`lr`, and `lr_<group>` of each of `optim.groups`, after `count` updates."""
+    rates = {"lr": schedule(config)(count)}
     for name, group in optim_groups(config.optim).items():
-        rates[f"lr_{name}"] = schedule(config.replace(optim=group))(step)
+        rates[f"lr_{name}"] = schedule(config.replace(optim=group))(count)
     return rates
+
+
+def updates(state: Tree) -> jax.Array:
+    """How many updates an optimizer's state has seen: what its schedules, its bias corrections, `every` and
+    pruning count. A step that float16's loss scale skips is not among them."""
+
+    def counts(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    found = [x.count for x in jax.tree.leaves(state, is_leaf=counts) if counts(x)]
+    return found[0]  # those of all groups are equal
 
 
 def _direction(o: Optim) -> optax.GradientTransformation:

@@ -57,7 +57,7 @@ class Predictor:
             )
         self.program, self.names, self.tokenizer = program, names, tokenizer
         self.columns, self.ids = columns, ids
-        self._state = (state.get("ema", state["params"]), state["rest"])
+        self._state = (program.evaluated(state), state["rest"])
         here = mesh.replicated(program.mesh)
         self._forward = jax.jit(self._outputs, out_shardings=here)
 

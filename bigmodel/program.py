@@ -40,6 +40,11 @@ class Program:
     eval_step: Any  # jitted (state, batch) -> Metrics; reads only params (or ema) and rest
     predict: Any  # jitted (state, batch) -> what the task keeps of each example, [B, ...] on every device
 
+    def evaluated(self, state: State) -> Any:
+        """The parameters that evaluation, serving, export, compression and students see, in their own dtypes:
+        the moving average of those that have one, the others as they are."""
+        return evaluated(state)
+
     def lower(self) -> jax.stages.Lowered:
         """The train step, traced and lowered for the mesh's devices, not compiled yet."""
         return self.train_step.trace(self.state_spec, self.batch_spec).lower()
@@ -92,7 +97,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         return update(config, model, task, tx, pieces, state, batch)
 
     def outputs(state: State, batch: Batch) -> Any:
-        return model.apply(averaged(state), state["rest"], batch, key=None, train=False)[0]
+        return model.apply(evaluated(state), state["rest"], batch, key=None, train=False)[0]
 
     def eval_step(state: State, batch: Batch) -> Metrics:
         return task.terms(outputs(state, batch), batch, False)
@@ -181,9 +186,12 @@ def state_of(
     return state
 
 
-def averaged(state: State) -> Any:
-    """The parameters that are evaluated: the moving average, of those that have one."""
-    return optim.join(state.get("ema", {}), state["params"])
+def evaluated(state: State) -> Any:
+    """As `Program.evaluated`; of what is averaged, `params` may hold specs alone."""
+    params = state["params"]
+    if "ema" not in state:
+        return params
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), optim.join(state["ema"], params), params)
 
 
 def update(
@@ -208,7 +216,7 @@ def update(
         new["ema"] = jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], trained)
     grad_norm = optim.norm(grads)
     metrics = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in terms.items()}
-    metrics |= {"grad_norm": grad_norm, **optim.learning_rates(config, state["step"])}
+    metrics |= {"grad_norm": grad_norm, **optim.learning_rates(config, optim.updates(state["opt"]))}
     if scale is not None:  # float16: an overflow skips the update and halves the scale
         finite = jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)

@@ -129,7 +129,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns_as_ever():
         a, b = one[path], both[path]
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-7, err_msg=path)
     assert rows["loss"][0] != rows["loss"][1]
-    averaged = by_path(program.averaged(state))
+    averaged = by_path(program.evaluated(state))
     assert averaged.keys() == by_path(state["params"]).keys()
     ema = by_path(state["ema"])
     for path, x in averaged.items():
@@ -244,7 +244,7 @@ def test_adapters_resume_export_and_serve_as_one_model(corpus, tmp_path):
     assert arrays.keys() == there.keys()
     moved = {path for path, x in arrays.items() if x.tobytes() != there[path].tobytes()}
     assert moved == {f"blocks/attention/{name}/kernel" for name in ("q", "k", "v", "out")}
-    params = program.averaged(straight.state)
+    params = program.evaluated(straight.state)
     whole = by_path(jax.jit(straight.program.model.whole)(params, {}))
     for path, x in whole.items():
         np.testing.assert_allclose(arrays[path], x, rtol=0, atol=1e-6)

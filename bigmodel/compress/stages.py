@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bigmodel import log, program, train, transfer, workdir
+from bigmodel import log, train, transfer, workdir
 from bigmodel.compress import distill, prune, quantize, recipe, report, structure, trained
 from bigmodel.compress.recipe import Op, Stage
 from bigmodel.compress.trained import Trained
@@ -141,5 +141,5 @@ def tune(model: Trained, steps: int, lr: float, scratch: pathlib.Path) -> Traine
     )  # fmt: skip
     trained.save(trained.changed(model, config, model.params, model.rest), scratch)
     result = train.run(config, scratch)
-    params = program.averaged(result.state)
+    params = result.program.evaluated(result.state)
     return Trained(result.program, params, result.state["rest"], scratch, result.state, result.step)

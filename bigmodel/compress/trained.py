@@ -41,7 +41,7 @@ class Trained:
 def load(directory: str | os.PathLike[str]) -> Trained:
     """The newest checkpoint of a run; its moving average where it has one. Raises InputError."""
     built, state = infer.load(directory)
-    return Trained(built, state["params"], state["rest"], pathlib.Path(directory))
+    return Trained(built, built.evaluated(state), state["rest"], pathlib.Path(directory))
 
 
 def build(config: Config, like: Program) -> Program:
