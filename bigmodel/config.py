@@ -180,7 +180,7 @@ class Config:
     """Everything that decides what a run computes. `workdir` and `resume` are flags, not config."""
 
     seed: int = 0
-    steps: int = 1000
+    steps: int = 1000  # updates; steps that float16's loss scale skips come on top
     budget: float = 0.0  # training FLOPs; when set, it decides `steps`
     batch_size: int = 32  # examples a step, over the whole mesh
     microbatches: int = 0  # gradient accumulation; 0: 1, but on a CPU pieces of about 1,024 tokens

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from bigmodel.config import InputError
+
 GIB = 2**30
 
 
@@ -107,6 +109,15 @@ BY_NAME = {known.name: known for known in CHIPS.values()}
 def chip(device: jax.Device) -> Chip | None:
     """The chip behind a device, or None when it is not listed."""
     return CHIPS.get(device.device_kind)
+
+
+def check_dtype(known: Chip | None, dtype: str) -> None:
+    """Raises InputError where a listed chip multiplies no matrices of this compute dtype."""
+    if known is not None and dtype not in known.flops:
+        raise InputError(
+            f"compute_dtype={dtype}: {known.name} has no matrix units for it, only for "
+            f"{', '.join(known.flops)}; set compute_dtype=bfloat16"
+        )
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:

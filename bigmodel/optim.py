@@ -238,6 +238,7 @@ def _mask(pattern: str) -> Any:
 
 # ------------------------------------------------------------------------------------ float16 scaling
 
+LEAST_SCALE = 1.0  # an overflow at which no scale can help
 GROWTH_STEPS = 2000  # steps without overflow before the scale doubles (Micikevicius et al. 2018, 3.2)
 
 
@@ -250,6 +251,6 @@ def loss_scale_update(state: dict[str, jax.Array], finite: jax.Array) -> dict[st
     grow = state["good_steps"] + 1 >= GROWTH_STEPS
     grown = jnp.where(grow, jnp.minimum(state["scale"] * 2, 2.0**24), state["scale"])
     return {
-        "scale": jnp.where(finite, grown, jnp.maximum(state["scale"] / 2, 1.0)),
+        "scale": jnp.where(finite, grown, jnp.maximum(state["scale"] / 2, LEAST_SCALE)),
         "good_steps": jnp.where(finite & ~grow, state["good_steps"] + 1, 0),
     }

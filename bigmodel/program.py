@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from bigmodel import hardware, models, optim, sparsity, tasks
 from bigmodel import mesh as mesh_lib
-from bigmodel import models, optim, sparsity, tasks
 from bigmodel.config import Config, InputError
 from bigmodel.families import TOKEN_TASKS
 from bigmodel.metrics import Metrics
@@ -68,8 +68,10 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     """Config, mesh and the batch's shapes -> the Program. Makes no array and compiles nothing.
 
     Raises:
-        InputError: `microbatches` does not divide what each device gets.
+        InputError: `microbatches` does not divide what each device gets, or its chips have no matrix units
+            for `compute_dtype`.
     """
+    hardware.check_dtype(hardware.chip(mesh.devices.flat[0]), config.compute_dtype)
     sharding = mesh_lib.batch_sharding(mesh)
     batch_spec = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in batch_spec.items()}
     model = models.define(config, batch_spec)
@@ -184,6 +186,13 @@ def state_of(
     if config.compute_dtype == "float16":
         state["loss_scale"] = optim.loss_scale_init()
     return state
+
+
+def steps_left(config: Config, state: State) -> int:
+    """Steps that are left of `config.steps`. Those whose update float16's loss scale skipped are made up for,
+    so that schedules end where they should; only of a budget they are spent."""
+    skips = "loss_scale" in state and not config.budget
+    return max(config.steps - int(optim.updates(state["opt"]) if skips else state["step"]), 0)
 
 
 def evaluated(state: State) -> Any:

@@ -20,14 +20,14 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, evaluate, hardware, log, mesh, signals, start, workdir
+from bigmodel import data, evaluate, hardware, log, mesh, optim, signals, start, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config
 from bigmodel.data import Pipeline, Prefetch
 from bigmodel.ledger import Ledger, ProcessMemory
 from bigmodel.plan import estimate, planner
 from bigmodel.plan import receipt as receipts
-from bigmodel.program import Program, State
+from bigmodel.program import Program, State, steps_left
 
 DONE, BAD_INPUT, NOT_FINITE, PREEMPTED = 0, 2, 3, 75
 WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
@@ -101,12 +101,13 @@ class Run:
         with self.ledger.timing("restore"):
             state = start.initial_state(self.program, self.path, checkpoints)
         first_step = int(state["step"])
-        if first_step >= config.steps:
+        left = steps_left(config, state)
+        if not left:
             log.say(f"done: {self.path} is at step {first_step:,} of {config.steps:,}; raise steps to go on")
             return Result(DONE, first_step, {}, self.path, self.program, state)
         with self.ledger.timing("compile"):
             compiled = planner.compile_to_run(self.program)
-        receipt = planner.of_run(self.program, compiled, config.steps - first_step)
+        receipt = planner.of_run(self.program, compiled, left)
         log.say("\n".join(receipts.table(receipt)))
         if first:
             workdir.write_config(self.path, config)
@@ -117,6 +118,7 @@ class Run:
             log.Writer(self.path, first_step=first_step, tensorboard=config.log.tensorboard)
         )
         loop = Loop(self, compiled, state, checkpoints, writer, receipt)
+        loop.ends_at = first_step + left
         try:
             return loop.run(first_step)
         finally:
@@ -141,13 +143,14 @@ class Loop:
         self.run_, self.compiled, self.state = run, compiled, state
         self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
         self.config, self.ledger = run.program.config, run.ledger
+        self.ends_at = self.config.steps  # or later, where float16's loss scale skips steps
         self.pending: tuple[int, Any] | None = None
         self.window, self.memory = _Window(), ProcessMemory()
         self.progress = log.Progress()
         self.eval_metrics: dict[str, float] = {}
 
     def run(self, start: int) -> Result:
-        steps, run = self.config.steps, self.run_
+        run = self.run_
         prefetch = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch)
         with signals.sigterm() as stop_asked, self.progress, prefetch as batches:
             self.window.reset()
@@ -156,7 +159,7 @@ class Loop:
                 with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
                     self.step(step, batch, wait_s)
                 stopping = stop_asked(step)
-                last = step >= steps or stopping
+                last = self._is_last(step) or stopping
                 if (
                     last
                     or step % self.config.eval.every_steps == 0
@@ -167,7 +170,7 @@ class Loop:
                     break
             self.checkpoints.wait()
         self._finish(step)
-        code = PREEMPTED if stopping and step < steps else DONE
+        code = PREEMPTED if stopping and step < self.ends_at else DONE
         return Result(code, step, self.eval_metrics, run.path, run.program, self.state)
 
     def step(self, step: int, batch: Any, wait_s: float) -> None:
@@ -180,6 +183,12 @@ class Loop:
         self.ledger.steps += 1
         self.ledger.seconds["input"] += wait_s
         self.ledger.seconds["step"] += time.perf_counter() - began
+
+    def _is_last(self, step: int) -> bool:
+        """Whether all updates are made; where one may have been skipped, waits for the device to know."""
+        if step >= self.ends_at:
+            self.ends_at = step + steps_left(self.config, self.state)
+        return step >= self.ends_at
 
     @contextlib.contextmanager
     def _weighing(self, batch: Any) -> Iterator[None]:
@@ -197,7 +206,8 @@ class Loop:
         step, metrics = self.pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.pending = None
-        skipped = values.get("skipped", 0.0) > 0  # float16: an overflow that the loss scale absorbs
+        # float16: an overflow that a smaller loss scale absorbs
+        skipped = values.get("skipped", 0.0) > 0 and values["loss_scale"] > optim.LEAST_SCALE
         if not math.isfinite(values["loss"]) or not (skipped or math.isfinite(values["grad_norm"])):
             self.writer.write(step, {"train/loss": values["loss"], "train/grad_norm": values["grad_norm"]})
             self.checkpoints.wait()  # the save under way is of a step before this one
@@ -207,7 +217,7 @@ class Loop:
                 f"newest checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.lr, raise "
                 "optim.warmup_steps, or set optim.clip_norm"
             )
-        if step % self.config.log.every_steps == 0 or step >= self.config.steps:
+        if step % self.config.log.every_steps == 0 or step >= self.ends_at:
             self._log(step, values)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
@@ -228,10 +238,10 @@ class Loop:
             mfu = f"  MFU {perf['mfu']:.1%}"
         train = {f"train/{name}": value for name, value in values.items()}
         self.writer.write(step, train | {f"perf/{name}": value for name, value in perf.items()})
-        eta = receipts.duration((self.config.steps - step) * whole_s)
+        eta = receipts.duration((self.ends_at - step) * whole_s)
         waiting = f"  input {wait_s / whole_s:.0%}" if wait_s > 0.05 * whole_s else ""
         self.progress.show(
-            f"step {step:,}/{self.config.steps:,}  loss {values['loss']:.4f}  "
+            f"step {step:,}/{self.ends_at:,}  loss {values['loss']:.4f}  "
             f"{receipts.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
         )
         self.window.reset()
@@ -241,7 +251,7 @@ class Loop:
         began = time.perf_counter()
         self._read_pending()
         self.ledger.seconds["step"] += time.perf_counter() - began
-        last = step >= self.config.steps or stopping
+        last = step >= self.ends_at or stopping
         if last or step % self.config.checkpoint.every_steps == 0:
             with self.ledger.timing("checkpoint"):
                 self.checkpoints.save(step, self.state, {"pipeline": self.run_.train_data.fingerprint()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from conftest import ROOT, batch_spec, build, built, by_path, mesh_keys, random_batch, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import mesh, models, optim, train
+from bigmodel import mesh, models, optim, program, train
+from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.digests import digest
-from bigmodel.program import Program
+from bigmodel.program import Program, steps_left
 
 # Plain gradient descent: an update is -lr times what is left of the gradient.
 PLAIN = {
@@ -154,6 +156,87 @@ def test_the_loss_scale_halves_grows_and_keeps_its_bounds():
     assert after(2.0**15, optim.GROWTH_STEPS - 1, True) == (2.0**16, 0)
     assert after(2.0**24, optim.GROWTH_STEPS - 1, True) == (2.0**24, 0)
     assert after(1.0, 0, False) == (1.0, 0)
+
+
+def overflowing(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Lets float16 runs begin with a loss scale of so much."""
+    init = {"scale": jnp.float32(scale), "good_steps": jnp.int32(0)}
+    monkeypatch.setattr(optim, "loss_scale_init", lambda: init)
+
+
+def moved(before: Any, after: Any) -> float:
+    flat = by_path(before)
+    squares = [np.square(np.float64(x) - np.float64(flat[path])).sum() for path, x in by_path(after).items()]
+    return float(np.sqrt(sum(squares)))
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"), [("cnn", {"schedule": "linear"}), ("gpt", {"schedule": "wsd", "warmup_steps": 3})]
+)
+def test_float16_logs_the_rate_that_it_applies_and_counts_no_skipped_step(monkeypatch, family, keys):
+    overflowing(monkeypatch, 2.0**24)
+    config = plain(family, **{"lr": 0.2, **keys}).replace(compute_dtype="float16", steps=30)
+    part, seen = build(config), []
+    state, batch = start(part), random_batch(config)
+    for _ in range(15):
+        before = jax.device_get(state["params"])
+        state, rows = steps(part, state, 1, [batch])
+        distance = moved(before, jax.device_get(state["params"]))
+        if rows["skipped"][0]:
+            assert distance == 0
+            continue
+        seen.append(float(rows["lr"][0]))
+        assert distance == pytest.approx(seen[-1] * float(rows["grad_norm"][0]), rel=2e-3)
+    assert 2 < len(seen) < 15
+    at = optim.schedule(config)
+    np.testing.assert_allclose(seen, [float(at(jnp.int32(n))) for n in range(len(seen))], rtol=1e-6)
+
+
+def test_a_float16_run_makes_all_updates_and_resumes_exactly(monkeypatch, tmp_path):
+    """Skipped steps come on top: schedules, pruning and `every` end where they do in float32."""
+    overflowing(monkeypatch, 2.0**24)
+    keys = {
+        "steps": 6, "checkpoint__every_steps": 2, "checkpoint__keep": 9, "eval__batches": 1,
+        "log__tensorboard": False, "log__every_steps": 1, "compute_dtype": "float16",
+        "optim__schedule": "linear", "optim__warmup_steps": 0, "optim__ema_decay": 0.5,
+        "prune__sparsity": 0.5, "prune__end_step": 5, "prune__every_steps": 1,
+        "optim__groups": {"head": {"on": "^/head/", "every": 3}},
+    }  # fmt: skip
+    config = tiny("cnn", **keys)
+    whole = train.run(config, tmp_path / "straight")
+    skipped = whole.step - 6
+    assert skipped > 0
+    assert int(optim.updates(whole.state["opt"])) == 6
+    rows = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()]
+    rates = [row["train/lr"] for row in rows if row.get("train/skipped") == 0]
+    np.testing.assert_allclose(rates, [config.optim.lr * (1 - n / 6) for n in range(6)], rtol=1e-5)
+    kernel = jax.device_get(whole.state["params"]["hidden"]["kernel"])
+    assert (kernel == 0).mean() == pytest.approx(0.5, abs=0.01)
+    again = train.run(config, tmp_path / "straight")
+    assert (again.exit_code, again.step) == (train.DONE, whole.step)
+    train.run(config, tmp_path / "stopped")
+    for step in Checkpoints(tmp_path / "stopped" / "checkpoints", read_only=True).steps()[1:]:
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / str(step))
+    resumed = train.run(config, tmp_path / "stopped")
+    assert resumed.step == whole.step
+    assert digest(resumed.state) == digest(whole.state)
+
+
+def test_a_budget_pays_for_skipped_steps_too():
+    config = tiny("cnn", compute_dtype="float16").replace(steps=9, budget=1.0)
+    part = build(config)
+    state = start(part)
+    state["step"] = state["step"] + 7
+    assert steps_left(config, state) == 2
+    assert steps_left(config.replace(budget=0.0), state) == 9
+
+
+def test_an_overflow_that_no_loss_scale_helps_stops_the_run(monkeypatch, tmp_path):
+    overflowing(monkeypatch, 2.0)
+    monkeypatch.setattr(program, "_unscale", lambda grads, scale: jax.tree.map(lambda g: g * jnp.inf, grads))
+    config = tiny("cnn", compute_dtype="float16", steps=4, log__tensorboard=False)
+    with pytest.raises(train.NotFinite, match=r"step 2: .* the gradient norm (inf|nan)"):
+        train.run(config, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ groups

@@ -6,11 +6,11 @@ import json
 
 import jax
 import pytest
-from conftest import run_script, tiny
+from conftest import build, run_script, tiny
 
-from bigmodel import mesh
+from bigmodel import hardware, mesh
 from bigmodel.config import InputError
-from bigmodel.plan import planner, receipt, serve, target, timeline
+from bigmodel.plan import planner, receipt, search, serve, target, timeline
 
 LIBTPU = target.installed("libtpu")
 
@@ -32,6 +32,34 @@ def test_a_target_that_does_not_exist_is_one_line(spec, says):
     with pytest.raises(InputError, match=says) as caught:
         target.make(spec)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("chip", sorted(hardware.BY_NAME))
+def test_a_dtype_that_a_chip_does_not_multiply_is_refused_at_once(chip, dtype, monkeypatch):
+    """TPUs have no float16; nothing is compiled, and no compiler loaded, to say so."""
+    known = hardware.BY_NAME[chip]
+    monkeypatch.setattr(target, "installed", lambda package: False)
+    monkeypatch.setattr(planner, "compile_for", lambda *args: pytest.fail("compiled"))
+    spec = f"{chip}:{'x'.join('1' * (known.dimensions or 2))}"
+    config = tiny("gpt", compute_dtype=dtype)
+    if dtype in known.flops:
+        monkeypatch.setattr(target, "_cpu_devices", lambda count: jax.devices("cpu")[:1] * count)
+        assert hardware.check_dtype(target.of(config, spec).chip, dtype) is None
+        assert known.flops[dtype] > 0
+        return
+    assert (known.platform, dtype) == ("tpu", "float16")
+    monkeypatch.setattr(target, "_tpu", lambda *args: pytest.fail("libtpu loaded"))
+    for plan in (planner.plan, search.search, serve.plan):
+        with pytest.raises(InputError, match=rf"compute_dtype=float16: {chip} has no .*=bfloat16"):
+            plan(config, spec)
+
+
+def test_a_run_on_such_a_chip_is_refused_before_it_compiles(monkeypatch):
+    monkeypatch.setattr(hardware, "chip", lambda device: hardware.BY_NAME["v5p"])
+    build(tiny("cnn", compute_dtype="bfloat16"))
+    with pytest.raises(InputError, match="compute_dtype=float16: v5p"):
+        build(tiny("cnn", compute_dtype="float16"))
 
 
 def test_a_plan_for_eight_tpus_says_what_a_run_costs(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, mesh, program
+from bigmodel import data, hardware, mesh, program
 from bigmodel.config import Config, InputError
 from bigmodel.data import text
 from bigmodel.plan import candidates, estimate, receipt, target
@@ -42,7 +42,7 @@ def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = No
         InputError: no such target, a mesh that does not fit it, or a program that its compiler refuses.
         DoesNotFit: too much memory; how much is missing, and what to change.
     """
-    return on(config, target.make(spec) if spec else target.here(jax.devices()), assume=assume)
+    return on(config, target.of(config, spec), assume=assume)
 
 
 def on(config: Config, aim: Target, *, assume: dict[str, float] | None = None) -> Plan:
@@ -64,6 +64,7 @@ def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Rece
 
 def build(config: Config, aim: Target) -> Program:
     """The very Program that `train` runs, on the target's mesh."""
+    hardware.check_dtype(aim.chip, config.compute_dtype)
     return program.build(config, mesh.make_mesh(config, aim.devices), data.batch_spec(config))
 
 

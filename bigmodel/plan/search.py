@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from bigmodel.config import Config, InputError
 from bigmodel.plan import estimate, planner, receipt
 from bigmodel.plan import target as target_lib
@@ -72,7 +70,7 @@ def search(
     Raises:
         InputError: no such target.
     """
-    aim = target_lib.make(spec) if spec else target_lib.here(jax.devices())
+    aim = target_lib.of(config, spec)
     found = list(candidates(config, aim, over))
     capacity = estimate.capacity_bytes(aim) or math.inf
     possible = [c for c in found if c.least_bytes <= capacity]

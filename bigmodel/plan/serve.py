@@ -59,7 +59,7 @@ def plan(
     prompt, context = prompt or max(decoder_lib.context(config) // 2, 1), decoder_lib.context(config)
     if not 1 <= prompt < context:
         raise InputError(f"--prompt={prompt}: choose 1 to {context - 1}, less than seq_len")
-    aim = target.make(spec) if spec else target.here(jax.devices())
+    aim = target.of(config, spec)
     built = planner.build(config, aim)
     params, rest = _params(built)
     capacity = estimate.capacity_bytes(aim)

@@ -21,7 +21,7 @@ import jax
 from jax.experimental import topologies
 
 from bigmodel import hardware
-from bigmodel.config import InputError
+from bigmodel.config import Config, InputError
 from bigmodel.hardware import Chip
 
 GRAMMAR = (
@@ -86,8 +86,24 @@ def here(devices: Sequence[Any]) -> Target:
     )
 
 
-def make(spec: str) -> Target:
+def of(config: Config, spec: str) -> Target:
+    """The target that a config is planned for; "": this job's own devices.
+
+    Raises:
+        InputError: as `make`, or its chips have no matrix units for `compute_dtype`.
+    """
+    if spec:
+        return make(spec, config.compute_dtype)
+    aim = here(jax.devices())
+    hardware.check_dtype(aim.chip, config.compute_dtype)
+    return aim
+
+
+def make(spec: str, dtype: str = "float32") -> Target:
     """Text such as `v5e:16x16` -> the target. To be called before JAX has counted its devices.
+
+    Args:
+        dtype: what is to be computed in; refused before a compiler is loaded.
 
     Raises:
         InputError: no such chip or topology; the message gives the nearest that exists, or what to install.
@@ -105,6 +121,7 @@ def make(spec: str) -> Target:
     if chip is None:
         known = ", ".join(["cpu", *hardware.BY_NAME])
         raise InputError(f"--target={spec!r}: chip {name!r} is unknown; choose one of {known}")
+    hardware.check_dtype(chip, dtype)
     return _tpu(spec, chip, slices, shape) if chip.platform == "tpu" else _gpu(spec, chip, slices, shape)
 
 
