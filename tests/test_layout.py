@@ -52,6 +52,7 @@ ORDER = """
     program
     digests
     checkpoint
+    parameters
     distill
     huggingface/files | huggingface/layouts
     huggingface/configs

@@ -111,8 +111,9 @@ class GPT(Transformer):
     num_classes: int = 2  # of a classifier, or numbers of a regression, which read the last token
 
     def attention_flops(self, seq_len: int) -> float:
-        """Of training on one token, attention's scores and sums alone, nothing masked (PaLM, appendix B)."""
-        return 12.0 * self.depth * self.heads * self.head_dim * seq_len
+        """Training FLOPs of attention's scores and sums for one token, nothing masked but what lies outside
+        the window (PaLM, appendix B)."""
+        return 12.0 * self.depth * self.heads * self.head_dim * min(self.window or seq_len, seq_len)
 
     def formula_flops(self, seq_len: int) -> float | None:
         """Of training on one token: 6 for each weight of a matrix product, and attention. None: experts."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[C
     shares = BATCHES if "batch_size" in over else (1.0,)
     sizes = sorted({round(config.batch_size * share) for share in shares})
     one = _on_one_device(config)
-    example_flops = flops.model_flops(one) / config.batch_size
+    step_flops = _step_flops(config, one)
     for axes in _meshes(config, len(aim.devices)):
         meshed = config.replace(mesh=dataclasses.replace(config.mesh, **axes), microbatches=1)
         try:
@@ -76,7 +76,15 @@ def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[C
                     continue
                 for remat in policies:
                     way = meshed.replace(batch_size=size, microbatches=pieces, remat=remat)
-                    yield _estimated(way, example_flops, aim, mesh, costs, held)
+                    yield _estimated(way, pieces * step_flops(size / pieces), aim, mesh, costs, held)
+
+
+def _step_flops(config: Config, one: Program) -> Callable[[float], float]:
+    """A batch's size -> FLOPs of training on it: a n + b n^2, where scores of every pair in it are b n^2."""
+    n, once = config.batch_size, flops.model_flops(one)
+    twice = flops.model_flops(_on_one_device(config.replace(batch_size=2 * n)))
+    b = (twice - 2 * once) / (2 * n * n)
+    return lambda size: (once / n - b * n) * size + b * size * size
 
 
 def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
@@ -116,12 +124,12 @@ def _costs(config: Config, aim: Target, mesh: Mesh) -> Costs:
 
 
 def _estimated(
-    config: Config, example_flops: float, aim: Target, mesh: Mesh, costs: Costs, held: _Held
+    config: Config, step_flops: float, aim: Target, mesh: Mesh, costs: Costs, held: _Held
 ) -> Candidate:
     """The closed form: what is held, what is computed, what is moved."""
     saved, working = _activations(config, mesh)
     gradients = held.params * (2 if config.microbatches > 1 else 1)
-    compute_s = example_flops * config.batch_size * (1 + RECOMPUTED.get(config.remat, 0.2))
+    compute_s = step_flops * (1 + RECOMPUTED.get(config.remat, 0.2))
     compute_s /= mesh.size * _speed(config, aim, mesh)
     hidden_s, exposed_s = _moved(config, mesh, costs, held)
     return Candidate(

@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from bigmodel import mesh, models, optim, tasks
 from bigmodel.config import Config
 from bigmodel.families import TOKEN_TASKS
+from bigmodel.models.attention import SEES
 from bigmodel.models.module import Definition
-from bigmodel.program import Program, gradients
+from bigmodel.program import Program, gradients, microbatches
 
 
 def count(function: Callable[..., Any], *specs: Any) -> float:
@@ -25,12 +27,13 @@ def count(function: Callable[..., Any], *specs: Any) -> float:
 
 
 def forward_flops(program: Program) -> float:
-    """FLOPs of the forward pass over one global batch, attention counted in full (causal would halve it)."""
+    """FLOPs of evaluation's forward pass over one global batch, attention counted in full (causal would halve
+    it, a window is counted as a window)."""
     return _forward(program, program.model, program.state_spec["params"], program.state_spec["rest"])
 
 
 def teacher_flops(program: Program) -> float:
-    """Of the models that training runs forward beside its own, over one global batch."""
+    """FLOPs of the models that training runs forward beside its own, over one global batch."""
     told = program.state_spec["rest"]
     return sum(_forward(program, model, **told[part]) for part, model in program.model.frozen.items())
 
@@ -46,30 +49,58 @@ def _forward(program: Program, model: Definition, params: Any, rest: Any) -> flo
 
 
 def model_flops(program: Program) -> float:
-    """FLOPs that training on one global batch needs: forward, and twice that backward (PaLM, appendix B).
+    """FLOPs that training on one global batch needs: the loss, forward, and twice that backward (PaLM,
+    appendix B).
 
+    The training pass is counted: a classifier's auxiliary heads, scores of every pair in a batch, a teacher.
     What is recomputed (remat) does not count, so that MFU measures useful work. Where a step passes through
-    its networks several times (a GAN's), parameters are frozen, or a teacher's hidden states or attention are
-    compared with the model's own, the gradient itself is counted.
+    its networks several times (a GAN's), parameters or codes are frozen, or a teacher's hidden states or
+    attention are compared with the model's own, the gradient itself is counted.
     """
     config = program.config
     frozen = optim.split(config, program.state_spec["params"])[1]
+    codes = set(program.model.held) - program.model.frozen.keys()
     compared = config.distill.hidden or config.distill.attention
-    if frozen or compared or tasks.make(config).passes_many:
+    if frozen or codes or compared or tasks.make(config).passes_many:
         return gradient_flops(program)
-    return 3 * forward_flops(program) + teacher_flops(program)
+    teacher = teacher_flops(program)
+    return 3 * (loss_flops(program) - teacher) + teacher
+
+
+def loss_flops(program: Program) -> float:
+    """FLOPs of training's forward pass to its loss, over one global batch; a teacher's included."""
+    task, key = tasks.make(program.config), jax.random.key(0)
+    pieces, batch = _piece(program)
+
+    def loss(params: Any, rest: Any, batch: Any) -> Any:
+        with mesh.plain():
+            outputs, _ = program.model.apply(params, rest, batch, key=key, train=True)
+            return task.terms(outputs, batch, True)["loss"][0]
+
+    state = program.state_spec
+    traced = jax.make_jaxpr(loss)(*_shapes((state["params"], state["rest"])), batch)
+    return pieces * _needed_flops(traced.jaxpr)
 
 
 def gradient_flops(program: Program) -> float:
     """FLOPs of the loss and its gradient over one global batch, nothing computed again (remat)."""
-    config, batch_spec = program.config.replace(remat="none"), _shapes(program.batch_spec)
+    config, (pieces, batch_spec) = program.config.replace(remat="none"), _piece(program)
     model, task = models.define(config, batch_spec), tasks.make(config)
 
     def gradient(state: Any, batch: Any) -> Any:
         with mesh.plain():
             return gradients(model, task, 1, None, state, batch, *optim.split(config, state["params"]))[0]
 
-    return _needed_flops(jax.make_jaxpr(gradient)(_shapes(program.state_spec), batch_spec).jaxpr)
+    return pieces * _needed_flops(jax.make_jaxpr(gradient)(_shapes(program.state_spec), batch_spec).jaxpr)
+
+
+def _piece(program: Program) -> tuple[int, Any]:
+    """-> (how many microbatches, the specs of one): in pieces a loss over a batch's pairs has fewer."""
+    pieces = microbatches(program.config, program.mesh)
+    return pieces, {
+        name: jax.ShapeDtypeStruct((s.shape[0] // pieces, *s.shape[1:]), s.dtype)
+        for name, s in program.batch_spec.items()
+    }
 
 
 def _shapes(spec: Any) -> Any:
@@ -85,27 +116,28 @@ def by_formula(config: Config) -> float | None:
     return formula(config.seq_len) if formula and not frozen and config.task.name in TOKEN_TASKS else None
 
 
-def attention_per_token(config: Config) -> float:
-    """The part of `by_formula` that a causal mask halves."""
+def masked_per_token(config: Config) -> float:
+    """The part of `by_formula` that a causal mask takes away: half of attention; of a window what the first
+    tokens lack."""
     formula = getattr(config.model, "attention_flops", None)
-    return formula(config.seq_len) if formula else 0.0
+    sees = min(getattr(config.model, "window", 0) or config.seq_len, config.seq_len)
+    return formula(config.seq_len) * sees / (2 * config.seq_len) if formula else 0.0
 
 
-def _jaxpr_flops(jaxpr: Any) -> float:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def _jaxpr_flops(jaxpr: Any, windowed: bool = False) -> float:
+    return sum(_equation_flops(equation, windowed) for equation in jaxpr.eqns)
 
 
 def _needed_flops(jaxpr: Any) -> float:
-    """Of what its outputs need: what is computed for nothing, no compiler keeps."""
-    needed, total = set(map(id, jaxpr.outvars)), 0.0
-    for equation in reversed(jaxpr.eqns):
-        if needed & set(map(id, equation.outvars)):
-            needed |= set(map(id, equation.invars))
-            total += _equation_flops(equation)
-    return total
+    """FLOPs of what the outputs need, in loops too: what is computed for nothing, no compiler keeps."""
+    return _jaxpr_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def _equation_flops(equation: Any) -> float:
+def _equation_flops(equation: Any, windowed: bool = False) -> float:
+    """FLOPs of one call; of attention with a window those of the keys in it (`windowed`: seen to already)."""
+    window = None if windowed else SEES.search(str(equation.source_info.name_stack))
+    if window:
+        return _equation_flops(equation, True) * int(window.group(1)) / int(window.group(2))
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
@@ -117,7 +149,7 @@ def _equation_flops(equation: Any) -> float:
         # Of an input that is spread out by zeros (the gradient of strides), only what is no zero counts.
         spread = math.prod(params["lhs_dilation"])
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features / spread
-    inner = [_jaxpr_flops(sub) for sub in _subjaxprs(params)]
+    inner = [_jaxpr_flops(sub, windowed) for sub in _subjaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "cond":

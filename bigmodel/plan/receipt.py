@@ -96,11 +96,11 @@ def _mfu(program: Program, target: Target, r: Receipt) -> Receipt:
     if target.chip is None:
         return {}
     peak = target.chip.flops[program.config.compute_dtype] * program.mesh.size * r["step_s"]
-    attention = flops.attention_per_token(program.config) * r["tokens_per_step"]
+    masked = flops.masked_per_token(program.config) * r["tokens_per_step"]
     return {
         "peak_flops_per_s": target.chip.flops[program.config.compute_dtype] * program.mesh.size,
         "mfu_full_attention": r["model_flops_per_step"] / peak,
-        "mfu_causal_attention": (r["model_flops_per_step"] - attention / 2) / peak,
+        "mfu_causal_attention": (r["model_flops_per_step"] - masked) / peak,
     }
 
 
