@@ -21,7 +21,6 @@ where the remains of a killed save look like a directory of the user's and could
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -31,7 +30,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,16 +42,14 @@ from orbax.checkpoint import type_handlers
 
 from bigmodel import digests
 from bigmodel.config import InputError
+from bigmodel.manifest import CorruptCheckpoint, ManifestHandler, ManifestSave
+from bigmodel.manifest import read as _read_manifest
 
 log = logging.getLogger("bigmodel")
 
 MARKER = "commit_success.txt"
+STEP = "0|[1-9][0-9]*"  # a step's name
 TMP = ".orbax-checkpoint-tmp"  # ends the name of a step that is being written or deleted
-Manifest = dict[str, Any]  # processes, meta, arrays: {path: {dtype, shape, shards: [[box, sha], ...]}}
-
-
-class CorruptCheckpoint(InputError):
-    """A committed checkpoint is damaged: a file is missing, cut short, or not what its digest says."""
 
 
 class Checkpoints:
@@ -94,7 +90,7 @@ class Checkpoints:
         self._writing: int | None = None
         if not read_only:
             _on_first_process(self._prepare)
-            items = ocp.CompositeCheckpointHandler(state=self._arrays, manifest=_ManifestHandler())
+            items = ocp.CompositeCheckpointHandler(state=self._arrays, manifest=ManifestHandler())
             self._orbax = ocp.AsyncCheckpointer(items)
 
     def __enter__(self) -> Self:
@@ -114,7 +110,7 @@ class Checkpoints:
         """The committed steps, oldest first. Whatever else lies in the directory is ignored."""
         if not self.directory.is_dir():
             return []
-        names = [path.name for path in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
+        names = [path.name for path in self.directory.iterdir() if re.fullmatch(STEP, path.name)]
         return sorted(int(name) for name in names if (self.directory / name / MARKER).exists())
 
     def latest(self) -> int | None:
@@ -146,7 +142,7 @@ class Checkpoints:
         self.wait()
         orbax = self._require_free(step)
         stored = {path: x for path, x in arrays.items() if x.size}  # Orbax refuses empty arrays
-        manifest = _ManifestSave(arrays, meta)
+        manifest = ManifestSave(arrays, meta)
         with self._reporting(step):
             orbax.save(
                 self.directory / str(step),
@@ -289,9 +285,21 @@ class Checkpoints:
         if step < 0 or (latest is not None and step <= latest):
             there = "" if latest is None else f", step {latest} is there already"
             raise InputError(f"{path}: cannot save step {step}{there}; resume, or use a new --workdir")
-        if path.exists():
-            raise InputError(f"{path}: in the way of a checkpoint, and not a complete one; move it away")
+        _on_first_process(self._clear, path)
         return self._orbax
+
+    def _clear(self, path: epath.Path) -> None:
+        """Renames what has a step's name and is no checkpoint: it would be in the way of one."""
+        if not path.exists() and not os.path.islink(path):
+            return
+        aside = path.with_name(f"{path.name}.incomplete-{time.time_ns()}")
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise InputError(
+                f"{path}: in the way of a checkpoint, and cannot be renamed ({error.strerror}); move it away"
+            ) from error
+        log.warning("%s is no complete checkpoint; it is kept as %s", path, aside.name)
 
     @contextmanager
     def _reporting(self, step: int) -> Iterator[None]:
@@ -314,73 +322,17 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.directory}: cannot hold checkpoints: {error}") from error
-        for path in self.directory.iterdir():
+        for path in list(self.directory.iterdir()):
             if path.name.endswith(TMP) and path.is_dir():  # left by a killed run
                 path.rmtree(missing_ok=True)
+            elif re.fullmatch(STEP, path.name.removesuffix(TMP)) and not (path / MARKER).exists():
+                self._clear(path)
 
     def _remove_old(self) -> None:
         for step in self.steps()[: -self._keep]:
             path = self.directory / str(step)
             (path / MARKER).unlink()  # first, so that a half-removed step cannot count
             path.rename(self.directory / f"{step}{TMP}").rmtree()
-
-
-class _ManifestHandler(ocp.AsyncCheckpointHandler):
-    """Writes this process's manifest. Arrays are hashed in the background, on several threads."""
-
-    async def async_save(self, directory: epath.Path, args: _ManifestSave) -> list[ocp.future.Future]:
-        shards = [
-            (path, digests.box_of(shard.index, x.shape), shard.data)
-            for path, x in args.arrays.items()
-            for shard in x.addressable_shards
-            if shard.replica_id == 0
-        ]
-        for _, _, data in shards:
-            data.copy_to_host_async()
-        host = [np.asarray(data) for _, _, data in shards]  # not later: the caller may donate the buffers
-
-        async def write() -> None:
-            arrays: dict[str, Any] = {}
-            for path, x in args.arrays.items():
-                arrays[path] = {"dtype": str(x.dtype), "shape": x.shape, "shards": []}
-            for (path, box, _), sha in zip(shards, digests.each(digests.sha256, host), strict=True):
-                arrays[path]["shards"].append([box, sha])
-            body = json.dumps({"processes": jax.process_count(), "meta": args.meta, "arrays": arrays})
-            path = directory / f"process_{jax.process_index()}.json"
-            path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
-
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
-
-    def save(self, directory: epath.Path, args: _ManifestSave) -> None:
-        raise TypeError("an AsyncCheckpointer calls async_save")
-
-    def restore(self, directory: epath.Path, args: _ManifestSave | None = None) -> Manifest:
-        return _read_manifest(directory.parent)
-
-
-@ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)
-@dataclass
-class _ManifestSave(ocp.args.CheckpointArgs):
-    arrays: dict[str, jax.Array]
-    meta: dict[str, Any]
-
-
-def _read_manifest(root: epath.Path) -> Manifest:
-    """Joins the manifests of all processes that saved. Raises CorruptCheckpoint naming the file."""
-    parts: list[Manifest] = []
-    while not parts or len(parts) < parts[0]["processes"]:
-        path = root / "manifest" / f"process_{len(parts)}.json"
-        try:
-            sha, _, body = path.read_text().partition("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorruptCheckpoint(f"checkpoint {root}: {path} is unreadable: {error}") from error
-        if hashlib.sha256(body.encode()).hexdigest() != sha:
-            raise CorruptCheckpoint(f"checkpoint {root}: {path} is damaged (SHA-256 differs)")
-        parts.append(json.loads(body))
-    for path, array in parts[0]["arrays"].items():
-        for other in parts[1:]:
-            array["shards"] += other["arrays"][path]["shards"]
-    return parts[0]
 
 
 def _compare(wanted: dict[str, Any], saved: dict[str, Any], part: str, root: epath.Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from bigmodel import typed
+from bigmodel import ranges, typed
 from bigmodel.families import GPT, Model
 from bigmodel.smaller import Distill, Prune, Quantize
 from bigmodel.tuning import Init, Lora
@@ -328,6 +328,7 @@ def _check(config: Config) -> None:
 
 def _problems(config: Config) -> Iterable[tuple[str, str]]:
     c = config
+    yield from ranges.size_problems(_flatten(to_dict(c)))
     counts = {
         "batch_size": c.batch_size,
         "log.every_steps": c.log.every_steps,
@@ -341,7 +342,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     for key in ("seed", "microbatches", "budget"):
         if getattr(c, key) < 0:
             yield key, f"is {getattr(c, key)}: set it to 0 or more"
-    shortest = {"lm": 2, "mlm": 5 if c.task.next_sentence else 2, "seq2seq": 4}.get(c.task.name, 0)
+    shortest = {"lm": 2, "mlm": 5 if c.task.next_sentence else 2, "seq2seq": 4}.get(c.task.name, 1)
     if c.seq_len < shortest:
         yield "seq_len", f"is {c.seq_len}: task.name={c.task.name} needs {shortest} or more"
     if c.microbatches and c.batch_size % c.microbatches:
@@ -349,14 +350,14 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     if c.eval.batches == 0 or c.eval.batches < -1:
         yield "eval.batches", f"is {c.eval.batches}: set it to 1 or more, or to -1 for the whole split"
     yield from ((f"task.{key}", problem) for key, problem in _task_problems(c))
-    yield from ((f"data.{key}", problem) for key, problem in _image_problems(c.data))
+    yield from ((f"data.{key}", problem) for key, problem in ranges.data_problems(c.data))
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
-    yield from ((f"optim.{key}", problem) for key, problem in _optim_problems(c.optim))
+    yield from ((f"optim.{key}", problem) for key, problem in ranges.optim_problems(c.optim))
     for name, group in optim_groups(c.optim).items():
         yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in _group_problems(name, group))
     for name in ("prune", "quantize", "distill", "lora", "init"):
         yield from ((f"{name}.{key}", problem) for key, problem in getattr(c, name).problems())
-    yield from ((f"mesh.{key}", problem) for key, problem in _mesh_problems(c.mesh))
+    yield from ((f"mesh.{key}", problem) for key, problem in ranges.mesh_problems(dataclasses.asdict(c.mesh)))
     if not re.fullmatch(r"bytes|bpe:\d+|hf:.+", c.data.tokenizer):
         yield (
             "data.tokenizer",
@@ -383,35 +384,12 @@ def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
             yield key, f"is {getattr(task, key)}: set it to 0 or more"
     if task.gan_loss == "wgan-gp" and getattr(c.model, "norm", "") == "batch":
         yield "gan_loss", "is wgan-gp, whose penalty is an example's own; set model.norm to none or spectral"
-    if task.most_detections < 1:
-        yield "most_detections", f"is {task.most_detections}: set it to 1 or more"
+    for key in ("most_detections", "top_k", "negatives"):
+        if getattr(task, key) < 1:
+            yield key, f"is {getattr(task, key)}: set it to 1 or more"
     for key in ("least_score", "nms_overlap"):
         if not 0 < getattr(task, key) < 1:
             yield key, f"is {getattr(task, key)}: choose 0 < {key} < 1"
-    if task.top_k < 1:
-        yield "top_k", f"is {task.top_k}: set it to 1 or more"
-
-
-def _image_problems(data: Data) -> Iterable[tuple[str, str]]:
-    for key in ("image_size", "mixup", "cutmix", "max_skipped"):
-        if getattr(data, key) < 0:
-            yield key, f"is {getattr(data, key)}: set it to 0 or more"
-    if not 0 < data.eval_crop <= 1:
-        yield "eval_crop", f"is {data.eval_crop}: choose a value above 0, up to 1"
-    if data.std and min(data.std) <= 0:
-        yield "std", f"is {data.std}: give numbers above 0, such as 0.229,0.224,0.225"
-
-
-def _optim_problems(optim: Optim) -> Iterable[tuple[str, str]]:
-    for key in ("lr", "warmup_steps", "decay_steps", "end_lr", "weight_decay", "l1", "l2", "clip_norm"):
-        if getattr(optim, key) < 0:
-            yield key, f"is {getattr(optim, key)}: set it to 0 or more"
-    for key in ("b1", "b2", "ema_decay"):
-        if not 0 <= getattr(optim, key) < 1:
-            yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
-    if optim.every < 1:
-        yield "every", f"is {optim.every}: set it to 1 or more"
-    yield from typed.regex_problems(optim, "weight_decay_on", "penalty_on", "freeze", "on")
 
 
 def _group_problems(name: str, group: Group) -> Iterable[tuple[str, str]]:
@@ -419,20 +397,4 @@ def _group_problems(name: str, group: Group) -> Iterable[tuple[str, str]]:
         yield "on", f"is of a group called {name!r}; call it by letters and digits, and not {OTHERS!r}"
     if not group.on:
         yield "on", "is not set: give a regular expression on parameter paths, such as ^/head/"
-    yield from _optim_problems(group)
-
-
-def _mesh_problems(mesh: Mesh) -> Iterable[tuple[str, str]]:
-    sizes = dataclasses.asdict(mesh)
-    for key, size in sizes.items():
-        if size < 1 and size != -1:
-            yield key, f"is {size}: set it to 1 or more, or to -1 for whatever devices are left"
-    free = [key for key, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"
-    for key in ("context", "pipe"):
-        if sizes[key] != 1:
-            yield (
-                key,
-                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use another axis",
-            )
+    yield from ranges.optim_problems(group)

@@ -23,7 +23,21 @@ Examples = dict[str, np.ndarray]  # arrays [N, ...] of all examples
 Features = Callable[[np.ndarray], np.ndarray]  # images [N, H, W, C] as the model sees them -> [N, D]
 
 
-def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None) -> dict[str, float]:
+class GivenUp(Exception):
+    """An evaluation was asked to stop."""
+
+
+def never() -> bool:
+    return False
+
+
+def run(
+    program: Program,
+    state: State,
+    pipeline: Pipeline,
+    step_fn: Any = None,
+    stop: Callable[[], bool] = never,
+) -> dict[str, float]:
     """One pass over `pipeline` -> {name: value}; where words are predicted also `perplexity`, and
     what needs all examples at once (`WHOLE`).
 
@@ -31,6 +45,10 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
 
     Args:
         step_fn: the compiled `program.eval_step`, if the caller has it.
+        stop: asked after each batch.
+
+    Raises:
+        GivenUp: `stop` said so.
     """
     sums, step_fn = Sums(), step_fn or program.eval_step
     pending = None  # read one batch late, so that the device never waits for the host
@@ -40,6 +58,8 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
             if pending is not None:
                 sums.add(pending)
             pending = metrics
+            if stop():
+                raise GivenUp
     if pending is not None:
         sums.add(pending)
     values = sums.values()
@@ -47,7 +67,7 @@ def run(program: Program, state: State, pipeline: Pipeline, step_fn: Any = None)
         with np.errstate(over="ignore"):
             values["perplexity"] = float(np.exp(np.float64(values["loss"])))
     if whole := WHOLE.get(program.config.task.name):
-        more = whole(program, collect(program, state, pipeline))
+        more = whole(program, collect(program, state, pipeline, stop))
         values |= {name: value for name, value in more.items() if value is not None}
     return values
 
@@ -57,12 +77,12 @@ LABELS = ("label", "label_scale", "group")
 BESIDE = {"gan": ("image",), "detect": ("boxes", "labels")}
 
 
-def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
+def collect(program: Program, state: State, pipeline: Pipeline, stop: Callable[[], bool] = never) -> Examples:
     """What the task keeps of every example of a split, once each and in order, on every host.
 
     -> {"output": float [N, ...], "label": [N, ...], and "group": [N] if the config names one}; for tasks
     whose predictions are not their logits, what tasks.PREDICTIONS says. Numbers that were standardised are in
-    their own unit again.
+    their own unit again. `stop` as of `run`.
     """
     parts: list[Examples] = []
     wanted = (*BESIDE.get(program.config.task.name, LABELS), "mask")
@@ -77,6 +97,8 @@ def collect(program: Program, state: State, pipeline: Pipeline) -> Examples:
                 for name in ("output", "label"):
                     got[name] = got[name].astype(np.float64) * scale_B2[:, 1:] + scale_B2[:, :1]
             parts.append({name: value[there] for name, value in got.items()})
+            if stop():
+                raise GivenUp
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -34,7 +34,7 @@ def load(
     Raises:
         InputError: no run or no checkpoint there.
     """
-    path = pathlib.Path(directory)
+    path = workdir.local(directory)
     config = workdir.read_config(path).replace(mesh=axes or Mesh())
     devices = jax.devices()
     if axes is None:

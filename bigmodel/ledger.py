@@ -1,4 +1,7 @@
-"""What a run really spent: time by bucket, energy, memory, FLOPs. `goodput`: the share of training steps."""
+"""What a run really spent: time by bucket, energy, memory, FLOPs. `goodput`: the share of training steps.
+
+ledger.json adds up all sessions of a run (its first start, and each resume); `sessions` has each one's own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pathlib
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +72,42 @@ class Ledger:
         step_j = self._watts * (self.seconds["step"] + self.seconds["input"]) / steps
         how = f"modelled: measured time x {self._assumes}"
         return {"joules": self._watts * total_s, "step_j": step_j, "joules_from": how}
+
+
+def add_up(before: Mapping[str, Any], session: dict[str, Any]) -> dict[str, Any]:
+    """ledger.json after a session.
+
+    Args:
+        before: what ledger.json held when the session began; {}: nothing.
+        session: `Ledger.report`.
+    """
+    earlier = before.get("sessions", [before] if before else [])
+    sessions = [each for each in earlier if isinstance(each, dict) and _is_report(each)] + [session]
+    steps, total_s = sum(each["steps"] for each in sessions), sum(each["total_s"] for each in sessions)
+    names = dict.fromkeys(name for each in sessions for name in each["seconds"])
+    seconds = {name: round(sum(each["seconds"].get(name, 0.0) for each in sessions), 4) for name in names}
+    out = session | {
+        "total_s": total_s,
+        "seconds": seconds,
+        "goodput": seconds.get("step", 0.0) / total_s if total_s else 0.0,
+        "steps": steps,
+        "model_flops": sum(each["model_flops"] for each in sessions),
+        "step_s": seconds.get("step", 0.0) / steps if steps else None,
+        "sessions": sessions,
+    }
+    if all("joules" in each for each in sessions):
+        out["joules"] = sum(each["joules"] for each in sessions)
+        out["step_j"] = sum(each["step_j"] * each["steps"] for each in sessions) / max(steps, 1)
+        out["joules_from"] = "; ".join(dict.fromkeys(each["joules_from"] for each in sessions))
+    return out
+
+
+def _is_report(value: dict[str, Any]) -> bool:
+    numbers = [value.get(key) for key in ("steps", "total_s", "model_flops")]
+    seconds = value.get("seconds")
+    return isinstance(seconds, dict) and all(
+        isinstance(x, int | float) for x in [*numbers, *seconds.values()]
+    )
 
 
 class ProcessMemory:

@@ -1,13 +1,18 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard beside it, a live progress line, loss.png.
 
 Only process 0 writes. Every other file of the package logs through `logging.getLogger("bigmodel")`.
+
+metrics.jsonl has one JSON object a line. It is appended to, and never changed in place: where a resume drops
+lines (of steps that its checkpoint does not have, or cut short by a kill), a new file takes its name.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 import time
@@ -21,13 +26,39 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+from bigmodel import disk
+from bigmodel.disk import InputError
+
+
+class _Console(Console):
+    """A console that nobody need read: when its pipe is closed, as by `| head`, the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        disk.to_nowhere(sys.stdout.fileno())
+
+
+console = _Console(highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
     """A line for whoever watches the run; process 0 prints it."""
     if jax.process_index() == 0:
+        _print(line)
+
+
+def _print(line: str) -> None:
+    """A line on stdout. Where stdout is a file on a full disk, the run goes on without it."""
+    try:
         console.print(line, markup=False)
+        sys.stdout.flush()
+    except OSError as error:
+        console.quiet = True
+        disk.to_nowhere(sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(
+                f"warning: stdout cannot be written ({disk.cause(error)}); the run goes on", file=sys.stderr
+            )
 
 
 class _Handler(logging.Handler):
@@ -48,23 +79,34 @@ def show_logging() -> None:
         logger.propagate = False
 
 
+# What these say of a failing save, in hundreds of lines, is in the one line of the error too.
+LIBRARIES = ("absl", "orbax", "jax", "tensorflow_datasets")
+
+
+def show_libraries(verbose: bool) -> None:
+    """Shows all messages of the libraries, or none: what stops a run is in its error."""
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
+
+
 class Writer:
     """Writes metrics by step. A context manager; one for each run, in every process."""
 
-    def __init__(self, workdir: pathlib.Path, *, first_step: int, tensorboard: bool):
-        """Drops the lines past `first_step`: their run went further than the checkpoint it left."""
-        self._file, self._tensorboard = None, None
+    def __init__(self, directory: pathlib.Path, *, first_step: int, tensorboard: bool):
+        """Drops the lines past `first_step`: their run went further than the checkpoint it left.
+
+        Raises:
+            InputError: something cannot be written; from `write` and `picture`, too.
+        """
+        self._directory, self._path = directory, directory / "metrics.jsonl"
+        self._file, self._board = None, None
         if jax.process_index() != 0:
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-            path.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
+        _keep_up_to(self._path, first_step)
+        with disk.writing(self._path):
+            self._file = self._path.open("ab", buffering=0)
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=first_step + 1)
+            self._board = _Board(directory / "tb", first_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step`: how many training steps are behind these numbers."""
@@ -72,11 +114,11 @@ class Writer:
             return
         # JSON has no NaN or infinity; null says that there was no number.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if value is not None:  # tensorboardX would complain on stderr
-                    self._tensorboard.add_scalar(name, value, step)
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
+        with disk.writing(self._path):
+            _append(self._file, line.encode())
+        if self._board is not None:
+            self._board.scalars(step, values)
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """uint8 [H, W, 3] -> pictures/<name>-<step>.png in the workdir, and TensorBoard."""
@@ -84,11 +126,11 @@ class Writer:
             return
         import cv2
 
-        path = pathlib.Path(self._file.name).parent / "pictures" / f"{name}-{step:07}.png"
-        path.parent.mkdir(exist_ok=True)
-        cv2.imwrite(str(path), image_HWC[..., ::-1])
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
+        path = self._directory / "pictures" / f"{name}-{step:07}.png"
+        _, png = cv2.imencode(".png", image_HWC[..., ::-1])
+        disk.write_atomically(path, lambda file: file.write(png.tobytes()), "make room")
+        if self._board is not None:
+            self._board.image(step, name, image_HWC)
 
     def __enter__(self) -> Writer:
         return self
@@ -98,8 +140,53 @@ class Writer:
     ) -> None:
         if self._file is not None:
             self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class _Board:
+    """TensorBoard's event file, written at once: tensorboardX's own writer has a thread, whose errors nobody
+    hears of, and which then lets the run wait for ever."""
+
+    def __init__(self, directory: pathlib.Path, purge_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._directory, self._event = directory, event_pb2.Event
+        with disk.writing(directory):
+            directory.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(directory / "events"))
+        begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=purge_step, session_log=begun)  # hides what an earlier session wrote from here on
+        self._flush()
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        from tensorboardX import summary
+
+        for name, value in values.items():
+            if value is not None:
+                self._write(step=step, summary=summary.scalar(name, value))
+        self._flush()
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        from tensorboardX import summary
+
+        self._write(step=step, summary=summary.image(name, image_HWC, dataformats="HWC"))
+        self._flush()
+
+    def close(self) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            logging.getLogger("bigmodel").warning("%s: %s", self._directory, disk.cause(error))
+
+    def _write(self, **event: Any) -> None:
+        with disk.writing(self._directory):
+            self._writer.write_event(self._event(wall_time=time.time(), **event))
+
+    def _flush(self) -> None:
+        with disk.writing(self._directory):
+            self._writer.flush()
 
 
 class Progress:
@@ -126,18 +213,24 @@ class Progress:
             self._live.update(Text(line))
         else:
             say(line)
-            sys.stdout.flush()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first."""
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in _lines(path)] if path.exists() else []
+def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, oldest first; damaged ones are left out, with a warning."""
+    path = directory / "metrics.jsonl"
+    rows, bad = _rows(path)
+    if bad:
+        logging.getLogger("bigmodel").warning("%s is damaged in %s; left out", path, _numbered(bad))
+    return [row for row, _ in rows]
 
 
-def plot_loss(workdir: pathlib.Path) -> pathlib.Path | None:
-    """Draws training and evaluation loss against steps as loss.png; None when there is nothing to draw."""
-    rows = read_metrics(workdir)
+def plot_loss(directory: pathlib.Path) -> pathlib.Path | None:
+    """Draws training and evaluation loss against steps as loss.png; None when there is nothing to draw.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    rows = read_metrics(directory)
     names = sorted({name for row in rows for name in row if name.endswith("/loss")}, reverse=True)
     if not names:
         return None
@@ -146,18 +239,75 @@ def plot_loss(workdir: pathlib.Path) -> pathlib.Path | None:
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in names:
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, "-" if name.startswith("train/") else "o-", label=name, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss (nats)", title=workdir.resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=directory.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = workdir / "loss.png"
-    figure.savefig(path, dpi=120)
+    path, png = directory / "loss.png", io.BytesIO()
+    figure.savefig(png, dpi=120, format="png")
+    disk.write_atomically(path, lambda file: file.write(png.getvalue()), "make room")
     return path
 
 
-def _lines(path: pathlib.Path) -> list[str]:
-    """Whole lines only: a run that was killed may have left half of one."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
+    """Drops the lines past a step, and what a kill left half written; a damaged file is set aside first.
+
+    Raises:
+        InputError: the file that is to take its place cannot be written; then all is as it was.
+    """
+    rows, bad = _rows(path)
+    kept = b"".join(line for row, line in rows if row["step"] <= last_step)
+    if not path.exists() or len(kept) == path.stat().st_size:
+        return
+    if bad:
+        damaged = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        content = path.read_bytes()
+        disk.write_atomically(damaged, lambda file: file.write(content), "make room")
+        logging.getLogger("bigmodel").warning(
+            "%s is damaged in %s; the rest goes on, the file as it was is kept as %s",
+            path, _numbered(bad), damaged.name,
+        )  # fmt: skip
+    disk.write_atomically(path, lambda file: file.write(kept), "make room")
+
+
+def _rows(path: pathlib.Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:
+    """-> ((row, its line) of each sound line, numbers of the damaged ones). The last line of a run that was
+    killed may have no end: it is neither."""
+    if not path.exists():
+        return [], []
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({disk.cause(error)}); move it away") from error
+    rows: list[tuple[dict[str, Any], bytes]] = []
+    bad: list[int] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append((row, line + b"\n"))
+        else:
+            bad.append(number)
+    return rows, bad
+
+
+def _numbered(lines: list[int]) -> str:
+    some = ", ".join(map(str, lines[:3])) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+    return f"line{'s' if len(lines) > 1 else ''} {some}"
+
+
+def _append(file: io.FileIO, line: bytes) -> None:
+    """Appends all of a line or nothing of it."""
+    begin = os.fstat(file.fileno()).st_size
+    try:
+        done = 0
+        while done < len(line):
+            done += file.write(line[done:]) or 0
+    except OSError:
+        file.truncate(begin)
+        raise

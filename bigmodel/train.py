@@ -5,6 +5,7 @@ Exit codes (`Result.exit_code`, and what scripts/train.py exits with):
     2   bad input (InputError); nothing was overwritten
     3   the loss or the gradient is not finite (NotFinite); the last good checkpoint stays the newest
     75  SIGTERM: the step was finished and saved; the same command resumes (EX_TEMPFAIL)
+    130 Ctrl-C, likewise
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
-from bigmodel import data, evaluate, hardware, log, mesh, optim, signals, start, workdir
+from bigmodel import data, disk, ending, evaluate, hardware, ledger, log, mesh, optim, start, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config
 from bigmodel.data import Pipeline, Prefetch
 from bigmodel.ledger import Ledger, ProcessMemory
-from bigmodel.plan import estimate, planner
+from bigmodel.plan import estimate, fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State, steps_left
 
-DONE, BAD_INPUT, NOT_FINITE, PREEMPTED = 0, 2, 3, 75
+DONE, BAD_INPUT, NOT_FINITE, PREEMPTED, INTERRUPTED = 0, 2, 3, ending.STOPPED, ending.INTERRUPTED
 WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
 
 
@@ -49,33 +51,45 @@ class Result:
     state: State = field(repr=False)
 
 
-def run(config: Config, directory: str | os.PathLike[str], resume: start.Resume = "auto") -> Result:
+def run(
+    config: Config,
+    directory: str | os.PathLike[str],
+    resume: start.Resume = "auto",
+    *,
+    force: bool = False,
+    end: ending.Ending | None = None,
+) -> Result:
     """Trains `config` in `directory`, on every device of the job; goes on from the newest checkpoint there.
 
     Every host of a multi-host job calls it alike.
 
     Args:
         resume: auto: if there is a checkpoint. must: fail if there is none. never: fail if there is a run.
+        force: starts it even if it takes more memory than is free.
+        end: hears of signals and of the job's other hosts; a script gives the one that may end its process.
 
     Raises:
         InputError: the config, the data, the devices and the directory do not fit together.
         NotFinite: training diverged.
     """
-    ledger = Ledger()
+    spent = Ledger()
     log.show_logging()
+    end = end or ending.Ending()
     mesh.join_cluster()
+    end.join()
     the_mesh = mesh.make_mesh(config)
-    ledger.watch(the_mesh.local_devices)
+    spent.watch(the_mesh.local_devices)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(fits.reporting())
         first = jax.process_index() == 0
-        path = stack.enter_context(workdir.claim(directory)) if first else pathlib.Path(directory)
-        with ledger.timing("start"):
+        path = stack.enter_context(workdir.claim(directory)) if first else workdir.local(directory)
+        with spent.timing("start"):
             start.check_resume(path, resume)
             rows = mesh.host_rows(the_mesh, config.batch_size)
             train_data = data.make_pipeline(config, "train", path, **rows)
             eval_data = data.make_pipeline(config, "eval", path, **rows)
             the_program = start.build(config, the_mesh)
-        return Run(the_program, path, train_data, eval_data, ledger).train(stack)
+        return Run(the_program, path, train_data, eval_data, spent, end, force).train(stack)
 
 
 @dataclass
@@ -87,9 +101,11 @@ class Run:
     train_data: Pipeline
     eval_data: Pipeline
     ledger: Ledger
+    end: ending.Ending = field(default_factory=ending.Ending)
+    force: bool = False
 
     def train(self, stack: contextlib.ExitStack) -> Result:
-        config, first = self.program.config, jax.process_index() == 0
+        config = self.program.config
         checkpoints = stack.enter_context(
             Checkpoints(
                 self.path / "checkpoints",
@@ -98,34 +114,48 @@ class Run:
             )
         )
         start.compare_with_last(self.program, self.path, checkpoints, self.train_data.fingerprint())
+        # Compiled before any array exists: what the step takes is known then. A run that is done needs none.
+        compiled = None if (checkpoints.latest() or 0) >= config.steps else self._compile()
         with self.ledger.timing("restore"):
+            fits.check_granted(self.program)
             state = start.initial_state(self.program, self.path, checkpoints)
         first_step = int(state["step"])
         left = steps_left(config, state)
         if not left:
             log.say(f"done: {self.path} is at step {first_step:,} of {config.steps:,}; raise steps to go on")
             return Result(DONE, first_step, {}, self.path, self.program, state)
-        with self.ledger.timing("compile"):
-            compiled = planner.compile_to_run(self.program)
+        compiled = compiled or self._compile()
         receipt = planner.of_run(self.program, compiled, left)
         log.say("\n".join(receipts.table(receipt)))
-        if first:
-            workdir.write_config(self.path, config)
-            workdir.write_json(self.path / "plan.json", receipt)
-        if first_step:
-            log.say(f"resuming from step {first_step:,}")
+        before = self._write_start(receipt, first_step)
         writer = stack.enter_context(
             log.Writer(self.path, first_step=first_step, tensorboard=config.log.tensorboard)
         )
-        loop = Loop(self, compiled, state, checkpoints, writer, receipt)
+        loop = Loop(self, compiled, state, checkpoints, writer, receipt, before)
         loop.ends_at = first_step + left
-        try:
+        with disk.after(loop.write_ledger):
             return loop.run(first_step)
-        finally:
-            if first:
-                workdir.write_json(
-                    self.path / "ledger.json", self.ledger.report(receipt["model_flops_per_step"])
-                )
+
+    def _compile(self) -> Any:
+        """The train step. Raises InputError where this machine has no memory for it, or for the state."""
+        if not self.force:
+            fits.check_state(self.program)
+        with self.ledger.timing("compile"):
+            compiled = planner.compile_to_run(self.program)
+        if not self.force:
+            fits.check_step(self.program, compiled)
+        return compiled
+
+    def _write_start(self, receipt: receipts.Receipt, first_step: int) -> dict[str, Any]:
+        """Writes the config and the plan. -> the ledger of the sessions before this one."""
+        if first_step:
+            log.say(f"resuming from step {first_step:,}")
+        if jax.process_index() != 0:
+            return {}
+        workdir.write_config(self.path, self.program.config)
+        plan = self.path / "plan.json"
+        workdir.write_json(plan, receipts.add_up(workdir.read_json(plan), receipt, first_step))
+        return workdir.read_json(self.path / "ledger.json")
 
 
 class Loop:
@@ -139,8 +169,10 @@ class Loop:
         checkpoints: Checkpoints,
         writer: log.Writer,
         receipt: receipts.Receipt,
+        spent_before: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.run_, self.compiled, self.state = run, compiled, state
+        self.spent_before = spent_before
         self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
         self.config, self.ledger = run.program.config, run.ledger
         self.ends_at = self.config.steps  # or later, where float16's loss scale skips steps
@@ -148,30 +180,43 @@ class Loop:
         self.window, self.memory = _Window(), ProcessMemory()
         self.progress = log.Progress()
         self.eval_metrics: dict[str, float] = {}
+        self.saved = -1
 
     def run(self, start: int) -> Result:
-        run = self.run_
-        prefetch = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch)
-        with signals.sigterm() as stop_asked, self.progress, prefetch as batches:
-            self.window.reset()
-            for index, batch, wait_s in batches:
-                step = index + 1
-                with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
-                    self.step(step, batch, wait_s)
-                stopping = stop_asked(step)
-                last = self._is_last(step) or stopping
-                if (
-                    last
-                    or step % self.config.eval.every_steps == 0
-                    or step % self.config.checkpoint.every_steps == 0
-                ):
-                    self._pause(step, stopping)
-                if last:
-                    break
+        run, step = self.run_, start
+        batches = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch, run.end.stalled)
+        with run.end.training():
+            with self.progress, batches:
+                self.window.reset()
+                stopping = last = False
+                for index, batch, wait_s in batches:
+                    step = index + 1
+                    with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
+                        self.step(step, batch, wait_s)
+                    stopping = run.end.asked()
+                    last = self._is_last(step) or stopping
+                    if last or self._is_due(step):
+                        stopping = self._pause(step, stopping) or stopping
+                    if last or stopping:
+                        break
+                else:
+                    stopping = run.end.stalled()
+                if stopping and step < self.ends_at:
+                    self._save_last(step)
             self.checkpoints.wait()
         self._finish(step)
-        code = PREEMPTED if stopping and step < self.ends_at else DONE
+        code = run.end.code if stopping and step < self.ends_at else DONE
         return Result(code, step, self.eval_metrics, run.path, run.program, self.state)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether to evaluate or save after this step."""
+        return step % self.config.eval.every_steps == 0 or step % self.config.checkpoint.every_steps == 0
+
+    def _save_last(self, step: int) -> None:
+        """Saves the step that the run stops at, if it is not saved yet."""
+        self._read_pending()
+        if self.saved != step and self.ledger.steps:
+            self._save(step)
 
     def step(self, step: int, batch: Any, wait_s: float) -> None:
         """Trains step number `step`, the first being 1; its batch took `wait_s` seconds to wait for."""
@@ -246,30 +291,51 @@ class Loop:
         )
         self.window.reset()
 
-    def _pause(self, step: int, stopping: bool) -> None:
-        """Saves and evaluates; the metrics of the step are read first, so that no diverged state is saved."""
+    def _pause(self, step: int, stopping: bool) -> bool:
+        """Saves and evaluates; the metrics of the step are read first, so that no diverged state is saved.
+
+        -> whether the run was asked to stop meanwhile: an evaluation is then given up."""
         began = time.perf_counter()
         self._read_pending()
         self.ledger.seconds["step"] += time.perf_counter() - began
         last = step >= self.ends_at or stopping
         if last or step % self.config.checkpoint.every_steps == 0:
-            with self.ledger.timing("checkpoint"):
-                self.checkpoints.save(step, self.state, {"pipeline": self.run_.train_data.fingerprint()})
+            self._save(step)
         if not stopping and (last or step % self.config.eval.every_steps == 0):
             with self.ledger.timing("eval"):
-                self._evaluate(step)
+                stopping = not self._evaluate(step)
         self.window.reset()
+        return stopping
 
-    def _evaluate(self, step: int) -> None:
-        values = evaluate.run(self.run_.program, self.state, self.run_.eval_data)
+    def _save(self, step: int) -> None:
+        with self.ledger.timing("checkpoint"):
+            self.checkpoints.save(step, self.state, {"pipeline": self.run_.train_data.fingerprint()})
+        self.saved = step
+        self.write_ledger()
+
+    def write_ledger(self) -> None:
+        """What this run has spent so far, all its sessions together. Raises InputError."""
+        if jax.process_index() == 0:
+            report = self.ledger.report(self.receipt["model_flops_per_step"])
+            workdir.write_json(self.run_.path / "ledger.json", ledger.add_up(self.spent_before, report))
+
+    def _evaluate(self, step: int) -> bool:
+        """-> whether it came to its end, and was not given up."""
+        run = self.run_
+        try:
+            values = evaluate.run(run.program, self.state, run.eval_data, stop=run.end.asked)
+        except evaluate.GivenUp:
+            log.say(f"eval      step {step:,}  given up")
+            return False
         split = self.config.data.eval_split
         self.eval_metrics = {f"eval/{split}/{name}": value for name, value in values.items()}
         self.writer.write(step, self.eval_metrics)
-        for name, image in evaluate.shown(self.run_.program, self.state, self.run_.eval_data).items():
+        for name, image in evaluate.shown(run.program, self.state, run.eval_data).items():
             self.writer.picture(step, name, image)
         log.say(
             f"eval      step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         )
+        return True
 
     def _measured(self, report: dict[str, Any]) -> dict[str, tuple[float, str]]:
         """What the receipt planned, as it was, and how it was had."""
@@ -295,7 +361,8 @@ class Loop:
         )
         for line in receipts.compare(self.receipt, self._measured(report)):
             log.say(f"          {line}")
-        log.say(f"saved     step {step:,} in {self.run_.path}")
+        if step:
+            log.say(f"saved     step {step:,} in {self.run_.path}")
         if jax.process_index() == 0:
             log.plot_loss(self.run_.path)
 

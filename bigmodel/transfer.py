@@ -143,7 +143,7 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
     Raises:
         InputError: it is neither, or damaged.
     """
-    path = pathlib.Path(directory)
+    path = workdir.local(directory, "init.from or --workdir")
     if not (path / "checkpoints").is_dir():
         pretrained = huggingface.open_pretrained(path)
         return pretrained.config, pretrained.arrays(_shapes(_model(pretrained)))

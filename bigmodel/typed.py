@@ -59,7 +59,7 @@ def _by_name(classes: tuple[Any, ...], value: Any, key: str) -> Any:
     """The one of several dataclasses whose `name` the value gives; the first one's if it gives none."""
     known = {cls.name: cls for cls in classes}
     name = value.get("name", classes[0].name) if isinstance(value, Mapping) else value
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"{key}.name={name!r} is unknown{nearest(str(name), known)}")
     return known[name]
 

@@ -9,50 +9,109 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import math
+import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from bigmodel import config as config_lib
+from bigmodel import disk
 from bigmodel.config import Config, InputError
+from bigmodel.disk import without_nan, write_json
+
+__all__ = ["claim", "local", "read_config", "read_json", "without_nan", "write_config", "write_json"]
+
+log = logging.getLogger("bigmodel")
+
+BEFORE_TRAINING = {".lock", "fitted.json", "tokenizer.json"}  # what is written before config.json
+
+
+def local(path: str | os.PathLike[str], flag: str = "--workdir") -> pathlib.Path:
+    """The path that a flag gives. Raises InputError for an empty one and for a URL."""
+    given = f"{flag}={os.fspath(path)}" if flag.startswith("--") else f"{flag} {os.fspath(path)}"
+    text = os.fspath(path)
+    if not text.strip():
+        raise InputError(f"{flag} is empty; give a directory (is a shell variable not set?)")
+    if "://" in text:
+        raise InputError(f"{given} is a URL; mount it (a bucket: with gcsfuse) and give the path it has here")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # what writes arrays takes UTF-8 alone
+        raise InputError(
+            f"{given} is not UTF-8 text in this locale; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or rename it"
+        ) from error
+    return pathlib.Path(text)
 
 
 @contextlib.contextmanager
 def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Makes the directory and holds its lock until the end of the block, or of the process.
 
+    A directory that was made here is removed again when the block raises before config.json is written.
+
     Raises:
         InputError: another run holds it, or it cannot be made or written.
     """
-    workdir = pathlib.Path(path)
-    if "://" in str(path):
-        raise InputError(
-            f"--workdir={path} is a URL; mount it (a bucket: with gcsfuse) and give the path it has here"
-        )
+    workdir = local(path)
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+")  # noqa: SIM115 -- held as long as the run
-    except OSError as error:
-        raise InputError(
-            f"--workdir={workdir}: {error.strerror}; choose a directory you can write"
-        ) from error
-    with lock:
+        with _lock(workdir) as lock:
+            with disk.writing(workdir / ".lock"):
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n".encode())
+            yield workdir
+    except BaseException:
+        _remove_empty(workdir, made)
+        raise
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[IO[bytes]]:
+    path = workdir / ".lock"
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "a+b", buffering=0)  # noqa: SIM115 -- held as long as the run
+        except OSError as error:
             raise InputError(
-                f"--workdir={workdir} is in use by process {lock.read().strip() or '?'}; "
-                "wait for it, stop it, or choose another --workdir"
+                f"--workdir={workdir}: {disk.cause(error)}; choose a directory you can write"
             ) from error
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield workdir
+        with lock:
+            try:
+                disk.lock(lock, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                owner = lock.read().decode(errors="replace").strip() or "?"
+                raise InputError(
+                    f"--workdir={workdir} is in use by process {owner}; "
+                    "wait for it, stop it, or choose another --workdir"
+                ) from error
+            if not _is_same(lock, path):  # a start that failed removed it meanwhile
+                continue
+            yield lock
+            return
+
+
+def _is_same(file: IO[bytes], path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_empty(workdir: pathlib.Path, made: list[pathlib.Path]) -> None:
+    """Removes the folders of `made`, the innermost first, up to one that holds something."""
+    if not made:
+        return
+    with contextlib.suppress(OSError):  # what holds something stays
+        (workdir / "checkpoints").rmdir()
+    with contextlib.suppress(OSError):
+        if {entry.name for entry in workdir.iterdir()} <= BEFORE_TRAINING:
+            for name in BEFORE_TRAINING:
+                (workdir / name).unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -63,34 +122,38 @@ def read_config(workdir: pathlib.Path) -> Config:
     """
     path = workdir / "config.json"
     try:
-        return config_lib.from_dict(json.loads(path.read_text()))
+        return config_lib.from_dict(disk.read_json(path))
     except FileNotFoundError as error:
         raise InputError(
             f"{path} does not exist; give the --workdir of a run that scripts/train.py made"
         ) from error
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path} is not JSON ({error}); restore it, or start over in a new --workdir"
-        ) from error
+    except InputError as error:
+        name = "" if str(path) in str(error) else f"{path}: "
+        raise InputError(f"{name}{error}; restore it, or start over in a new --workdir") from error
+
+
+def last_config(workdir: pathlib.Path) -> Config | None:
+    """As `read_config`, for a run that knows its config already: one that is missing or damaged is None."""
+    try:
+        return read_config(workdir) if (workdir / "config.json").exists() else None
+    except InputError:
+        return None  # `write_config` warns of it
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-    write_json(workdir / "config.json", config_lib.to_dict(config))
+    """Writes config.json; a damaged one is set aside, with a warning. Raises InputError."""
+    path = workdir / "config.json"
+    if path.exists() and last_config(workdir) is None:
+        log.warning("%s is damaged; it is kept as %s", path, disk.set_aside(path).name)
+    write_json(path, config_lib.to_dict(config))
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader finds the old file or the new one, never half of one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump(without_nan(value), file, indent=2, allow_nan=False)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def without_nan(value: Any) -> Any:
-    """The same value with None for each float that is NaN or infinite, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object that a run wrote, {} if there is none; a damaged file is set aside, with a warning."""
+    try:
+        return disk.read_json(path)
+    except FileNotFoundError:
+        return {}
+    except InputError as error:
+        log.warning("%s; it is kept as %s", error, disk.set_aside(path).name)
+        return {}

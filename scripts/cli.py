@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import io
+import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 import bigmodel
+from bigmodel import disk, ending, workdir
 from bigmodel.config import InputError
 
 
@@ -24,6 +28,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     return Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def directory(text: str) -> str:
+    """The type of a flag that names a directory: not empty, as of a shell variable that is not set."""
+    try:
+        return str(workdir.local(text, "the path"))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_config(flags: argparse.ArgumentParser) -> None:
@@ -77,12 +89,41 @@ def keep_memory() -> None:
             libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
 
 
+def fail(error: Exception, code: int = 2) -> int:
+    """Prints an error as one line; in a job of several hosts, ends all of them. -> the exit code."""
+    line = " ".join(str(error).split())
+    _complain(f"error: {line}")
+    if (end := ending.taken()) is not None:
+        end.end_job(code, line)
+    return code
+
+
+def _complain(text: str) -> None:
+    """On stderr, if anybody reads it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def run(main: Callable[[], int]) -> None:
     """Exits with what `main` returns; bad input is one line and exit code 2."""
     keep_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a locale cannot write is no error
     try:
         code = main()
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = fail(error)
+    except BrokenPipeError:  # nobody reads what is printed, as behind `| head`
+        disk.to_nowhere(1)
+        code = 0
+    except Exception as error:
+        if (end := ending.taken()) is None:
+            raise
+        _complain(traceback.format_exc())
+        end.end_job(1, f"{type(error).__name__}: {error}")
+        code = 1
     sys.exit(code)

@@ -22,11 +22,13 @@ from bigmodel.config import InputError
 
 def main() -> int:
     flags = cli.parser(__doc__)
-    flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
+    flags.add_argument(
+        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
+    )
     flags.add_argument(
         "--recipe", required=True, help="e.g. prune:0.5+finetune:200,quantize:int8, or FILE.yaml"
     )
-    flags.add_argument("--out", required=True, help="a new directory")
+    flags.add_argument("--out", required=True, type=cli.directory, help="a new directory")
     flags.add_argument("--seeds", type=int, default=1, help="run it so often: what differs by chance?")
     args, rest = cli.parse(flags)
     if rest:

@@ -20,7 +20,9 @@ from bigmodel.config import InputError
 
 def main() -> int:
     flags = cli.parser(__doc__)
-    flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
+    flags.add_argument(
+        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
+    )
     flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     flags.add_argument("--features", metavar="DIR", help="of a GAN: a classifier's run, for distances by it")
     args, rest = cli.parse(flags)

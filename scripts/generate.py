@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 def main() -> int:
     flags = cli.parser(__doc__)
-    flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
+    flags.add_argument(
+        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
+    )
     flags.add_argument("--prompt", action="append", help="may be given several times; default: 'import '")
     flags.add_argument("--length", type=int, default=200, help="how many tokens to add, at most")
     flags.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token, always")

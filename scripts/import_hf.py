@@ -18,7 +18,7 @@ def main() -> int:
     flags.add_argument(
         "--from", dest="source", required=True, metavar="DIR", help="config.json, *.safetensors"
     )
-    flags.add_argument("--workdir", required=True, help="a new directory")
+    flags.add_argument("--workdir", required=True, type=cli.directory, help="a new directory")
     args, overrides = cli.parse(flags)
     from bigmodel import transfer
 

@@ -25,7 +25,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 def main() -> int:
     flags = cli.parser(__doc__)
-    flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
+    flags.add_argument(
+        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
+    )
     flags.add_argument("--inputs", required=True, type=pathlib.Path, help="a directory or a CSV")
     flags.add_argument("--out", required=True, type=pathlib.Path, help="a .jsonl; what is there is kept")
     flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")

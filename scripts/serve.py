@@ -22,7 +22,9 @@ from bigmodel.config import InputError
 
 def main() -> int:
     flags = cli.parser(__doc__)
-    flags.add_argument("--workdir", required=True, help="a run that scripts/train.py made")
+    flags.add_argument(
+        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
+    )
     flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
     flags.add_argument("--port", type=int, default=8000, help="0: any that is free")

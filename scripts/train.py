@@ -3,32 +3,46 @@
     python scripts/train.py --config=configs/gpt.py:size=124m,seq_len=1024 --config.optim.lr=3e-4 \\
         --workdir=DIR
 
-Exit codes: 0 done; 2 bad input; 3 the loss is not finite; 75 stopped by SIGTERM, run again to resume.
+Exit codes: 0 done; 2 bad input, no memory or no room; 3 the loss is not finite; 75 stopped by SIGTERM, run
+again to resume; 130 stopped by Ctrl-C, likewise.
+
+Before the first step a signal ends the run at once. Then the step is ended and saved, an evaluation given up,
+and a read waited for 5 s more. A step that has not ended a minute and twice the longest step after the signal
+is not saved. A second signal ends the run at once. When one host of a job fails, the others end with its exit
+code and its line.
 """
 
-from __future__ import annotations
+import os
+import signal
 
-import sys
+if __name__ == "__main__":  # from the first line on, until bigmodel/ending.py hears of signals
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 
 import cli
 
 from bigmodel import config as config_lib
+from bigmodel import ending
 
 
 def main() -> int:
+    end = ending.take_over()
     flags = cli.parser(__doc__)
     cli.add_config(flags)
-    flags.add_argument("--workdir", required=True, help="where the run is kept")
+    flags.add_argument("--workdir", required=True, type=cli.directory, help="where the run is kept")
     flags.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
+    flags.add_argument("--force", action="store_true", help="start even if it takes more memory than is free")
+    flags.add_argument("--verbose", action="store_true", help="show the libraries' own messages too")
     args, overrides = cli.parse(flags)
     config = config_lib.load(args.config, overrides)
-    from bigmodel import train  # JAX, Flax and Orbax: only for a config that is sound
+    from bigmodel import log, train  # JAX, Flax and Orbax: only for a config that is sound
 
+    log.show_libraries(args.verbose)
     try:
-        return train.run(config, args.workdir, args.resume).exit_code
+        return train.run(config, args.workdir, args.resume, force=args.force, end=end).exit_code
     except train.NotFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        return train.NOT_FINITE
+        return cli.fail(error, train.NOT_FINITE)
 
 
 if __name__ == "__main__":

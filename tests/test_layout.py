@@ -12,7 +12,8 @@ from conftest import ROOT
 # not import each other. A package's __init__ collects its own files and stands below them.
 ORDER = """
     __init__
-    typed | saved_model
+    typed | saved_model | memory | ending
+    disk | ranges
     families/checks | smaller
     families/transformers | families/images | families/recurrent | families/recommenders
     families/__init__
@@ -51,6 +52,7 @@ ORDER = """
     optim | sparsity
     program
     digests
+    manifest
     checkpoint
     parameters
     distill
@@ -66,7 +68,7 @@ ORDER = """
     plan/thunks
     plan/estimate
     plan/receipt | plan/candidates
-    plan/planner | plan/timeline
+    plan/planner | plan/timeline | plan/fits
     plan/search
     ledger
     log
@@ -76,7 +78,7 @@ ORDER = """
     engine | predict | openai_api | speculative | beam | export | plan/serve
     worker
     serve
-    evaluate | signals | start
+    evaluate | start
     train
     compress/__init__ | compress/recipe | compress/trained | compress/units
     compress/observe

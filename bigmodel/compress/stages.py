@@ -141,5 +141,7 @@ def tune(model: Trained, steps: int, lr: float, scratch: pathlib.Path) -> Traine
     )  # fmt: skip
     trained.save(trained.changed(model, config, model.params, model.rest), scratch)
     result = train.run(config, scratch)
+    if result.exit_code != train.DONE:  # stopped by a signal: half a training is no stage
+        raise SystemExit(result.exit_code)
     params = result.program.evaluated(result.state)
     return Trained(result.program, params, result.state["rest"], scratch, result.state, result.step)

@@ -238,9 +238,11 @@ class Prefetch:
         start_step: int = 0,
         put: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch,
         depth: int = 2,
+        stalled: Callable[[], bool] | None = None,
     ) -> None:
-        """Args: put: places a batch on the devices; depth: batches kept ready."""
-        self._pipeline, self._put = pipeline, put
+        """Args: put: places a batch on the devices; depth: batches kept ready; stalled: asked while a batch
+        is waited for: when it says yes, iteration ends."""
+        self._pipeline, self._put, self._stalled = pipeline, put, stalled
         self._room = threading.Semaphore(depth)
         self._ready: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -268,12 +270,20 @@ class Prefetch:
         if self._closed.is_set():
             raise StopIteration
         start = time.perf_counter()
-        step, batch, error = self._ready.get()
+        step, batch, error = self._next()
         if error is not None:
             self._closed.set()  # no join: the thread is at its end, or another consumer closed
             raise error
         self._room.release()
         return Ready(step, batch, time.perf_counter() - start)
+
+    def _next(self) -> tuple[int, Any, BaseException | None]:
+        while True:
+            try:
+                return self._ready.get(timeout=0.5 if self._stalled else None)
+            except queue.Empty:
+                if self._stalled and self._stalled():
+                    return -1, None, StopIteration()
 
     def close(self) -> None:
         """Stops the thread; a read under way is waited for, but not for long."""

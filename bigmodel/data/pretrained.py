@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import InputError
-from bigmodel.data.builders.prepare import write_atomically
+from bigmodel.disk import write_atomically
 
 # The names that families give to what ends a text, in order of preference, and to what a task needs.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")

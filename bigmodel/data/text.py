@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -22,9 +23,9 @@ import numpy as np
 
 from bigmodel import fitted
 from bigmodel.config import Config, InputError
-from bigmodel.data.builders.prepare import locked, write_atomically
 from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.sources import Source, open_source
+from bigmodel.disk import locked, write_atomically
 
 log = logging.getLogger("bigmodel")
 
@@ -366,8 +367,17 @@ class Packed:
 
 
 def cache_dir() -> pathlib.Path:
-    """$BIGMODEL_CACHE, or ~/.cache/bigmodel."""
-    return pathlib.Path(os.environ.get("BIGMODEL_CACHE") or "~/.cache/bigmodel").expanduser()
+    """$BIGMODEL_CACHE, or ~/.cache/bigmodel; without a home, a directory that this process removes."""
+    try:
+        return pathlib.Path(os.environ.get("BIGMODEL_CACHE") or "~/.cache/bigmodel").expanduser()
+    except RuntimeError:
+        return pathlib.Path(_homeless().name)
+
+
+@functools.cache
+def _homeless() -> tempfile.TemporaryDirectory[str]:
+    log.info("no home directory: nothing is kept from run to run; $BIGMODEL_CACHE names a place for it")
+    return tempfile.TemporaryDirectory(prefix="bigmodel-")
 
 
 def _digest(*parts: object) -> str:

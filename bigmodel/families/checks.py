@@ -22,3 +22,15 @@ def positive(model: object, *keys: str) -> Iterable[tuple[str, str]]:
 def rate(model: object, key: str = "dropout") -> Iterable[tuple[str, str]]:
     if not 0 <= getattr(model, key) < 1:
         yield key, f"is {getattr(model, key)}: choose 0 <= {key} < 1"
+
+
+def at_least_0(model: object, *keys: str) -> Iterable[tuple[str, str]]:
+    for key in keys:
+        if getattr(model, key) < 0:
+            yield key, f"is {getattr(model, key)}: set it to 0 or more"
+
+
+def above_0(model: object, *keys: str) -> Iterable[tuple[str, str]]:
+    for key in keys:
+        if getattr(model, key) <= 0:
+            yield key, f"is {getattr(model, key)}: set it above 0"

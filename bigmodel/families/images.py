@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-from bigmodel.families.checks import IMAGE_TASKS, positive, rate
+from bigmodel.families.checks import IMAGE_TASKS, at_least_0, positive, rate
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class MLP(ImageModel):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from positive(self, "widths", "num_classes", "embed_width")
+        yield from at_least_0(self, "rows")
         yield from rate(self)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from bigmodel.families.checks import IMAGE_TASKS, positive
+from bigmodel.families.checks import IMAGE_TASKS, at_least_0, positive
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Recommender:
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from positive(self, "users", "items", "width", "widths", "num_classes")
+        yield from at_least_0(self, "rows")
         if self.bottom:
             yield from positive(self, "bottom")
         if self.temperature <= 0:

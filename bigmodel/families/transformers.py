@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-from bigmodel.families.checks import IMAGE_TASKS, positive, rate
+from bigmodel.families.checks import IMAGE_TASKS, above_0, at_least_0, positive, rate
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ class Transformer:
         if self.window < 0 or (self.window and self.name != "gpt"):
             yield "window", f"is {self.window}: set it to 0, or for model.name=gpt to 1 or more"
         yield from rate(self)
+        yield from above_0(self, "norm_eps", "rope_theta")
+        yield from positive(self, "experts_per_token")
+        yield from at_least_0(self, "attention_block")
         yield from self._expert_problems()
 
     def _expert_problems(self) -> Iterable[tuple[str, str]]:
-        for key in ("experts", "balance_loss", "router_z_loss"):
-            if getattr(self, key) < 0:
-                yield key, f"is {getattr(self, key)}: set it to 0 or more"
+        yield from at_least_0(self, "experts", "balance_loss", "router_z_loss")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             yield (
                 "experts_per_token",

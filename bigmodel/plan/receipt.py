@@ -252,6 +252,35 @@ def _spent(r: Receipt) -> str:
     return "".join(f", {part}" for part in parts)
 
 
+ADDED = ("steps", "total_flops", "total_s", "hours", "chip_hours", "kwh", "kg_co2e", "dollars")
+
+
+def add_up(before: Receipt, r: Receipt, first_step: int) -> Receipt:
+    """plan.json of a run that goes on at `first_step`: what all its sessions were planned to spend.
+
+    Args:
+        before: what plan.json held; of each session there, the steps up to the next one's first count.
+        r: this session's receipt, of the steps that are left.
+    """
+    session = {"first_step": first_step, **{key: r[key] for key in (*ADDED, "step_s", "made_at") if key in r}}
+    earlier = [each for each in before.get("sessions", []) if _is_session(each)]
+    sessions = [each for each in earlier if each["first_step"] < first_step] + [session]
+    total: defaultdict[str, float] = defaultdict(float)
+    for each, end in zip(sessions, [*(s["first_step"] for s in sessions[1:]), None], strict=True):
+        done = each["steps"] if end is None else end - each["first_step"]
+        for key in (key for key in ADDED if key in each):
+            total[key] += each[key] * done / max(each["steps"], 1)
+    added: Receipt = {key: total[key] for key in ADDED if all(key in each for each in sessions)}
+    spread = r["total_s_range"][1] / r["total_s"]
+    added["total_s_range"] = [added["total_s"] / spread, added["total_s"] * spread]
+    return r | added | {"steps": round(total["steps"]), "sessions": sessions}
+
+
+def _is_session(value: Any) -> bool:
+    keys = ("first_step", "steps", "total_s", "total_flops")
+    return isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in keys)
+
+
 def compare(r: Receipt, measured: dict[str, tuple[float, str]]) -> list[str]:
     """Predicted beside measured, with the error of each: `measured` maps the receipt's keys to values and how
     they were had."""

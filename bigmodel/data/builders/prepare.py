@@ -1,29 +1,22 @@
-"""Finds a TFDS dataset by name and, where it is not there yet, makes it, as array_record.
-
-Also what keeps files whole when several processes write them: `locked` and `write_atomically`.
-"""
+"""Finds a TFDS dataset by name and, where it is not there yet, makes it, as array_record."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import io
 import logging
 import os
 import pathlib
 import shlex
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import Any
 
 from bigmodel.config import InputError
 from bigmodel.data.builders import BUILDERS, builder_class
+from bigmodel.disk import locked
 
 log = logging.getLogger("bigmodel")
-
-LEFT_BEHIND_S = 24 * 3600  # a half-written file that nobody has touched for so long has no writer
 
 
 def prepared(name: str, data_dir: str | None) -> Any:
@@ -122,50 +115,6 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     if not find(name, data_dir).is_prepared():
         raise InputError(f"{builder.data_dir} is there but incomplete; remove it and prepare {name!r} again")
     return os.fspath(builder.data_dir)
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock on `path` (made if need be) against other processes of this machine.
-
-    Raises:
-        InputError: a directory that cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (closed below; only the opening is guarded)
-    except OSError as error:
-        fix = "choose another by data.data_dir (datasets) or $BIGMODEL_CACHE (token files)"
-        raise InputError(f"{path.parent} cannot be written ({error.strerror}); {fix}") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # freed when the file is closed, even by a kill
-        yield
-
-
-def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], object]) -> None:
-    """`path` appears whole or not at all.
-
-    Raises:
-        InputError: no room, or a directory that cannot be written.
-    """
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
-                left.unlink(missing_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        fix = "make room, set $BIGMODEL_CACHE or set data.cache=false"
-        raise InputError(f"{path} cannot be written ({error.strerror}); {fix}") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.remove(temporary)
 
 
 @contextlib.contextmanager

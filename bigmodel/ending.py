@@ -1,0 +1,263 @@
+"""Ends a run before its time, on all hosts alike: on SIGTERM, on Ctrl-C, and on another host's error.
+
+Python runs signal handlers only between two lines of the main thread, which may wait in a compiler, a
+collective or a read for minutes. So a thread of its own hears of signals. Before the first step there is
+nothing to save, and it ends the process at once; later the loop ends the step and saves it, within a limit.
+
+The hosts of a job tell each other through JAX's coordination service. Without that, the others of a host that
+fails would wait in their next collective, and it for them in JAX's exit, until both are aborted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self
+
+STOPPED, INTERRUPTED = 75, 130  # exit codes of SIGTERM (EX_TEMPFAIL) and Ctrl-C (128 + SIGINT)
+LIMIT_S = 60.0  # beyond twice the longest step: then the loop is taken to hang
+STALLED_S = 5.0  # a read that takes longer after a signal is not waited for
+POLL_S = 1.0
+ACKNOWLEDGED_S = 10.0
+FAILED = "bigmodel/failed"  # keys of the coordination service
+HEARD = "bigmodel/heard"
+PREEMPTED = "RECEIVED_PREEMPTION_NOTICE"  # JAX's own, set by the host that SIGTERM came to
+
+Phase = Literal["starting", "training", "saving"]
+
+
+class Ending:
+    """Hears of signals and of other hosts from `__enter__` to `__exit__`.
+
+    Args:
+        owns_process: the process may be ended from here, as a script's may. A notebook's may not: there only
+            SIGTERM while training is heard of.
+    """
+
+    def __init__(self, owns_process: bool = False) -> None:
+        self.owns_process = owns_process
+        self._phase: Phase = "starting"
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._signal, self._since, self._heard_of = 0, 0.0, False
+        self._calls, self._called, self._longest_s = 0, 0.0, 0.0
+        self._client: Any = None
+        self._process, self._processes = 0, 1
+        self._before: dict[int, Any] = {}
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        if self.owns_process:
+            self._listen(signal.SIGTERM, signal.SIGINT)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._unlisten()
+        for thread in self._threads:
+            thread.join(timeout=2 * POLL_S)
+
+    @property
+    def code(self) -> int:
+        """The exit code of a run that was asked to stop."""
+        return INTERRUPTED if self._signal == signal.SIGINT else STOPPED
+
+    # ------------------------------------------------------------------------------------- for the loop
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """While the loop runs, a signal is a request to it: see `asked`."""
+        if not self.owns_process and self._processes == 1:
+            self._listen(signal.SIGTERM)
+        self._called = time.monotonic()
+        self._enter("training")
+        try:
+            yield
+        finally:
+            self._enter("saving")
+            if not self.owns_process:
+                self._unlisten()
+
+    def asked(self) -> bool:
+        """Whether to stop now. To be called after each step and each batch of an evaluation; the hosts of a
+        job all call it equally often, and get the same answer."""
+        now = time.monotonic()
+        self._calls += 1
+        if self._calls > 2:  # the first two hold what happens once
+            self._longest_s = max(self._longest_s, now - self._called)
+        self._called = now
+        if self._processes > 1:
+            from jax.experimental import multihost_utils
+
+            stop = bool(multihost_utils.reached_preemption_sync_point(self._calls))
+        else:
+            stop = self._signal != 0
+        if stop:
+            self._enter("saving")  # which may take as long as it takes
+        return stop
+
+    def stalled(self) -> bool:
+        """Whether a read is not to be waited for: a signal came, and some seconds have passed. In a job no
+        host can decide that alone."""
+        waited = time.monotonic() - max(self._since, self._called)
+        stop = self._processes == 1 and bool(self._signal) and waited > STALLED_S
+        if stop:
+            self._enter("saving")
+        return stop
+
+    # ------------------------------------------------------------------------------------------ the job
+
+    def join(self) -> None:
+        """To be called when the hosts have found each other; does nothing for one that is alone."""
+        import jax
+        from jax._src import distributed
+
+        self._client = distributed.global_state.client
+        self._process, self._processes = jax.process_index(), jax.process_count()
+        if self._client is not None and self._processes > 1 and self.owns_process:
+            self._start(self._watch)
+
+    def end_job(self, code: int, line: str) -> None:
+        """Ends every host of a job with `code`, this one too, in seconds; returns where there is no job.
+
+        Args:
+            line: what happened; this host has printed it.
+        """
+        if self._client is None or self._processes == 1:
+            return
+        value = json.dumps({"code": code, "line": line, "process": self._process})
+        with contextlib.suppress(Exception):  # another host was first, or the service is gone
+            self._client.key_value_set(FAILED, value)
+        self._leave()
+        os._exit(code)
+
+    def _leave(self) -> None:
+        """The service ends with process 0, which would take the others along: it goes last."""
+        if self._process:
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(f"{HEARD}/{self._process}", "")
+            return
+        end = time.monotonic() + ACKNOWLEDGED_S
+        with contextlib.suppress(Exception):
+            while time.monotonic() < end and len(self._client.key_value_dir_get(HEARD)) < self._processes - 1:
+                time.sleep(0.1)
+
+    def _watch(self) -> None:
+        """Waits for another host's failure, and for JAX's notice that SIGTERM came to one."""
+        while not self._closed.wait(POLL_S):
+            if failed := self._get(FAILED):
+                about = json.loads(failed)
+                if about["process"] == self._process:
+                    return
+                _say(f"error: process {about['process']} of the job failed: {about['line']}")
+                self._leave()
+                os._exit(about["code"])
+            if not self._signal and self._get(PREEMPTED):
+                self._heard(signal.SIGTERM)
+            self._end_if_late()
+
+    def _get(self, key: str) -> str:
+        try:
+            return str(self._client.key_value_try_get(key))
+        except Exception:  # NOT_FOUND; or the service is gone, which JAX deals with
+            return ""
+
+    # ---------------------------------------------------------------------------------------- signals
+
+    def _listen(self, *numbers: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._ear, self._mouth = socket.socketpair()
+        for end in (self._ear, self._mouth):
+            end.setblocking(False)
+        for number in numbers:
+            self._before[number] = signal.signal(number, self._note)
+        self._wakeup = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._ear.settimeout(POLL_S / 2)
+        self._start(self._hear)
+
+    def _unlisten(self) -> None:
+        if self._before and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+
+    def _start(self, target: Any) -> None:
+        thread = threading.Thread(target=target, name="ending", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _hear(self) -> None:
+        while not self._closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                for number in self._ear.recv(64):
+                    if number in (signal.SIGTERM, signal.SIGINT):
+                        self._heard(number)
+            self._end_if_late()
+
+    def _note(self, number: int, frame: FrameType | None = None) -> None:
+        """The signal's handler, in the main thread."""
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()
+
+    def _heard(self, number: int) -> None:
+        self._note(number)
+        with self._lock:
+            again, phase, self._heard_of = self._heard_of, self._phase, True
+        name = signal.Signals(number).name
+        if again:
+            self._end(f"{name} came again: ended at once")
+        elif phase == "starting":
+            self._end(f"{name} before the first step: nothing was trained")
+        elif self._processes > 1 and number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX hears of it, and finds a step that all hosts stop at
+
+    def _enter(self, phase: Phase) -> None:
+        with self._lock:
+            self._phase = phase
+
+    def _end_if_late(self) -> None:
+        limit_s = LIMIT_S + 2 * self._longest_s
+        late = time.monotonic() - max(self._since, self._called) > limit_s
+        if self._signal and self._phase == "training" and late:
+            self._end(f"no step ended within {limit_s:.0f} s of the signal: it is not saved")
+
+    def _end(self, line: str) -> None:
+        if not self.owns_process:
+            return
+        code = self.code
+        line += "; the same command goes on" if code == STOPPED else ""
+        _say(line)
+        self.end_job(code, line)
+        os._exit(code)
+
+
+def _say(line: str) -> None:
+    """On stderr, past Python's own buffers, whose locks another thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+
+
+_taken: list[Ending] = []
+
+
+def take_over() -> Ending:
+    """The `Ending` of this process, which from now on may be ended by it. For scripts."""
+    if not _taken:
+        _taken.append(Ending(owns_process=True).__enter__())
+    return _taken[0]
+
+
+def taken() -> Ending | None:
+    """What `take_over` gave, if it was called."""
+    return _taken[0] if _taken else None
