@@ -31,6 +31,7 @@ def size_problems(flat: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def data_problems(data: Any) -> Iterable[tuple[str, str]]:
+    """Of the keys of `data`."""
     for key in ("min_count", "max_boxes"):
         if getattr(data, key) < 1:
             yield key, f"is {getattr(data, key)}: set it to 1 or more"
@@ -47,6 +48,7 @@ def data_problems(data: Any) -> Iterable[tuple[str, str]]:
 
 
 def optim_problems(optim: Any) -> Iterable[tuple[str, str]]:
+    """Of the keys of `optim`, or of one of its groups."""
     for key in (
         "lr",
         "warmup_steps",
