@@ -24,7 +24,7 @@ import numpy as np
 from bigmodel import data, infer, mesh, tasks
 from bigmodel import decoder as decoder_lib
 from bigmodel.config import InputError
-from bigmodel.data import labels, objects, ratings, tables, transforms
+from bigmodel.data import cells, labels, objects, ratings, tables, transforms
 from bigmodel.data.tables import Columns
 from bigmodel.data.text import Tokenizer
 from bigmodel.program import Program, State
@@ -233,9 +233,11 @@ def decode_image(content: bytes, channels: int) -> np.ndarray:
 def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
     """As labelled texts are read in training (data/batches.py)."""
     assert predictor.tokenizer is not None
-    text = item.get("text") if isinstance(item, Mapping) else item
+    name = predictor.program.config.data.text
+    text = item.get(name, item.get("text")) if isinstance(item, Mapping) else item
     if not isinstance(text, str):
-        raise InputError("a text is needed, or a row with a column `text`")
+        also = f" or `{name}`" if name != "text" else ""
+        raise InputError(f"a text is needed, or a row with a column `text`{also}")
     program, tokenizer = predictor.program, predictor.tokenizer
     rows = data.whole_texts(program.config, tokenizer)([tokenizer.encode(text)])
     return {key: value[0] for key, value in rows.items() if key in program.batch_spec}
@@ -256,25 +258,35 @@ def _read_serial(predictor: Predictor, item: Any) -> dict[str, Any]:
 
 
 def _number(key: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{key} is {value!r}, no number") from error
-    if not math.isfinite(number):
-        raise InputError(f"{key} is {value!r}, no finite number")
-    return number
+    """A finite number that float32 holds; as text with a decimal point, for a comma may mean either."""
+    number = value
+    if isinstance(value, str):
+        number = None if "," in value else cells.number(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise InputError(f"{key} is {value!r}, no number; write it like 1234.5")
+    if not abs(number) <= cells.LARGEST:
+        raise InputError(f"{key} is {value!r}, no finite number or more than float32 holds")
+    return float(number)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and cells.is_missing(value))
 
 
 def _read_row(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """A row of the table that the model learnt from, as numbers or text; an empty number is a missing one."""
+    """A row of the table that the model learnt from, as numbers or text; null, NaN and what training reads as
+    missing are a missing number."""
     assert predictor.columns is not None
     wanted = (*predictor.columns.numeric, *predictor.columns.categories)
-    missing = [key for key in wanted if not isinstance(item, Mapping) or item.get(key) is None]
+    missing = [key for key in wanted if not isinstance(item, Mapping) or key not in item]
     if missing:
         raise InputError(f"no column {missing[0]!r}; a row with {', '.join(wanted)} is needed")
-    row: dict[str, np.ndarray] = {key: np.array([item[key]], object) for key in wanted}
+    row: dict[str, np.ndarray] = {
+        key: np.array([item[key] if item[key] is not None else ""], object)
+        for key in predictor.columns.categories
+    }
     for key in predictor.columns.numeric:
-        row[key] = np.array([_number(key, item[key]) if item[key] != "" else np.nan])
+        row[key] = np.array([np.nan if _is_missing(item[key]) else _number(key, item[key])])
     return {key: value[0] for key, value in predictor.columns.encode(row).items()}
 
 
@@ -302,7 +314,7 @@ READERS: dict[str, Callable[[Predictor, Any], dict[str, Any]]] = {
 def _class_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
     share_V = np.exp(out["logits"] - out["logits"].max())
     share_V = share_V / share_V.sum()
-    best = np.argsort(-share_V)[:5]
+    best = np.argsort(-share_V, kind="stable")[:5]  # of equals the first, as in evaluation
     names = [_name(predictor, i) for i in best]
     top = {name: round(float(share_V[i]), 6) for name, i in zip(names, best, strict=True)}
     return {"label": int(best[0]), "name": names[0], "probability": float(share_V[best[0]]), "top": top}
@@ -316,7 +328,7 @@ def _labels_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
 def _value(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
     """Numbers in the label's own units, which training standardised."""
     mean, deviation = predictor.columns.label_scale if predictor.columns else (0.0, 1.0)
-    return {"value": (out["logits"] * deviation + mean).tolist()}
+    return {"value": (out["logits"].astype(np.float64) * deviation + mean).tolist()}
 
 
 def _embedding(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:

@@ -195,3 +195,120 @@ def test_a_model_that_writes_text_is_refused():
     built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), batch_spec(config))
     with pytest.raises(InputError, match=r"writes text; use scripts/generate\.py"):
         Predictor(built, {"params": {}, "rest": {}})
+
+
+# ------------------------------------------------------------------------------------- as training reads it
+
+
+PEOPLE = [["town", "age", "kind"]] + [
+    [("Rom", "Bern", "Oslo")[i % 3], ["", 7.5, 40, 1234.5][i % 4], "abc"[i % 3]] for i in range(48)
+]
+
+
+def people(folder: pathlib.Path, **keys: Any) -> Predictor:
+    given = {"data__label": "kind", "model__rows": 128, "model__embed_width": 4, "model__num_classes": 3}
+    name = f"table:{write(folder / 'people.csv', PEOPLE)}"
+    return Predictor.load(saved(folder / "run", tiny("mlp", data__name=name, batch_size=4, **given, **keys)))
+
+
+def as_file(rows: list[list[Any]], delimiter: str, decimal: str, bom: bool, gap: str, missing: str) -> bytes:
+    def cell(value: Any) -> str:
+        text = str(value).replace(".", decimal) if isinstance(value, float) else str(value) or missing
+        return f'"{text}"' if delimiter in text else text
+
+    lines = [f"{delimiter}{gap}".join(map(cell, row)) for row in rows]
+    return (b"\xef\xbb\xbf" if bom else b"") + "\n".join(lines).encode()
+
+
+def test_a_file_is_predicted_however_it_is_written(tmp_path):
+    predictor = people(tmp_path)
+    assert predictor.columns is not None
+    numbers = tuple(predictor.columns.numeric)
+    path, rows = tmp_path / "inputs.csv", PEOPLE[:9]
+    expected, _ = predictor.predict(
+        [{"town": town, "age": age if age != "" else None} for town, age, _ in rows[1:]]
+    )
+    assert len({row["probability"] for row in expected}) > 3
+    for delimiter, decimal, bom, gap, missing in [
+        (",", ".", False, "", ""), (";", ",", True, "", "NA"), ("\t", ".", True, " ", "null"),
+        ("\t", ",", False, "", "?"), (",", ".", False, " ", "nan"),
+    ]:  # fmt: skip
+        path.write_bytes(as_file(rows, delimiter, decimal, bom, gap, missing))
+        inputs = [row for _, row in script().inputs_of(path, numbers)]
+        assert predictor.predict(inputs)[0] == expected, (delimiter, decimal, bom, gap, missing)
+    other_order = [[row[2], row[1], "carried", row[0]] for row in rows]
+    other_order[0][2] = "note"
+    path.write_bytes(as_file(other_order, ",", ".", False, "", ""))
+    assert predictor.predict([row for _, row in script().inputs_of(path, numbers)])[0] == expected
+
+
+def script() -> Any:
+    import importlib.util
+    import sys
+
+    sys.path.insert(0, f"{ROOT}/scripts")
+    try:
+        spec = importlib.util.spec_from_file_location("predict_script", f"{ROOT}/scripts/predict.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return people(tmp_path_factory.mktemp("people"))
+
+
+@pytest.mark.parametrize(
+    ("age", "message"),
+    [
+        ("1_000", "is '1_000', no number"), ("12%", "no number"), ("\u0663", "no number"),
+        ("0,5", "no number"), ("1,234", "no number"),
+        ("infinity", "no number"), (float("inf"), "no finite number"), (True, "is True, no number"),
+        (1e39, "more than float32 holds"), ("1e300", "more than float32 holds"), ([3], "no number"),
+        (3e38, None), ("9007199254740993", None), (None, None), ("NA", None), (float("nan"), None),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_exactly_or_refused(trained, age, message):
+    rows = [{"town": "Rom", "age": 7.5}, {"town": "Rom", "age": age}]
+    if message is None:
+        assert np.isfinite(trained.predict(rows)[0][1]["probability"])
+        return
+    with pytest.raises(InputError, match="^input 1: age is ") as caught:
+        trained.predict(rows)
+    assert message in str(caught.value)
+
+
+def test_bad_rows_of_a_file_are_named_by_line(tmp_path):
+    path = tmp_path / "inputs.csv"
+    for content, message in (
+        ("town,age\nRom,3\nRom,young\n", r"inputs\.csv line 3 has 'young' in 'age'.*; correct it$"),
+        ("town,age\nRom,3\nRom\n", r"inputs\.csv line 3 has 1 cells, but the header 2; correct it$"),
+        ("town,age\nRom,1e39\n", r"inputs\.csv line 2 has '1e39' in 'age'.*float32"),
+        ("town,age\n", "no rows after its header"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            script().inputs_of(path, ("age",))
+    path.write_text('town,age\n"Ro\nm",3\n,\nOslo,\n')
+    rows = script().inputs_of(path, ("age",))
+    assert [(name, row["town"]) for name, row in rows] == [("0", "Ro\nm"), ("1", ""), ("2", "Oslo")]
+    assert script().located(path, 1, "input 1: no") == f"{path} line 5: input 2: no"
+
+
+def test_a_text_has_the_name_that_training_gave_it(tmp_path):
+    path = write(tmp_path / "t.csv", [["review", "label"], *[[f"film {i}", "ab"[i % 2]] for i in range(40)]])
+    keys = {"data__name": f"table:{path}", "data__text": "review", "task__name": "classify", "batch_size": 4}
+    config = tiny("rnn", **keys, model__vocab_size=264, model__num_classes=2)
+    predictor = Predictor.load(saved(tmp_path / "run", config))
+    named, plain, alone = ({"review": "film 3"}, {"text": "film 3"}, "film 3")
+    rows, _ = predictor.predict([named, plain, alone])
+    assert rows[0] == rows[1] == rows[2]
+    with pytest.raises(
+        InputError, match="input 0: a text is needed, or a row with a column `text` or `review`"
+    ):
+        predictor.predict([{"body": "film 3"}])

@@ -306,7 +306,7 @@ def _tables(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     columns = tables.fitted(config, facts=facts)
     source = facts.open(split)
     where = labels.where(config, source, split)
-    rows = labels.Numbered(config, tables.Encoded(config, source, columns), where, facts.names)
+    rows = labels.Numbered(config, tables.Encoded(config, source, columns, where), where, facts.names)
 
     def label_of() -> np.ndarray:
         numbered = labels.Numbered(config, source, where, facts.names)

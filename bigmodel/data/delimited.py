@@ -51,13 +51,13 @@ class Rows(NamedTuple):
 class _Skips:
     """Counts bad rows; one too many is an error."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._count = most, 0
+    def __init__(self, most: int, fix: str) -> None:
+        self._most, self._count, self._fix = most, 0, fix
 
     def bad(self, where: str, problem: str) -> None:
         if self._count >= self._most:
             told = f"; data.max_skipped={self._most} are skipped already" if self._most else ""
-            raise InputError(f"{where} {problem}; correct it, or skip such rows by data.max_skipped{told}")
+            raise InputError(f"{where} {problem}; {self._fix}{told}")
         self._count += 1
         log.warning("skipped %d of at most %d: %s %s", self._count, self._most, where, problem)
 
@@ -83,6 +83,7 @@ class _How(NamedTuple):
     decimal: str
     max_skipped: int
     empty: bool  # rows whose cells are all empty count, too
+    fix: str  # of a bad row
 
 
 def _how(empty: bool = False, **how: Unpack[Reading]) -> _How:
@@ -91,6 +92,7 @@ def _how(empty: bool = False, **how: Unpack[Reading]) -> _How:
     return _How(
         text, numbers, None if only is None else frozenset(only), required,
         how.get("decimal", "auto"), how.get("max_skipped", 0), empty,
+        "correct it" if empty else "correct it, or skip such rows by data.max_skipped",
     )  # fmt: skip
 
 
@@ -120,7 +122,12 @@ def _stamp(path: str) -> tuple[str, int, int]:
 
 @functools.lru_cache(maxsize=4)  # a pipeline asks for each split, and for the columns before
 def _read(stamp: tuple[tuple[str, int, int], ...], how: _How) -> Rows:
-    skips, header, rows, signs = _Skips(how.max_skipped), None, list[tuple[str, int, list[str]]](), set[str]()
+    skips, header, rows, signs = (
+        _Skips(how.max_skipped, how.fix),
+        None,
+        list[tuple[str, int, list[str]]](),
+        set[str](),
+    )
     for path, _, _ in stamp:
         delimiter, lines = _lines(path, skips, how.empty)
         signs.add(delimiter)

@@ -244,8 +244,8 @@ def as_text(value: Any) -> str:
     """A category by name: text as it is, a number as it would be written, with all its digits."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(float(value))
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
     return str(value)
 
 

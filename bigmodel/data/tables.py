@@ -22,7 +22,7 @@ import numpy as np
 
 from bigmodel import fitted as fitted_lib
 from bigmodel.config import Config, InputError
-from bigmodel.data import labels, sources
+from bigmodel.data import cells, labels, sources
 from bigmodel.data.facts import Facts
 from bigmodel.data.transforms import Batch
 
@@ -58,21 +58,35 @@ class Columns:
         return out
 
     def encode(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Raw columns [B] -> `numeric` [B, N] and `categorical` [B, C]; a number that is NaN is missing."""
+        """Raw columns [B] -> `numeric` [B, N] and `categorical` [B, C]; a number that is NaN is missing.
+
+        Raises:
+            InputError: a number that is infinite, or too far from those of training for float32.
+        """
         out = {}
-        numbers = [
-            (np.where(np.isfinite(rows[key]), rows[key], fill) - mean) / deviation
-            for key, (fill, mean, deviation) in self.numeric.items()
-        ]
-        ids = [
-            [known.get(labels.as_text(value), unknown) for value in rows[key].tolist()]
-            for key, unknown, known in self._ids
-        ]
+        numbers = [self._standardised(key, rows[key]) for key in self.numeric]
+        ids = [[_id_of(value, known, unknown) for value in rows[key]] for key, unknown, known in self._ids]
         if numbers:
             out["numeric"] = np.stack(numbers, 1).astype(np.float32)
         if ids:
             out["categorical"] = np.stack([np.array(column, np.int32) for column in ids], 1)
         return out
+
+    def _standardised(self, key: str, values: np.ndarray) -> np.ndarray:
+        fill, mean, deviation = self.numeric[key]
+        out = (np.where(np.isnan(values), fill, values) - mean) / deviation
+        if len(far := np.flatnonzero(~(np.abs(out) <= cells.LARGEST))):
+            raise InputError(
+                f"column {key!r} has {values[far[0]]}, which is not finite or too many standard deviations "
+                f"({deviation:.3g}) from the training rows' mean ({mean:.3g}) for float32; correct it"
+            )
+        return out
+
+
+def _id_of(value: Any, known: Mapping[str, int], unknown: int) -> int:
+    """The id of a category; spaces around one that is not known as it stands do not count."""
+    text = labels.as_text(value)
+    return known[text] if text in known else known.get(text.strip(), unknown)
 
 
 def kinds(config: Config, features: Mapping[str, sources.Feature]) -> tuple[list[str], list[str]]:
@@ -121,7 +135,7 @@ def fit(config: Config, source: sources.Source) -> Columns:
         numeric[key] = [float(np.median(known)), *_scale(filled)]
     vocabulary = {}
     for key in categories:
-        counts = collections.Counter(map(labels.as_text, labels.column(source, key).tolist()))
+        counts = collections.Counter(map(labels.as_text, labels.column(source, key)))
         vocabulary[key] = sorted(name for name, count in counts.items() if count >= config.data.min_count)
     scale = [0.0, 1.0]
     if config.task.name == "regress":
@@ -162,8 +176,8 @@ def fitted(config: Config, workdir: pathlib.Path | None = None, facts: Facts | N
 class Encoded:
     """A source's rows as `numeric` [B, N] and `categorical` [B, C], beside label and group."""
 
-    def __init__(self, config: Config, source: sources.Source, columns: Columns) -> None:
-        self._source, self._columns, d = source, columns, config.data
+    def __init__(self, config: Config, source: sources.Source, columns: Columns, where: labels.Where) -> None:
+        self._source, self._columns, self._where, d = source, columns, where, config.data
         wanted = [*columns.numeric, *columns.categories]
         there = [key for part in kinds(config, source.features) for key in part]
         if difference := fitted_lib.difference(sorted(wanted), sorted(there), "columns"):
@@ -179,8 +193,17 @@ class Encoded:
         return len(self._source)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Raises InputError for a number that cannot be encoded; the message names its row."""
         rows = self._source.read(indices)
-        return {key: rows[key] for key in self._keep} | self._columns.encode(rows)
+        try:
+            return {key: rows[key] for key in self._keep} | self._columns.encode(rows)
+        except InputError:
+            for at, index in enumerate(indices.tolist()):
+                try:
+                    self._columns.encode({key: column[at : at + 1] for key, column in rows.items()})
+                except InputError as error:
+                    raise InputError(f"{self._where(index)}: {error}") from None
+            raise
 
 
 def prepare(config: Config, columns: Columns, weights: np.ndarray | None) -> Any:
