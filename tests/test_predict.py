@@ -278,7 +278,7 @@ def test_a_number_is_read_exactly_or_refused(trained, age, message):
     if message is None:
         assert np.isfinite(trained.predict(rows)[0][1]["probability"])
         return
-    with pytest.raises(InputError, match="^input 1: age is ") as caught:
+    with pytest.raises(InputError, match=r"^input 1: age is ") as caught:
         trained.predict(rows)
     assert message in str(caught.value)
 
