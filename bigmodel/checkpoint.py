@@ -42,7 +42,7 @@ from orbax.checkpoint import type_handlers
 
 from bigmodel import digests
 from bigmodel.config import InputError
-from bigmodel.manifest import CorruptCheckpoint, ManifestHandler, ManifestSave
+from bigmodel.manifest import CorruptCheckpoint, Manifest, ManifestHandler, ManifestSave
 from bigmodel.manifest import read as _read_manifest
 
 log = logging.getLogger("bigmodel")
@@ -197,15 +197,22 @@ class Checkpoints:
 
         Raises: InputError if that step's paths, shapes or dtypes are not the spec's.
         """
+        step, manifest = self._newest()
+        if step is None:
+            return {}
+        _compare(digests.flatten(state_spec)[0], manifest["arrays"], "", self.directory / str(step))
+        return dict(manifest["meta"])
+
+    def newest_meta(self) -> dict[str, Any]:
+        """The meta of the newest step whose manifest is sound; {} if there is none."""
+        return dict(self._newest()[1].get("meta", {}))
+
+    def _newest(self) -> tuple[int | None, Manifest]:
+        """The newest step whose manifest is sound; `restore` warns of others, and falls back alike."""
         for step in reversed(self.steps()):
-            root = self.directory / str(step)
-            try:
-                manifest = _read_manifest(root)
-            except CorruptCheckpoint:
-                continue  # `restore` warns of it, and falls back alike
-            _compare(digests.flatten(state_spec)[0], manifest["arrays"], "", root)
-            return dict(manifest["meta"])
-        return {}
+            with suppress(CorruptCheckpoint):
+                return step, _read_manifest(self.directory / str(step))
+        return None, {}
 
     def spec(self, part: str, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
         """What the newest step holds of a subtree such as "params": a flat {path inside it: spec}.

@@ -278,7 +278,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value in a, value in b), for every key that differs."""
-    flat_a, flat_b = _flatten(to_dict(a)), _flatten(to_dict(b))
+    flat_a, flat_b = flatten(to_dict(a)), flatten(to_dict(b))
     keys = sorted(flat_a.keys() | flat_b.keys())
     pairs = {key: (flat_a.get(key), flat_b.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -313,10 +313,11 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {dotted key: value}."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
 
 
@@ -328,7 +329,7 @@ def _check(config: Config) -> None:
 
 def _problems(config: Config) -> Iterable[tuple[str, str]]:
     c = config
-    yield from ranges.size_problems(_flatten(to_dict(c)))
+    yield from ranges.size_problems(flatten(to_dict(c)))
     counts = {
         "batch_size": c.batch_size,
         "log.every_steps": c.log.every_steps,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, mesh, parameters, program, workdir
+from bigmodel import data, fingerprint, mesh, parameters, program, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError, Mesh
 from bigmodel.data.text import Tokenizer, special_id
@@ -41,6 +41,9 @@ def load(
         devices = devices[: np.gcd(len(devices), config.batch_size)]
     built = program.build(config, mesh.make_mesh(config, devices), data.batch_spec(config, path))
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        meta = checkpoints.newest_meta() if step is None else checkpoints.meta(step)
+        if "config" in meta:
+            fingerprint.refuse_other_config(meta["config"], built.config, path / "config.json")
         params, step = parameters.restore(checkpoints, config, built.state_spec["params"], step)
         rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
     return built, {"params": params, "rest": rest}

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import data, distill, log, program, transfer, workdir
+from bigmodel import data, distill, fingerprint, fitted, log, program, transfer, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
+from bigmodel.data import Pipeline
 from bigmodel.plan import estimate
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State
@@ -41,27 +42,59 @@ def check_resume(path: pathlib.Path, resume: Resume) -> None:
         )
 
 
+def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
+    """Makes sure that the hosts of a job were started alike, before anything is made. What an earlier start
+    fitted, without saving a step, is forgotten: the data may have changed.
+
+    Raises:
+        InputError: the workdir is not what `resume` asks for; on every host, that they differ.
+    """
+    check_resume(path, resume)
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        newest = checkpoints.latest()
+    if newest is None and jax.process_index() == 0:
+        fitted.forget(path)
+    about = {"--resume": resume, "newest checkpoint": newest, "jax": jax.__version__}
+    fingerprint.same_on_all_hosts(config_lib.flatten(config_lib.to_dict(config)) | about)
+
+
+def agree_on_data(train: Pipeline, held_out: Pipeline) -> None:
+    """Makes sure that all hosts read the same data. Raises InputError on every host where they do not."""
+    pairs = {f"{pipeline.fingerprint()['split']} data: {key}": value
+             for pipeline in (train, held_out) for key, value in pipeline.fingerprint().items()}  # fmt: skip
+    fingerprint.same_on_all_hosts(pairs)
+
+
 def compare_with_last(
-    built: Program, path: pathlib.Path, checkpoints: Checkpoints, fingerprint: Mapping[str, Any]
+    built: Program, path: pathlib.Path, checkpoints: Checkpoints, pipeline: Mapping[str, Any]
 ) -> None:
-    """Refuses another model or other data than the checkpoint's; tells which other settings changed.
+    """Refuses another model, other numerics or other data than the checkpoint's; tells which other settings
+    changed.
 
     Args:
-        fingerprint: of the training data.
+        pipeline: the fingerprint of the training data.
     """
-    if transfer.is_imported(checkpoints) or not (meta := checkpoints.check(built.state_spec)):
+    if transfer.is_imported(checkpoints) or not (meta := checkpoints.newest_meta()):
         return
-    was, now = meta["pipeline"], fingerprint
-    for key in sorted(was.keys() | now.keys()):
-        if was.get(key) != now.get(key):
-            raise InputError(
-                f"--workdir={path} was trained on other data: {key} was {was.get(key)}, "
-                f"now {now.get(key)}; use the same data, seed and batch_size, or a new --workdir"
-            )
-    if (path / "config.json").exists():
-        old = workdir.read_config(path)
-        for key, (before, after) in config_lib.difference(old, built.config).items():
+    was = meta.get("config") or _written(path)
+    try:
+        checkpoints.check(built.state_spec)
+    except InputError as error:
+        raise InputError(f"{error}{fingerprint.told(was, built.config)}") from error
+    if "pipeline" in meta:
+        fingerprint.refuse_other_data(meta["pipeline"], pipeline, path)
+    if was:
+        for key, (before, after) in fingerprint.refuse_other_config(was, built.config, path).items():
             log.say(f"config    {key}: was {before}, now {after}")
+
+
+def _written(path: pathlib.Path) -> dict[str, Any]:
+    """config.json of a run whose checkpoints hold no config, as those of older versions."""
+    try:
+        return config_lib.to_dict(workdir.read_config(path))
+    except InputError as error:
+        log.say(f"config    not compared with the last one: {error}")
+        return {}
 
 
 def initial_state(built: Program, path: pathlib.Path, checkpoints: Checkpoints) -> State:

@@ -22,7 +22,20 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, disk, ending, evaluate, hardware, ledger, log, mesh, optim, start, workdir
+from bigmodel import (
+    data,
+    disk,
+    ending,
+    evaluate,
+    fingerprint,
+    hardware,
+    ledger,
+    log,
+    mesh,
+    optim,
+    start,
+    workdir,
+)
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config
 from bigmodel.data import Pipeline, Prefetch
@@ -77,17 +90,18 @@ def run(
     end = end or ending.Ending()
     mesh.join_cluster()
     end.join()
-    the_mesh = mesh.make_mesh(config)
-    spent.watch(the_mesh.local_devices)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fits.reporting())
         first = jax.process_index() == 0
         path = stack.enter_context(workdir.claim(directory)) if first else workdir.local(directory)
         with spent.timing("start"):
-            start.check_resume(path, resume)
+            start.agree(config, path, resume)
+            the_mesh = mesh.make_mesh(config)
+            spent.watch(the_mesh.local_devices)
             rows = mesh.host_rows(the_mesh, config.batch_size)
             train_data = data.make_pipeline(config, "train", path, **rows)
             eval_data = data.make_pipeline(config, "eval", path, **rows)
+            start.agree_on_data(train_data, eval_data)
             the_program = start.build(config, the_mesh)
         return Run(the_program, path, train_data, eval_data, spent, end, force).train(stack)
 
@@ -114,6 +128,7 @@ class Run:
             )
         )
         start.compare_with_last(self.program, self.path, checkpoints, self.train_data.fingerprint())
+        self.train_data.keep_facts()
         # Compiled before any array exists: what the step takes is known then. A run that is done needs none.
         compiled = None if (checkpoints.latest() or 0) >= config.steps else self._compile()
         with self.ledger.timing("restore"):
@@ -309,7 +324,8 @@ class Loop:
 
     def _save(self, step: int) -> None:
         with self.ledger.timing("checkpoint"):
-            self.checkpoints.save(step, self.state, {"pipeline": self.run_.train_data.fingerprint()})
+            meta = fingerprint.of(self.config, self.run_.train_data.fingerprint())
+            self.checkpoints.save(step, self.state, meta)
         self.saved = step
         self.write_ledger()
 

@@ -26,7 +26,7 @@ def write(path: pathlib.Path, rows: list[list[Any]]) -> pathlib.Path:
 def kept(directory: pathlib.Path, config: Config) -> pathlib.Path:
     """A run that keeps its facts."""
     run = saved(directory, config)
-    make_pipeline(config, "train", run, process_index=0, process_count=1)
+    make_pipeline(config, "train", run, process_index=0, process_count=1).keep_facts()
     return run
 
 
@@ -187,7 +187,7 @@ def test_labelled_texts_need_no_training_file_after_training(tmp_path):
     config = tiny("rnn", data__name=name, model__vocab_size=300, model__num_classes=2, batch_size=4,
                   data__tokenizer="bpe:280", **keys)  # fmt: skip
     run = saved(tmp_path / "run", config)
-    make_pipeline(config, "train", run)
+    make_pipeline(config, "train", run).keep_facts()
     before, _ = Predictor.load(run).predict(["a film", "no film"])
     (tmp_path / "r.csv").unlink()
     assert Predictor.load(run).predict(["a film", "no film"])[0] == before

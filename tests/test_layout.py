@@ -29,7 +29,7 @@ ORDER = """
     data/cells
     data/delimited
     data/sources | data/randaugment
-    data/pretrained
+    data/pretrained | data/token_cache
     data/transforms
     data/text | data/objectives | data/balance | data/labels
     data/facts
@@ -54,7 +54,7 @@ ORDER = """
     digests
     manifest
     checkpoint
-    parameters
+    parameters | fingerprint
     distill
     huggingface/files | huggingface/layouts
     huggingface/configs

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,17 +31,19 @@ def config_of(corpus: str, **overrides: Any) -> Config:
     return tiny("gpt", **keys | overrides)
 
 
-def two_processes(config: Config, directory: pathlib.Path, path: pathlib.Path) -> list[subprocess.Popen[str]]:
+def two_processes(
+    config: Config, directory: pathlib.Path, path: pathlib.Path, *flags: str, **env: str
+) -> list[subprocess.Popen[str]]:
+    """Args: flags, env: what the second process gets beside what both get."""
     flag = config_flag(config, directory)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
-    return [
-        start_script("train.py", flag, f"--workdir={path}", env={**shared, "JAX_PROCESS_ID": str(index)})
-        for index in (0, 1)
-    ]
+    devices = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": devices}
+    both = ("train.py", flag, f"--workdir={path}")
+    first = start_script(*both, env={**shared, "JAX_PROCESS_ID": "0"})
+    return [first, start_script(*both, *flags, env={**shared, "JAX_PROCESS_ID": "1", **env})]
 
 
 def finish_both(processes: list[subprocess.Popen[str]], limit_s: float = 150) -> list[tuple[int, str, str]]:
@@ -82,6 +86,32 @@ def test_bad_input_stops_both(corpus, tmp_path):
     results = finish_both(two_processes(config_of(corpus, mesh__data=4), tmp_path, tmp_path / "run"), 60)
     assert [code for code, _, _ in results] == [2, 2], results
     assert all("mesh.data=4" in err for _, _, err in results)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--config.optim.lr=0.5"], r"optim\.lr is 0\.002 on host 0, 0\.5 on host 1"),
+        ([], r"train data: num_examples is \d+ on host 0, \d+ on host 1; train data: source is .text/train"),
+    ],
+)
+def test_hosts_that_differ_are_stopped_alike_before_the_first_step(corpus, tmp_path, flags, named):
+    """Without a flag: both are told of one glob, under which they find other files."""
+    for home, count in (("first", 9), ("second", 6)):
+        (tmp_path / home).mkdir()
+        for file in sorted(pathlib.Path(corpus.removeprefix("text:")).parent.iterdir())[:count]:
+            shutil.copy(file, tmp_path / home)
+    config = config_of("text:~/*.txt" if not flags else corpus)
+    os.environ["HOME"], before = str(tmp_path / "first"), os.environ["HOME"]
+    try:
+        processes = two_processes(config, tmp_path, tmp_path / "run", *flags, HOME=str(tmp_path / "second"))
+    finally:
+        os.environ["HOME"] = before
+    results = finish_both(processes, 60)
+    assert [code for code, _, _ in results] == [2, 2], results
+    for _, _, err in results:
+        assert re.search(named, err), err
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.fault

@@ -5,7 +5,7 @@ import pytest
 
 from bigmodel import config as configs
 from bigmodel.config import InputError
-from bigmodel.data import text
+from bigmodel.data import text, token_cache
 
 DOCUMENTS = [
     b"hello world\n",
@@ -163,6 +163,56 @@ def test_the_stream_is_encoded_once_and_a_cut_file_again():
     other = text.token_stream(Memory([b"other"], "other"), tokenizer)
     assert len(other) == 7
     assert not list(text.cache_dir().glob(".tokens-*"))  # nothing half-written stays
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("where", [1, 70_001, -2])
+def test_an_overwritten_token_file_is_made_anew_with_a_word(own_cache, caplog, where):
+    """Its first and last id stay, as another corpus' would be."""
+    documents = [bytes([65 + i % 26]) * 90 for i in range(900)]
+    first = np.array(text.token_stream(Memory(documents), text.Bytes()))
+    (path,) = own_cache.glob("tokens-*.bin")
+    ids = np.fromfile(path, np.uint16)
+    ids[where] = 77 if ids[where] != 77 else 78
+    path.write_bytes(ids.tobytes())
+    with caplog.at_level("WARNING", "bigmodel"):
+        stream = text.token_stream(Memory(documents), text.Bytes())
+    np.testing.assert_array_equal(stream, first)
+    assert "is not what was written" in caplog.text
+    assert "made anew" in caplog.text
+    np.testing.assert_array_equal(np.fromfile(path, np.uint16), first)
+
+
+def test_a_large_token_file_is_checked_where_it_is_read(own_cache, monkeypatch):
+    monkeypatch.setattr(token_cache, "CHECKED_AT_OPEN", 0)
+    documents = [bytes([65 + i % 26]) * 90 for i in range(3000)]
+    first = np.array(text.token_stream(Memory(documents), text.Bytes()))
+    (path,) = own_cache.glob("tokens-*.bin")
+    ids = np.fromfile(path, np.uint16)
+    ids[50_000:60_000] = ids[50_000:60_000][::-1]
+    path.write_bytes(ids.tobytes())
+    packed = text.Packed(text.token_stream(Memory(documents), text.Bytes()), text.Bytes(), 100)
+    row = packed.read(np.array([0, 200, 1900, len(packed) - 1]))
+    np.testing.assert_array_equal(row["tokens"][1], first[20_000:20_100])
+    with pytest.raises(InputError, match=r"tokens-.*block 1 is not what was written.*start again"):
+        packed.read(np.array([3, 550]))
+    stream = text.token_stream(Memory(documents), text.Bytes())
+    packed = text.Packed(stream, text.Bytes(), 100)
+    every = packed.read(np.arange(len(packed)))
+    np.testing.assert_array_equal(every["targets"][every["segments"] > 0], first[1:])
+    assert stream.checked.all()
+
+
+@pytest.mark.parametrize("lost", ["tokens-*.crc", "tokens-*.bin"])
+def test_half_a_token_file_is_made_anew(own_cache, lost):
+    first = np.array(text.token_stream(Memory(), text.Bytes()))
+    next(own_cache.glob(lost)).write_bytes(b"")
+    np.testing.assert_array_equal(text.token_stream(Memory(), text.Bytes()), first)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, infer, mesh, program, workdir
+from bigmodel import data, fingerprint, infer, mesh, program, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.program import Program
@@ -84,7 +84,7 @@ def save(model: Trained, directory: pathlib.Path) -> None:
     if state is None:
         state = program.start(model.program, model.params, model.rest, jax.random.key(model.config.seed))
     with Checkpoints(directory / "checkpoints", async_save=False) as checkpoints:
-        checkpoints.save(model.step, state, {"pipeline": pipeline.fingerprint()})
+        checkpoints.save(model.step, state, fingerprint.of(model.config, pipeline.fingerprint()))
 
 
 def eval_data(model: Trained) -> data.Pipeline:

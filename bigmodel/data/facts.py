@@ -57,6 +57,12 @@ class Facts:
             self._new[name] = make()
         return self._new[name]
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the workdir was trained in, but keeps no facts yet."""
+        steps = self.workdir / "checkpoints" if self.workdir else None
+        return not self._kept and steps is not None and steps.is_dir() and any(steps.iterdir())
+
     def keep(self) -> None:
         """Writes the facts that were made, for those who read this workdir later."""
         if self.workdir:

@@ -43,6 +43,7 @@ class Pipeline:
         process_index: int,
         process_count: int,
         class_names: tuple[str, ...] = (),
+        fitted: Facts | None = None,
     ) -> None:
         """Use `make_pipeline`. `seed` None: in order; `max_batches` None: no end, else so many at most.
 
@@ -52,7 +53,8 @@ class Pipeline:
         self._facts = {**parts.facts, **facts}
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
-        self.num_examples, self.class_names = len(self._examples), class_names
+        self.num_examples = len(self._examples)
+        self.class_names, self._fitted = class_names, fitted
         self._len = sys.maxsize if max_batches is None else max_batches
         self._order = (parts.order or _order(self.num_examples, seed)) if max_batches is None else None
 
@@ -116,6 +118,11 @@ class Pipeline:
         shapes["mask"] = ((), np.dtype(np.float32))
         return {k: jax.ShapeDtypeStruct((self._batch_size, *s), d) for k, (s, d) in shapes.items()}
 
+    def keep_facts(self) -> None:
+        """Writes into the workdir what was fitted to the data; the first process alone does."""
+        if self._fitted and jax.process_index() == 0:
+            self._fitted.keep()
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides the order and the content of the batches, for JSON; not the number of hosts."""
         return {**self._facts, "batch_size": self._batch_size, "num_examples": self.num_examples}
@@ -135,7 +142,8 @@ def make_pipeline(
         split: `train` reads `data.split` and shuffles; `eval` reads `data.eval_split` in order, at most
             `eval.batches` batches; the last one is filled up with rows whose `mask` is 0.
         workdir: where what training fits (facts.py, a tokenizer) is kept, and read from later; training
-            data that disagree with it are refused.
+            data that disagree with it are refused. One of an older version, which has checkpoints and no
+            facts, gets them by `keep_facts`, when the data are seen to be those that it was trained on.
         process_index, process_count: this host; None asks JAX.
 
     Raises:
@@ -158,15 +166,13 @@ def make_pipeline(
         )
     shuffle = split == "train" and config.data.shuffle
     seed = _shuffle_seed(config.seed) if shuffle else None
-    if split == "train" and jax.process_index() == 0:
-        facts.keep()
     about = {
         "name": config.data.name,
         "split": name,
         "shuffle": shuffle,
         "seed": config.seed if shuffle else None,
     }
-    return Pipeline(
+    made = Pipeline(
         parts,
         facts=about,
         batch_size=config.batch_size,
@@ -175,7 +181,11 @@ def make_pipeline(
         process_index=index,
         process_count=count,
         class_names=class_names,
+        fitted=facts if split == "train" else None,
     )
+    if not facts.is_late:
+        made.keep_facts()
+    return made
 
 
 def batch_spec(config: Config, workdir: pathlib.Path | None = None) -> dict[str, jax.ShapeDtypeStruct]:

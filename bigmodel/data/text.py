@@ -23,6 +23,7 @@ import numpy as np
 
 from bigmodel import fitted
 from bigmodel.config import Config, InputError
+from bigmodel.data import token_cache
 from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.sources import Source, open_source
 from bigmodel.disk import locked, write_atomically
@@ -32,7 +33,7 @@ log = logging.getLogger("bigmodel")
 SEPARATOR = "<|endoftext|>"
 CHUNK_BYTES = 4 << 20  # text encoded at once: bounds memory, keeps the cores busy
 LONGEST_TOKEN_BYTES = 128  # so that the bytes of a token fit uint8
-FORMAT = 1  # of the token files in the cache
+FORMAT = 2  # of the token files in the cache
 
 
 class Tokenizer(Protocol):
@@ -256,25 +257,23 @@ class _Column:
 def token_stream(source: Source, tokenizer: Tokenizer, *, cache: bool = True) -> np.ndarray:
     """All documents as one array of ids (N,), uint16 or uint32: `SEP d1 SEP ... dn SEP`.
 
-    With `cache` it is a file mapped into memory, encoded once for each (source, tokenizer).
+    With `cache` it is a file mapped into memory, encoded once for each (source, tokenizer); one that is not
+    as it was written is made anew.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     if not cache:
         return np.concatenate([chunk.astype(dtype) for chunk in _encoded(source, tokenizer)])
     path = cache_dir() / f"tokens-{_digest(FORMAT, source.fingerprint, tokenizer.fingerprint)}.bin"
     with locked(path.with_suffix(".lock")):
-        if not _is_whole(path, dtype, tokenizer.separator):
-            chunks = _encoded(source, tokenizer)
-            write_atomically(path, lambda file: [file.write(c.astype(dtype).tobytes()) for c in chunks])
-    return np.memmap(path, dtype, "r")
-
-
-def _is_whole(path: pathlib.Path, dtype: np.dtype, separator: int) -> bool:
-    """The file is there and ends as a stream does (a rename is atomic, a copied cache may be cut short)."""
-    if not path.is_file() or path.stat().st_size < 2 * dtype.itemsize or path.stat().st_size % dtype.itemsize:
-        return False
-    ends = np.memmap(path, dtype, "r")[[0, -1]]
-    return bool((ends == separator).all())
+        found = token_cache.open_checked(path, dtype)
+        if isinstance(found, str):
+            if found:
+                log.warning("%s is not used: %s; it is made anew", path, found)
+            token_cache.write(path, (chunk.astype(dtype) for chunk in _encoded(source, tokenizer)))
+            found = token_cache.open_checked(path, dtype)
+        if isinstance(found, str):
+            raise InputError(f"{path} cannot be read back: {found or 'it is gone'}; check the disk")
+    return found
 
 
 def _encoded(source: Source, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -317,7 +316,10 @@ class Packed:
     """The windows of a token stream, by index."""
 
     def __init__(self, stream: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> None:
-        """Args: stream: (N,) ids; seq_len: L."""
+        """Args: stream: (N,) ids; a file's are checked as they are read; seq_len: L."""
+        self._file = stream if isinstance(stream, token_cache.TokenFile) else None
+        if self._file is not None:
+            self._file.check(np.array([len(stream) // seq_len * seq_len]), np.array([len(stream) - 1]))
         self._separator, self._token_bytes = tokenizer.separator, tokenizer.token_bytes
         self._seq_len = seq_len
         targets = len(stream) - 1
@@ -344,6 +346,9 @@ class Packed:
         """
         window = np.tile(self._last, (len(indices), 1))
         full = np.asarray(indices) < self._full
+        if self._file is not None:
+            first = np.asarray(indices)[full] * self._seq_len
+            self._file.check(first, first + self._seq_len)
         if self._windows is not None:
             window[full] = self._windows[indices[full]]
         if (largest := window.max(initial=0)) >= len(self._token_bytes):
