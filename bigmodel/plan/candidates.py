@@ -184,7 +184,8 @@ def _moved(config: Config, mesh: Mesh, costs: Costs, held: _Held) -> tuple[float
     stream = tokens * c.width * compute_size
     passes = c.depth * (6 if config.remat == "full" else 4)
     exposed = passes * (time_s("all-gather", "tensor", stream) + time_s("reduce-scatter", "tensor", stream))
-    exposed += 4 * c.depth * time_s("all-to-all", "expert", stream) if getattr(c, "experts", 0) else 0.0
+    if getattr(c, "experts", 0):  # there and back, forward and backward: every token to each of its experts
+        exposed += 4 * c.depth * time_s("all-to-all", "expert", stream * c.experts_per_token)
     return hidden, exposed
 
 

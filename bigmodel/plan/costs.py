@@ -32,7 +32,9 @@ NVLINK = 0.8  # of the datasheet's bandwidth, NCCL on large messages
 HOST_BYTES_PER_S = 24e9  # a device's share of its host's PCIe, one way: 3/4 of PCIe 4 x16
 LAUNCH_S = {"tpu": 1e-6, "gpu": 3e-6}  # what starting any kernel takes
 HOP_S = 1e-6  # a step of a ring
-ROUNDS = {"all-reduce": 2.0, "all-to-all": 0.25}  # of a ring's traffic, relative to an all-gather's
+# What passes a link of a ring, relative to an all-gather of the same bytes a device.
+ROUNDS = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "collective-broadcast": 1.0}
+ALL_TO_ALL = ("all-to-all", "ragged-all-to-all")  # these depend on the shape: `ChipCosts._all_to_all_s`
 
 
 class ChipCosts:
@@ -78,16 +80,45 @@ class ChipCosts:
         group = transfer.group or tuple(range(len(self.places)))
         places = [self.places[index] for index in group]
         inside, outside, ways = self._bandwidths(places)
-        rounds, n = ROUNDS.get(transfer.kind, 1.0), len(group)
+        n = len(group)
         if transfer.kind == "collective-permute":
             return transfer.bytes / (outside if ways == n else inside) + HOP_S
-        within = n // ways
+        if transfer.kind in ALL_TO_ALL:
+            return self._all_to_all_s(transfer.bytes, places)
+        rounds, within = ROUNDS[transfer.kind], n // ways
         seconds = (
             rounds * transfer.bytes * (within - 1) / within / inside + within * HOP_S if within > 1 else 0
         )
         if ways > 1:  # every device takes its own part across
             seconds += rounds * transfer.bytes / within * (ways - 1) / ways / outside + ways * 10 * HOP_S
         return seconds
+
+    def _all_to_all_s(self, moved_bytes: float, places: list[tuple[int, ...]]) -> float:
+        """Seconds until every device of a group has given each its part of its `moved_bytes`.
+
+        NVSwitch: every GPU sends at its full rate, as in an all-gather. Torus: half of everything crosses the
+        middle of a dimension, so a full ring of n takes n / 4 times an all-gather of the same bytes a device
+        (https://jax-ml.github.io/scaling-book/sharding, whose n / 4 less is of the global array).
+        """
+        _, outside, ways = self._bandwidths(places)
+        n, chip = len(places), self.chip
+        within = n // ways
+        seconds = moved_bytes * (n - within) / n / outside + ways * 10 * HOP_S if ways > 1 else 0.0
+        if within == 1:
+            return seconds
+        if self.platform == "gpu":
+            inside = chip.link_bytes_per_s * NVLINK
+            return seconds + moved_bytes * (within - 1) / n / inside + within * HOP_S
+        slowest = 0.5  # of two cores of one chip
+        for dimension, size in enumerate(self.target.shape):
+            at = {place[dimension] for place in places}
+            if (extent := len(at)) > 1:
+                apart = (max(at) - min(at)) // (extent - 1)  # groups between share the links
+                closed = extent * apart == size and _wraps(chip, size)
+                across = (extent // 2) * (extent - extent // 2) / extent * apart / (2 if closed else 1)
+                slowest = max(slowest, across)
+        inside = chip.link_bytes_per_s / chip.per_chip
+        return seconds + moved_bytes * within / n * slowest / inside + within * HOP_S
 
     def _bandwidths(self, places: list[tuple[int, ...]]) -> tuple[float, float, int]:
         """-> (bytes/s of one device inside its slice or host, across them, how many of them)."""

@@ -105,7 +105,8 @@ class CpuCosts:
 
     def transfer_s(self, transfer: Transfer) -> float:
         """Measured over all devices; a smaller group moves its share."""
-        rows = self.c.collectives.get(transfer.kind) or self.c.collectives.get("all-gather")
+        kind = transfer.kind.removeprefix("ragged-")
+        rows = self.c.collectives.get(kind) or self.c.collectives.get("all-gather")
         return _interpolate(rows, transfer.bytes) if rows else 0.0
 
     def stream(self, transfer: Transfer) -> str:

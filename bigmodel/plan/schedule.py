@@ -21,7 +21,7 @@ COMPUTE = ("matmul", "attention", "memory", "optimizer")
 SILENT = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "optimization-barrier", "opt-barrier", "add-dependency", "domain",
-    "rng-get-and-update-state",
+    "rng-get-and-update-state", "async-update",
 )  # fmt: skip
 
 
@@ -209,7 +209,11 @@ def _wait(clock: _Clock, under_way: Set[tuple[float, int]]) -> None:
 
 
 def transfer_of(module: Module, computation: str, i: Instruction) -> Transfer | None:
-    """The transfer that an instruction makes or starts, if it is one."""
+    """The transfer that an instruction makes or starts, if it is one.
+
+    Raises:
+        ValueError: a collective that is not of hlo.COLLECTIVES: better no plan than one that leaves it out.
+    """
     if i.opcode in ("copy-start", "slice-start") or (i.opcode == "async-start" and not _inner(module, i)):
         spaces = {shape.space for shape in i.shapes}
         table = module.tables[computation]
@@ -217,8 +221,12 @@ def transfer_of(module: Module, computation: str, i: Instruction) -> Transfer | 
         big = [s for s in i.shapes if s.dims]
         moved = min((s.bytes for s in big), default=0.0)
         return Transfer("offload" if 5 in spaces else "copy", moved)
+    if i.opcode in ("send", "recv"):
+        return _sent(i)
     if base := _collective(i.opcode):
         return _priced(base, i, module.tables[computation])
+    if re.search(r"\b(?:replica_groups|source_target_pairs)=", i.text.split("backend_config=")[0]):
+        raise ValueError(f"{i.name}: the collective {i.opcode} has no price")
     inner = _inner(module, i)
     if inner and (
         i.opcode != "fusion" or _holds(module, i, "AsyncCollectiveStart") or not _has_math(module, i)
@@ -265,15 +273,18 @@ def _ends(module: Module, i: Instruction) -> bool:
 
 
 def _is_async(module: Module, i: Instruction) -> bool:
-    return i.opcode.endswith("-start") or _holds(module, i, "AsyncCollectiveStart")
+    return i.opcode.endswith(("-start", "send", "recv")) or _holds(module, i, "AsyncCollectiveStart")
 
 
 def _priced(kind: str, i: Instruction, table: dict[str, Instruction]) -> Transfer:
     """Bytes of what every device holds after (gather) or before (the others)."""
-    operands = sum(table[o].bytes for o in i.operands if o in table)
+    known = [table[o] for o in i.operands if o in table]
+    if kind == "ragged-all-to-all":
+        known = known[:1]  # then: where it goes, offsets and sizes
+    operands = sum(operand.bytes for operand in known)
     if kind == "all-gather":
-        shapes = i.shapes[1:] if i.opcode.endswith("-start") and len(i.shapes) > 1 else i.shapes
-        size = sum(s.bytes for s in shapes)
+        gathered = i.shapes[len(i.operands) :] if i.opcode.endswith("-start") else ()
+        size = sum(s.bytes for s in gathered or i.shapes)
     else:
         size = operands or i.bytes
     if kind == "collective-permute":
@@ -281,9 +292,17 @@ def _priced(kind: str, i: Instruction, table: dict[str, Instruction]) -> Transfe
     return Transfer(kind, size, first_group(i))
 
 
+def _sent(i: Instruction) -> Transfer:
+    """A send, or a receive: between devices, of which every program has both, the receive's bytes count."""
+    moved = max((s.bytes for s in i.shapes), default=0.0)
+    if "is_host_transfer=true" in i.text:
+        return Transfer("offload", moved)
+    return Transfer("collective-permute", moved if i.opcode == "recv" else 0.0, _pair(i))
+
+
 def _pair(i: Instruction) -> tuple[int, ...]:
     """(source, target) of a permute's first pair; sent against the ring's order, the target comes first."""
-    pairs = re.findall(r"\{(\d+),(\d+)\}", i.attribute(r"source_target_pairs=\{(.*?\})\}") or "")
+    pairs = re.findall(r"\{(\d+),(\d+)\}", i.attribute(r'source_target_pairs="?\{(.*?\})\}') or "")
     if not pairs:
         return ()
     source, target = int(pairs[0][0]), int(pairs[0][1])
