@@ -97,13 +97,13 @@ class Optim:
     end_lr: float = 0.0  # the learning rate at the end, as a fraction of lr
     b1: float = 0.9  # momentum, for sgd, rmsprop, lion and muon too
     b2: float = 0.95
-    eps: float = 1e-8
-    nesterov: bool = False
+    eps: float = 1e-8  # of rmsprop outside the root, as PyTorch has it; TensorFlow's is inside
+    nesterov: bool = False  # adam's is Dozat's (2016), without PyTorch's schedule of b1
     weight_decay: float = 0.0  # decoupled (AdamW) for every optimizer, times the learning rate
-    weight_decay_on: str = r"/(kernel|table)$"  # regex on parameter paths: which ones decay
+    weight_decay_on: str = r"/(kernel(/[ab])?|table)$"  # regex on parameter paths (adapters: /kernel/a, /b)
     l1: float = 0.0  # L1 penalty's coefficient, added as l1 * sign(p) to the gradient
     l2: float = 0.0  # L2 penalty's coefficient (not decoupled), added as l2 * p to the gradient
-    penalty_on: str = r"/(kernel|table)$"  # regex on parameter paths: which ones l1 and l2 touch
+    penalty_on: str = r"/(kernel(/[ab])?|table)$"  # regex on parameter paths: which ones l1 and l2 touch
     clip_norm: float = 1.0  # by global norm; 0: off
     ema_decay: float = 0.0  # exponential moving average of the parameters, used by evaluation; 0: off
     freeze: str = ""  # regex on parameter paths: these stay as they are, without gradient; "": none

@@ -187,7 +187,7 @@ def _direction(o: Optim) -> optax.GradientTransformation:
         return optax.trace(o.b1, o.nesterov) if o.b1 else optax.identity()
     if o.name == "rmsprop":
         momentum = [optax.trace(o.b1, o.nesterov)] if o.b1 else []
-        return optax.chain(optax.scale_by_rms(o.b2, o.eps), *momentum)
+        return optax.chain(optax.scale_by_rms(o.b2, o.eps, eps_in_sqrt=False), *momentum)  # as PyTorch's
     if o.name == "lion":
         return optax.scale_by_lion(o.b1, o.b2)
     if o.name == "adafactor":  # Shazeer and Stern 2018, algorithm 4
@@ -203,12 +203,19 @@ def _direction(o: Optim) -> optax.GradientTransformation:
 
 
 def _matrices(params: Tree) -> Tree:
-    """Which axes Muon multiplies: kernels' last two, convolutions' windows with their inputs; else None."""
+    """The axes of each matrix that Muon makes orthogonal, (those a layer sums over, those of its outputs).
+
+    Kernels [..., inputs, outputs], of which a stack or experts have many; a convolution's window goes with its
+    inputs, a recurrent cell's gates with its outputs; adapters are two matrices. None, which is Adam's: tables,
+    the output layer and whatever is no matrix.
+    """
 
     def numbers(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
         name = mesh.path_str(path)
-        if not name.endswith("/kernel") or name.startswith("head/"):
+        if not re.search("/kernel(/[ab])?$", name) or name.removeprefix("lora/").startswith("head/"):
             return None
+        if re.search(r"(^|/)layers/\d+/(inputs|state)/kernel$", name):  # [inputs, gates, width]
+            return optax.contrib.MuonDimensionNumbers(x.ndim - 3, (x.ndim - 2, x.ndim - 1))
         window = (0, 1) if x.ndim == 4 and "/experts/" not in name else ()
         return optax.contrib.MuonDimensionNumbers((*window, x.ndim - 2), x.ndim - 1)
 

@@ -122,6 +122,108 @@ def test_clipping_is_by_the_norm_of_all_gradients(limit, factor):
     np.testing.assert_allclose(got["a"]["bias"] / got["a"]["kernel"][0], 4 / 3, rtol=1e-6)
 
 
+def test_rmsprop_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start, *grads = rng.normal(size=(6, 5, 3)) * np.logspace(-4, 0, 3)
+    keys = {"name": "rmsprop", "b1": 0.9, "b2": 0.95, "eps": 1e-2, "lr": 0.03}
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    optimizer = torch.optim.RMSprop([theirs], lr=0.03, alpha=0.95, eps=1e-2, momentum=0.9)
+    ours = {"a": {"kernel": jnp.asarray(start, jnp.float32)}}
+    tx = optim.make(plain(**keys))
+    state = tx.init(ours)
+    for grad in grads:
+        theirs.grad = torch.tensor(grad)
+        optimizer.step()
+        update, state = tx.update({"a": {"kernel": jnp.asarray(grad, jnp.float32)}}, state, ours)
+        ours = optax.apply_updates(ours, update)
+    np.testing.assert_allclose(ours["a"]["kernel"], theirs.detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def newton_schulz(g: np.ndarray) -> np.ndarray:
+    """Jordan et al. 2024: five steps of the quintic iteration on g [M, N], in float64."""
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+MATRICES = {  # path -> shape, how many matrices of [inputs, outputs]
+    "layers/0/inputs/kernel": ((6, 4, 5), 1, (6, 20)),
+    "layers/1/state/kernel": ((5, 3, 5), 1, (5, 15)),
+    "convs/0/kernel": ((3, 2, 4, 7), 1, (24, 7)),
+    "blocks/mlp/up/kernel": ((2, 8, 12), 2, (8, 12)),
+    "blocks/mlp/experts/down/kernel": ((2, 3, 12, 8), 6, (12, 8)),
+    "blocks/0/mlp/experts/down/kernel": ((3, 12, 8), 3, (12, 8)),
+    "lora/blocks/attention/q/kernel/a": ((2, 8, 3), 2, (8, 3)),
+    "lora/blocks/attention/q/kernel/b": ((2, 3, 8), 2, (3, 8)),
+}
+ADAMS = {
+    "embed/table": (9, 4),
+    "head/kernel": (4, 9),
+    "lora/head/kernel/a": (4, 2),
+    "blocks/norm/scale": (2, 8),
+}
+
+
+def test_muon_makes_each_matrix_orthogonal_that_a_layer_multiplies():
+    rng = np.random.default_rng(0)
+    shapes = {path: shape for path, (shape, _, _) in MATRICES.items()} | ADAMS
+    grads = mesh.nest({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
+    got = by_path(updates(plain(name="muon", b1=0.9, lr=1.0), grads, jax.tree.map(np.zeros_like, grads)))
+    for path, (shape, count, size) in MATRICES.items():
+        each = np.float64(by_path(grads)[path]).reshape(count, *size)
+        expected = np.stack([newton_schulz(g) for g in each]) * -0.2 * max(size) ** 0.5
+        np.testing.assert_allclose(got[path].reshape(each.shape), expected, atol=2e-5, err_msg=path)
+        assert got[path].shape == shape
+    for path in ADAMS:  # a first step is the gradient's sign
+        np.testing.assert_allclose(got[path], -np.sign(by_path(grads)[path]), rtol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("rnn", {}), ("rnn", {"model__cell": "gru"}), ("moe", {}), ("moe", {"model__scan": False}), ("cnn", {}),
+        ("resnet", {}), ("t5", {}), ("bert", {}), ("vit", {}), ("detector", {}), ("mlp", {}),
+    ],
+)  # fmt: skip
+def test_muons_matrices_are_those_that_layers_say_they_multiply(family, keys):
+    """`SUMS` of each layer: the axes that its product sums over; what is left after them are its outputs."""
+    config = tiny(family, **keys)
+    definition = models.define(config, batch_spec(config))
+    spec = by_path(definition.params_spec)
+    chosen = {
+        mesh.path_str(path): numbers
+        for path, numbers in jax.tree_util.tree_leaves_with_path(
+            optim._matrices(definition.params_spec),
+            is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers),
+        )
+    }
+    assert chosen.keys() == {
+        path for path in spec if path.endswith("/kernel") and not path.startswith("head/")
+    }
+    for path, numbers in chosen.items():
+        rank = len(spec[path].shape)
+        summed = np.atleast_1d(numbers.reduction_axis).tolist()
+        assert summed == [rank + axis for axis in definition.products[path]], path
+        assert np.atleast_1d(numbers.output_axis).tolist() == list(range(max(summed) + 1, rank)), path
+
+
+@pytest.mark.parametrize("keys", [{"weight_decay": 0.1}, {"l2": 0.1}], ids=str)
+def test_adapters_decay_as_the_weights_that_they_adapt_would(keys):
+    """As in PEFT, whose AdamW is given both matrices; not what is frozen, nor biases."""
+    config = tiny("gpt", **PLAIN, lora__rank=2, lora__on="/attention/", lora__train="bias$")
+    config = config_lib.override(config, {f"optim.{key}": value for key, value in keys.items()})
+    spec = models.define(config, batch_spec(config)).params_spec
+    trained, _ = optim.split(config, jax.tree.map(lambda s: np.full(s.shape, 2.0, np.float32), spec))
+    moved = by_path(updates(config, jax.tree.map(np.zeros_like, trained), trained))
+    decayed = {path for path, value in moved.items() if value.any()}
+    assert decayed == {path for path in moved if path.startswith("lora/")}
+    np.testing.assert_allclose(moved[min(decayed)], -0.1 * 0.1 * 2, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "keys", "expected"),
     [

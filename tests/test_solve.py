@@ -60,7 +60,10 @@ def sparsegpt(w: np.ndarray, gram: np.ndarray, share: float, nm: tuple[int, int]
 @pytest.mark.parametrize(
     ("inputs", "pattern"),
     [
-        (72, "2:4"), (264, "2:4"), (131, ""), *(
+        (72, "2:4"),
+        (264, "2:4"),
+        (131, ""),
+        *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in ((128, "2:4"), (96, "1:4"), (160, "4:8"), (210, "2:3"), (192, ""))
         ),
