@@ -194,7 +194,8 @@ def _direction(o: Optim) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
         )
-    # Muon (Jordan et al. 2024) for matrices, Adam for the rest; steps as large as AdamW's (Liu et al. 2025).
+    # Muon (Jordan et al. 2024) for matrices, Adam with Nesterov's momentum for the rest; steps as large as
+    # AdamW's (Liu et al. 2025).
     muon = optax.contrib.muon(
         1.0, beta=o.b1, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2, consistent_rms=0.2,
         muon_weight_dimension_numbers=_matrices,
@@ -205,9 +206,9 @@ def _direction(o: Optim) -> optax.GradientTransformation:
 def _matrices(params: Tree) -> Tree:
     """The axes of each matrix that Muon makes orthogonal, (those a layer sums over, those of its outputs).
 
-    Kernels [..., inputs, outputs], of which a stack or experts have many; a convolution's window goes with its
-    inputs, a recurrent cell's gates with its outputs; adapters are two matrices. None, which is Adam's: tables,
-    the output layer and whatever is no matrix.
+    Kernels [..., inputs, outputs], of which a stack or experts have many; a convolution's window goes with
+    its inputs, a recurrent cell's gates with its outputs; adapters are two matrices. None, and so Adam's:
+    tables, the output layer and whatever is no matrix.
     """
 
     def numbers(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
