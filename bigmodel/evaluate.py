@@ -74,7 +74,7 @@ def run(
 
 # What of a batch `collect` keeps beside the predictions; BESIDE for the tasks that it names.
 LABELS = ("label", "label_scale", "group")
-BESIDE = {"gan": ("image",), "detect": ("boxes", "labels")}
+BESIDE = {"gan": ("image",), "detect": ("boxes", "labels", "crowds")}
 
 
 def collect(program: Program, state: State, pipeline: Pipeline, stop: Callable[[], bool] = never) -> Examples:
@@ -186,8 +186,10 @@ def _detected(
 
 
 def _precision(examples: Examples) -> dict[str, Any]:
-    keys = ("boxes", "labels", "found", "scores", "classes")
-    return metrics.detections(*(examples[key] for key in keys))
+    return metrics.detections(
+        examples["boxes"], examples["labels"], examples["found"], examples["scores"], examples["classes"],
+        crowd_NM=examples.get("crowds"),
+    )  # fmt: skip
 
 
 REPORTS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -162,6 +162,12 @@ def group_gaps(label_NK: np.ndarray, predicted_NK: np.ndarray, group_N: np.ndarr
     }
 
 
+def named(groups: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """The sizes of groups by their names; an id beyond these is of groups that training did not have."""
+    known = dict(enumerate(names))
+    return {known.get(int(group), "unknown to training"): size for group, size in groups.items()}
+
+
 def classification(
     score_NK: np.ndarray, label: np.ndarray, group_N: np.ndarray | None = None, k: int = 5
 ) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def main() -> int:
     args, rest = cli.parse(flags)
     if rest:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
-    from bigmodel import data, evaluate, infer, mesh, pictures, workdir
+    from bigmodel import data, evaluate, infer, mesh, metrics, pictures, workdir
 
     program, state = infer.load(args.workdir, args.step)
     rows = mesh.host_rows(program.mesh, program.config.batch_size)
@@ -41,6 +41,9 @@ def main() -> int:
         examples = evaluate.collect(program, state, pipeline)
         features = evaluate.classifier_features(args.features, program) if args.features else None
         whole = evaluate.report(program, examples, path / "evaluation", pipeline.class_names, features)
+        if group := "gaps" in whole and program.config.data.group:
+            names = data.Facts(program.config, path).names(group)
+            whole["gaps"]["groups"] = metrics.named(whole["gaps"]["groups"], names)
         shown = pictures.save(path / "evaluation", evaluate.shown(program, state, pipeline))
         whole["pictures"] = [*whole.get("pictures", []), *shown]
         workdir.write_json(path / "evaluation.json", values | whole)

@@ -18,7 +18,7 @@ from conftest import ROOT, build, built, by_path, mesh_keys, random_batch, run_s
 from bigmodel import config as config_lib
 from bigmodel import data, detection, evaluate, metrics, tasks, train
 from bigmodel.config import InputError
-from bigmodel.data import make_pipeline, objects, open_source, transforms
+from bigmodel.data import make_pipeline, objects, open_source, sources, transforms
 from bigmodel.data.builders import shapes
 from bigmodel.digests import digest
 from bigmodel.families import Detector
@@ -313,6 +313,31 @@ def test_bad_records_are_named_or_skipped(box, label, count, message):
     batch = objects.Prepare(config, True)(lenient.read(np.arange(3)), np.arange(3))
     np.testing.assert_array_equal(batch["mask"], [1, 0, 1])
     assert (batch["labels"][:, 0] == 0).all()
+
+
+def test_a_crowd_is_no_target_and_is_known_to_evaluation():
+    from tensorflow_datasets import features as kinds
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    inner = {"bbox": kinds.BBoxFeature(), "label": kinds.ClassLabel(num_classes=4), "is_crowd": np.bool_}
+    flat = sources._flat({"image": kinds.Image(), "objects": kinds.Sequence(inner)})
+    assert set(flat) == {"image", "objects/bbox", "objects/label", sources.CROWDS}
+    stored = tf_example_pb2.Example()
+    stored.features.feature[sources.CROWDS].int64_list.value.extend([0, 1])
+    crowds = sources._decoder(flat[sources.CROWDS])(stored.features.feature[sources.CROWDS])
+    np.testing.assert_array_equal(crowds, [0, 1])
+    raw = {key: np.empty(1, object) for key in (*objects.KEYS, sources.CROWDS)}
+    raw["image"][0], raw[sources.CROWDS][0] = np.zeros((32, 32, 3), np.uint8), crowds
+    raw["objects/bbox"][0] = np.array([[0.1, 0.1, 0.5, 0.5], [0.5, 0.5, 1, 1]], np.float32)
+    raw["objects/label"][0], raw["mask"] = np.array([1, 2]), np.ones(1, np.float32)
+    config = tiny("detector", data__max_boxes=4)
+    for training, labels in ((True, [1, -1, -1, -1]), (False, [1, 2, -1, -1])):
+        out = objects.Prepare(config, training)(raw, np.zeros(1, int))
+        assert out["labels"][0].tolist() == labels
+        assert out["crowds"][0].tolist() == [0, int(not training), 0, 0]
+        assert set(out["place_label"][0].tolist()) == {-1, 1}
+    alone = {key: value for key, value in raw.items() if key != sources.CROWDS}
+    assert "crowds" not in objects.Prepare(config, False)(alone, np.zeros(1, int))
 
 
 def test_an_image_that_does_not_decode_is_named(few, monkeypatch):

@@ -83,6 +83,9 @@ def test_gaps_between_groups_by_hand():
     assert gaps["demographic_parity"] == 0.5  # 3 of 4 against 1 of 4
     assert gaps["equalised_odds"] == 0.5  # true positives 1 against 1/2, false positives 1/2 against 0
     assert metrics.group_gaps(label, predicted, np.zeros(8, int))["demographic_parity"] == 0
+    assert metrics.named({"0": 4, "1": 3, "2": 1}, ["0.2", "0.8"]) == {
+        "0.2": 4, "0.8": 3, "unknown to training": 1,
+    }  # fmt: skip
 
 
 def test_a_class_without_examples_has_no_area():

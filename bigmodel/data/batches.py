@@ -243,7 +243,7 @@ def _gan_shapes(config: Config, facts: Facts) -> Shapes:
 
 def _objects(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     d = config.data
-    source = facts.open(split, objects.KEYS)
+    source = facts.open(split, [key for key in (*objects.KEYS, sources.CROWDS) if key in facts.features])
     objects.check(config, source.features)
 
     def where(index: int) -> str:

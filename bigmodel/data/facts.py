@@ -24,7 +24,7 @@ from bigmodel.config import Config, InputError
 from bigmodel.data import labels, sources
 from bigmodel.data.files import Feature
 
-IMAGES = ("image", "objects/bbox", "objects/label")
+IMAGES = ("image", "objects/bbox", "objects/label", sources.CROWDS)
 
 
 class Facts:

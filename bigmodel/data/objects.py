@@ -2,9 +2,10 @@
 detector's grids has to say.
 
 A batch holds `image` float32 [B, H, W, C]; `boxes` float32 [B, M, 4], (y0, x0, y1, x1) in pixels of that
-image, and `labels` int32 [B, M], -1 where there is none. Of the P places of all grids it holds `place_label`
-int32 [B, P], -1 for background, `place_box` float32 [B, P, 4], the box to be given there, and `place_center`
-float32 [B, P], how much in its middle the place is, 1 to 0.
+image, and `labels` int32 [B, M], -1 where there is none. Where the dataset tells crowds it also holds
+`crowds` int32 [B, M], 1 for a box that stands for many objects; training leaves such boxes out. Of the P
+places of all grids it holds `place_label` int32 [B, P], -1 for background, `place_box` float32 [B, P, 4], the
+box to be given there, and `place_center` float32 [B, P], how much in its middle the place is, 1 to 0.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Prepare:
     """Raw records -> the batch's arrays: resized, augmented (training), normalised, with targets."""
 
     def __init__(self, config: Config, train: bool) -> None:
-        self._config = config
+        self._config, self._train = config, train
         self._parts = transforms.parse_augment(config.data.augment) if train else []
         for name, _ in self._parts:
             if name not in (*transforms.WINDOWS, *COLORS):
@@ -76,14 +77,20 @@ class Prepare:
         )
 
     def __call__(self, batch: Mapping[str, np.ndarray], positions: np.ndarray) -> transforms.Batch:
-        columns = (batch[key] for key in KEYS)
-        rows = [self._one(*row) for row in zip(*columns, positions.tolist(), strict=True)]
+        columns = [batch[key] for key in KEYS]
+        crowds = batch.get(sources.CROWDS, [None] * len(positions))
+        rows = [self._one(*row) for row in zip(*columns, crowds, positions.tolist(), strict=True)]
         out = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         d = self._config.data
         return transforms.normalise({**out, "mask": batch["mask"]}, d.mean, d.std)
 
     def _one(
-        self, image: np.ndarray, shares: np.ndarray, labels: np.ndarray, position: int
+        self,
+        image: np.ndarray,
+        shares: np.ndarray,
+        labels: np.ndarray,
+        crowds: np.ndarray | None,
+        position: int,
     ) -> transforms.Batch:
         size = self._config.data.image_size
         boxes = np.clip(shares, 0, 1) * np.array(image.shape[:2] * 2, np.float32)
@@ -93,7 +100,10 @@ class Prepare:
         for name, numbers in self._parts:
             image, boxes, kept = augment(name, image, boxes, rng, numbers, size)
             keep &= kept
-        return {"image": image, **targets(self._config, image.shape[:2], boxes[keep], labels[keep])}
+        if crowds is not None and self._train:
+            keep &= crowds == 0
+        crowds = crowds if crowds is None else crowds[keep]
+        return {"image": image, **targets(self._config, image.shape[:2], boxes[keep], labels[keep], crowds)}
 
 
 def letterbox(image: np.ndarray, boxes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,8 +174,14 @@ def places(model: Detector, size: tuple[int, int]) -> Places:
     return Places(*(np.concatenate(parts).astype(np.float32) for parts in (centers, strides, reaches)))
 
 
-def targets(config: Config, size: tuple[int, ...], boxes: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Boxes [n, 4] and labels [n] of one image -> its part of the batch.
+def targets(
+    config: Config,
+    size: tuple[int, ...],
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    crowds: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Boxes [n, 4], labels [n] and, if the dataset tells, crowds [n] of one image -> its part of the batch.
 
     A place gives the box that it lies in, near the middle (1.5 strides), if the box suits its grid; of
     several the smallest (Tian et al. 2019, section 3.2; the middle is of the authors' later version).
@@ -177,6 +193,9 @@ def targets(config: Config, size: tuple[int, ...], boxes: np.ndarray, labels: np
     where = places(config.model, (size[0], size[1]))
     count = len(where.stride)
     out = {"boxes": out_boxes, "labels": out_labels, "place_label": np.full(count, -1, np.int32)}
+    if crowds is not None:
+        out["crowds"] = np.pad(crowds, (0, most - len(crowds))).astype(np.int32)
+        boxes, labels = boxes[crowds == 0], labels[crowds == 0]
     out |= {"place_box": np.zeros((count, 4), np.float32), "place_center": np.zeros(count, np.float32)}
     if not len(boxes):
         return out
@@ -208,7 +227,8 @@ def shapes(config: Config, facts: Facts) -> Shapes:
     image = check(config, facts.features)
     assert isinstance(config.model, Detector)
     most, count = config.data.max_boxes, len(places(config.model, image[:2]).stride)
-    return {
+    crowds: Shapes = {"crowds": ((most,), np.int32)} if sources.CROWDS in facts.features else {}
+    return crowds | {
         "image": (image, np.float32),
         "boxes": ((most, 4), np.float32),
         "labels": ((most,), np.int32),

@@ -233,11 +233,14 @@ def _features(builder: Any) -> dict[str, Feature]:
             order = feature.feature.bbox_format
             if getattr(order, "value", order) in (None, BOXES):
                 out[key] = Feature((None, 4), "float32")
+        elif key == CROWDS:
+            out[key] = Feature((None,), "int64")
         elif type(feature) in (kinds.Tensor, kinds.Scalar) and _is_number(feature):
             out[key] = Feature(tuple(feature.shape), np.dtype(feature.np_dtype).name)
     return out
 
 
+CROWDS = "objects/is_crowd"  # which boxes stand for many objects, as in COCO
 BOXES = "REL_YXYX"  # (y0, x0, y1, x1) as shares of the image: how TFDS stores boxes, unless it says otherwise
 
 
@@ -249,7 +252,7 @@ def _flat(features: Any) -> dict[str, Any]:
     for key, feature in features.items():
         if isinstance(feature, kinds.Sequence) and isinstance(feature.feature, kinds.FeaturesDict):
             for name, inner in feature.feature.items():
-                if isinstance(inner, kinds.ClassLabel | kinds.BBoxFeature):
+                if isinstance(inner, kinds.ClassLabel | kinds.BBoxFeature) or f"{key}/{name}" == CROWDS:
                     out[f"{key}/{name}"] = kinds.Sequence(inner)
         else:
             out[key] = feature
