@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, fingerprint, mesh, parameters, program, workdir
+from bigmodel import data, fingerprint, mesh, parameters, program, stops, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError, Mesh
 from bigmodel.data.text import Tokenizer, special_id
@@ -128,17 +128,24 @@ class Writer:
         return np.append(ids[: self.decoder.program.config.seq_len - 1], end).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, stop: Sequence[str] = ()) -> tuple[str, bool]:
-        """-> (the answer's text up to its end id or the first of `stop`, whether either is there)."""
+        r"""-> (the answer's text up to its end id or a stop string, whether either is there).
+
+        A stop string with \n or \t as two characters, as shells give it, ends at a line feed or a tab too.
+        """
         ids = list(ids)
         ended = self.decoder.end in ids
         text = self.tokenizer.decode(ids[: ids.index(self.decoder.end)] if ended else ids)
-        places = [at for at in (text.find(word) for word in stop) if at >= 0]
-        return (text[: min(places)], True) if places else (text, ended)
+        before = stops.cut(text, [*stop, *(word.replace("\\n", "\n").replace("\\t", "\t") for word in stop)])
+        return (text, ended) if before is None else (before, True)
 
     def write(
-        self, prompts: Sequence[str], length: int, settings: Sampling = GREEDY, stop: Sequence[str] = ()
+        self,
+        prompts: Sequence[str],
+        length: int,
+        settings: Sampling | Sequence[Sampling] = GREEDY,
+        stop: Sequence[str] = (),
     ) -> list[str]:
-        """The text that follows each prompt, or answers it."""
+        """The text that follows each prompt, or answers it. `settings`: of all, or of each."""
         ended = (lambda row, ids: self.decode(ids, stop)[1]) if any(stop) else None
         answers = generate(self.decoder, [self.encode(text) for text in prompts], length, settings, ended)
         return [self.decode(ids, stop)[0] for ids in answers]

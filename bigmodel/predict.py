@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, infer, mesh, tasks
+from bigmodel import data, image_files, infer, mesh, tasks
 from bigmodel import decoder as decoder_lib
 from bigmodel.config import InputError
 from bigmodel.data import cells, labels, objects, ratings, tables, transforms
 from bigmodel.data.tables import Columns
 from bigmodel.data.text import Tokenizer
 from bigmodel.program import Program, State
+from bigmodel.sampling import GREEDY
 
 Row = dict[str, Any]
 
@@ -57,6 +58,7 @@ class Predictor:
             )
         self.program, self.names, self.tokenizer = program, names, tokenizer
         self.columns, self.ids = columns, ids
+        self.decode_image: Callable[[bytes, int], np.ndarray] = image_files.decode
         self._state = (program.evaluated(state), state["rest"])
         here = mesh.replicated(program.mesh)
         self._forward = jax.jit(self._outputs, out_shardings=here)
@@ -84,32 +86,86 @@ class Predictor:
         key = next(key for key in READERS if key in self.program.batch_spec)
         return {"image": "image", "tokens": "text"}.get(key, "row")
 
+    @property
+    def rows(self) -> int:
+        """How many inputs one pass takes."""
+        return self.program.config.batch_size
+
+    def warm(self) -> None:
+        """Compiles the forward pass, so that no input waits for it."""
+        self._outputs_of([])
+
     def predict(self, inputs: Sequence[Any]) -> tuple[list[Row], int]:
         """-> (a row for each input, how many tokens were read).
 
         Raises:
-            InputError: an input the model cannot read, by its number.
+            InputError: an input the model cannot read or has no finite answer for, by its number.
         """
-        return self._run(inputs, WRITERS[self.program.config.task.name])
+        return self._in_batches(inputs, self.predicted)
 
     def embed(self, inputs: Sequence[Any]) -> tuple[list[list[float]], int]:
         """-> (a vector of length 1 for each text, how many tokens were read): the mean over its hidden states
-        (Reimers and Gurevych 2019). A text is cut at `seq_len`. Raises InputError for a model without any."""
-        rows, count = self._run(inputs, _embedding)
+        (Reimers and Gurevych 2019). A text, or its ids, is cut at `seq_len`.
+
+        Raises:
+            InputError: as `predict`, or for a model without any.
+        """
+        return self._in_batches(inputs, self.embedded)
+
+    def _in_batches(self, inputs: Sequence[Any], run: Callable[..., tuple[list[Any], int]]) -> Any:
+        rows: list[Any] = []
+        tokens, size = 0, self.rows
+        for first in range(0, len(inputs), size):
+            part = [self.read(item, first + row) for row, item in enumerate(inputs[first : first + size])]
+            new, count = run(part, first)
+            rows, tokens = rows + new, tokens + count
+        return rows, tokens
+
+    def read(self, item: Any, number: int = 0) -> dict[str, Any]:
+        """One input -> its arrays of a batch. Raises InputError with its number."""
+        read = next(READERS[key] for key in READERS if key in self.program.batch_spec)
+        try:
+            return read(self, item)
+        except (InputError, ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:
+            raise InputError(f"input {number}: {error}") from error
+
+    def predicted(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[Row], int]:
+        """`predict` of inputs that `read` gave, at most a batch's; numbered from `first` in messages."""
+        return self._written(read, first, WRITERS[self.program.config.task.name])
+
+    def embedded(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[list[float]], int]:
+        """`embed` of inputs that `read` gave, at most a batch's."""
+        rows, count = self._written(read, first, _embedding)
         return [row["embedding"] for row in rows], count
 
-    def _run(self, inputs: Sequence[Any], write: Callable[..., Row]) -> tuple[list[Row], int]:
+    def _written(
+        self, read: Sequence[dict[str, Any]], first: int, write: Callable[..., Row]
+    ) -> tuple[list[Row], int]:
+        each, tokens = self._outputs_of(read)
         rows: list[Row] = []
-        tokens, size = 0, self.program.config.batch_size
-        for first in range(0, len(inputs), size):
-            part = inputs[first : first + size]
-            batch, beside = self._batch(part, first)
-            tokens += int((batch["segments"] > 0).sum()) if "segments" in batch else 0
-            outputs = jax.device_get(self._forward(*self._state, self.program.put(batch)))
-            each = {key: value for key, value in _flat(outputs) if value.ndim and len(value) == size}
-            for index, more in enumerate(beside):
-                rows.append(write(self, {key: value[index] for key, value in each.items()} | more))
+        for index, arrays in enumerate(read):
+            out = {key: value[index] for key, value in each.items()}
+            for key, value in out.items():
+                if value.dtype.kind == "f" and not np.isfinite(value).all():
+                    raise InputError(
+                        f"input {first + index}: the model's {key} is not finite; mend the input if its "
+                        "numbers are far from the training data's, else the run has diverged"
+                    )
+            out |= {key: value for key, value in arrays.items() if key not in self.program.batch_spec}
+            rows.append(write(self, out))
         return rows, tokens
+
+    def _outputs_of(self, read: Sequence[dict[str, Any]]) -> tuple[dict[str, np.ndarray], int]:
+        """-> (the model's outputs for a batch of inputs, how many tokens it read)."""
+        size, spec = self.program.config.batch_size, self.program.batch_spec
+        batch = {key: np.zeros(s.shape, s.dtype) for key, s in spec.items()}
+        batch["mask"] = (np.arange(size) < len(read)).astype(np.float32)
+        for row, arrays in enumerate(read):
+            for key in arrays.keys() & spec.keys():
+                batch[key][row] = arrays[key]
+        tokens = int((batch["segments"] > 0).sum()) if "segments" in batch else 0
+        outputs = jax.device_get(self._forward(*self._state, self.program.put(batch)))
+        return {key: value for key, value in _flat(outputs) if value.ndim and len(value) == size}, tokens
 
     def _outputs(self, params: Any, rest: Any, batch: Any) -> Any:
         with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
@@ -129,46 +185,53 @@ class Predictor:
             wide.pop("logits", None)
         return wide
 
-    def _batch(self, inputs: Sequence[Any], first: int) -> tuple[dict[str, np.ndarray], list[Row]]:
-        """-> (a batch's arrays, what else was learnt of each input); numbered from `first` in messages."""
-        spec = self.program.batch_spec
-        read = next(READERS[key] for key in READERS if key in spec)
-        batch = {key: np.zeros(s.shape, s.dtype) for key, s in spec.items()}
-        batch["mask"] = (np.arange(self.program.config.batch_size) < len(inputs)).astype(np.float32)
-        beside: list[Row] = []
-        for row, item in enumerate(inputs):
-            try:
-                arrays = read(self, item)
-            except (InputError, ValueError, TypeError, KeyError) as error:
-                raise InputError(f"input {first + row}: {error}") from error
-            for key in arrays.keys() & spec.keys():
-                batch[key][row] = arrays[key]
-            beside.append({key: value for key, value in arrays.items() if key not in spec})
-        return batch, beside
-
 
 class Answerer:
-    """A model that writes text, asked for whole answers: greedy, up to what its context holds."""
+    """A model that writes text, asked for entire answers: greedy, up to what its context holds.
 
-    reads = "text"
+    Answers are written `rows` at a time, prompts padded to one of two lengths: so four programs are compiled.
+    """
+
+    reads, rows = "text", 4
 
     def __init__(self, writer: infer.Writer) -> None:
         self.writer = writer
+        most = decoder_lib.context(writer.decoder.program.config)
+        self.length = max(most // 2, 1) if writer.continues else most
+        seq_len = writer.decoder.program.config.seq_len
+        self.paddings = (-(-seq_len // 4), seq_len)
 
-    def predict(self, inputs: Sequence[Any]) -> tuple[list[Row], int]:
-        """Texts, or rows with a column `text` -> ({"text"} for each, how many tokens were read)."""
-        texts: list[str] = []
-        for number, item in enumerate(inputs):
-            text = item.get("text") if isinstance(item, Mapping) else item
-            if not isinstance(text, str):
-                raise InputError(f"input {number}: a text is needed, or a row with a column `text`")
-            texts.append(text)
-        most = decoder_lib.context(self.writer.decoder.program.config)
-        ids = [self.writer.encode(text) for text in texts]
-        answers = self.writer.write(texts, most if not self.writer.continues else max(most // 2, 1))
-        return [{"text": text} for text in answers], sum(map(len, ids))
+    def warm(self) -> None:
+        """Compiles what `predicted` calls."""
+        decoder = self.writer.decoder
+        for padding in self.paddings:
+            prompts = [[0] * padding] * (self.rows + 1)
+            state = decoder.prefill(prompts, [self.length] * len(prompts), [GREEDY] * len(prompts))
+            decoder.decode(state, 1)
 
-    def embed(self, inputs: Sequence[Any]) -> tuple[list[list[float]], int]:
+    def read(self, item: Any, number: int = 0) -> dict[str, Any]:
+        """A text, or a row with a column `text` -> its ids. Raises InputError with its number."""
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise InputError(f"input {number}: a text is needed, or a row with a column `text`")
+        try:
+            return {"ids": self.writer.encode(text)}
+        except (InputError, ValueError) as error:
+            raise InputError(f"input {number}: {error}") from error
+
+    def predicted(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[Row], int]:
+        """At most `rows` inputs that `read` gave -> ({"text"} for each, how many tokens were read)."""
+        prompts = [arrays["ids"] for arrays in read]
+        longest = max(map(len, prompts))
+        padding = next((p for p in self.paddings if p >= longest), self.paddings[-1])
+        unused = self.rows + 1 - len(prompts)  # of which one makes the prompts' padding
+        lengths = [self.length] * len(prompts) + [0] * unused
+        filled = prompts + [np.zeros(padding, np.int32)] * unused
+        answers = infer.generate(self.writer.decoder, filled, lengths)
+        rows = [{"text": self.writer.decode(ids)[0]} for ids in answers[: len(prompts)]]
+        return rows, sum(map(len, prompts))
+
+    def embedded(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[list[float]], int]:
         """Raises InputError."""
         name = self.writer.decoder.program.config.model.name
         raise InputError(f"model.name={name} gives no embeddings; use an encoder's run")
@@ -186,7 +249,7 @@ def _read_image(predictor: Predictor, item: Any) -> dict[str, Any]:
     config, shape = predictor.program.config, predictor.program.batch_spec["image"].shape[1:]
     item = item.get("image") if isinstance(item, Mapping) else item
     if isinstance(item, str | pathlib.Path):
-        image = decode_image(_bytes_of(item), shape[-1])
+        image = predictor.decode_image(_bytes_of(item), shape[-1])
     else:
         image = np.asarray(item)
         if image.ndim != 3 or image.dtype.kind not in "iu" or image.min() < 0 or image.max() > 255:
@@ -220,26 +283,22 @@ def _bytes_of(item: str | pathlib.Path) -> bytes:
         raise InputError("no base64 of an image") from error
 
 
-def decode_image(content: bytes, channels: int) -> np.ndarray:
-    """A PNG's or JPEG's bytes -> uint8 [H, W, C] (RGB, or grey). Raises InputError for anything else."""
-    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    raw = np.frombuffer(content, np.uint8)
-    image = cv2.imdecode(raw, flag) if len(raw) else None
-    if image is None:
-        raise InputError("no image that can be decoded; give a PNG or a JPEG")
-    return image[..., None] if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
 def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """As labelled texts are read in training (data/batches.py)."""
+    """As labelled texts are read in training (data/batches.py); or a text's ids, without special ones."""
     assert predictor.tokenizer is not None
-    name = predictor.program.config.data.text
+    program, tokenizer = predictor.program, predictor.tokenizer
+    name = program.config.data.text
     text = item.get(name, item.get("text")) if isinstance(item, Mapping) else item
-    if not isinstance(text, str):
+    if isinstance(text, str):
+        ids = tokenizer.encode(text)
+    elif isinstance(text, list) and text and all(type(i) is int for i in text):
+        if not 0 <= min(text) <= max(text) < tokenizer.vocab_size:
+            raise InputError(f"token ids must lie in 0 to {tokenizer.vocab_size - 1}")
+        ids = np.array(text, np.int32)
+    else:
         also = f" or `{name}`" if name != "text" else ""
         raise InputError(f"a text is needed, or a row with a column `text`{also}")
-    program, tokenizer = predictor.program, predictor.tokenizer
-    rows = data.whole_texts(program.config, tokenizer)([tokenizer.encode(text)])
+    rows = data.whole_texts(program.config, tokenizer)([ids])
     return {key: value[0] for key, value in rows.items() if key in program.batch_spec}
 
 

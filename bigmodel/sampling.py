@@ -8,7 +8,10 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +32,7 @@ class Sampling:
     top_k: int = 0  # only the k likeliest ids (Fan et al. 2018); 0: all
     top_p: float = 1.0  # only the likeliest ids that together have this share (Holtzman et al. 2019)
     min_p: float = 0.0  # only ids this likely, as a share of the likeliest's (Nguyen et al. 2024)
-    seed: int = 0
+    seed: int | None = None  # None: a new one for every answer, so that no two samples need be equal
 
     def problems(self) -> Iterable[tuple[str, str]]:
         """(key, what is wrong and the fix)."""
@@ -48,7 +51,7 @@ class Sampling:
             yield "min_p", f"is {self.min_p}: choose 0 to 1"
         if not 0 < self.repetition_penalty <= 100:
             yield "repetition_penalty", f"is {self.repetition_penalty}: choose a value above 0, up to 100"
-        if not 0 <= self.seed < 2**31:
+        if self.seed is not None and not 0 <= self.seed < 2**31:
             yield "seed", f"is {self.seed}: choose 0 to {2**31 - 1}"
 
     def check(self) -> Sampling:
@@ -59,6 +62,23 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def fresh_seed() -> int:
+    """A seed from the system's randomness."""
+    return secrets.randbelow(2**31)
+
+
+def folded(*numbers: int) -> int:
+    """Integers of any size -> a seed; other integers give another one, but for chance."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big") >> 1
+
+
+def of_answer(settings: Sampling, index: int) -> Sampling:
+    """The settings of one of several answers: those given for the first, another seed for each later one."""
+    if settings.seed is None or not index:
+        return settings
+    return dataclasses.replace(settings, seed=folded(settings.seed, index))
 
 
 class Draw(NamedTuple):
@@ -75,8 +95,14 @@ class Draw(NamedTuple):
 def draw(rows: Sequence[Sampling]) -> Draw:
     """Settings -> numpy arrays [B], fit to be arguments of a compiled step."""
     types: dict[str, Any] = {"top_k": np.int32, "seed": np.int32}
+
+    def number(row: Sampling, key: str) -> float:
+        if key == "seed" and row.seed is None:
+            return fresh_seed() if row.temperature > 0 else 0
+        return float(getattr(row, key)) if key not in types else getattr(row, key)
+
     columns: list[Any] = [
-        np.array([getattr(row, key) for row in rows], types.get(key, np.float32)) for key in Draw._fields
+        np.array([number(row, key) for row in rows], types.get(key, np.float32)) for key in Draw._fields
     ]
     return Draw(*columns)
 

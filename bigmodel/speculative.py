@@ -76,7 +76,7 @@ class Speculative:
         passes = kept = proposed = 0
         while any(left := [self._left(ids, length) for ids in answers]):
             token_B = np.array([ids[-1] for ids in answers], np.int32)
-            key = jax.random.fold_in(jax.random.key(each[0].seed), passes)
+            key = jax.random.fold_in(jax.random.key(draw.seed[0]), passes)
             args = [(d.params, d.rest) for d in (self.target, self.draft)]
             out_BN, count_B, *caches = self._round(
                 *args, previous_B, token_B, *caches, at_B, np.array(left) > 0, draw, key

@@ -1,111 +1,250 @@
-"""An engine at work in a thread of its own, and what of an answer's text is certain so far."""
+"""An engine at work in a thread of its own, and a second thread that makes text of what it brings.
+
+Clients take turns: of all that wait for a slot, the next to get one is the next client's oldest request.
+"""
 
 from __future__ import annotations
 
+import collections
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from bigmodel import engine
 from bigmodel.engine import Engine, News
 from bigmodel.infer import Writer
+from bigmodel.stops import Stops
 
-Listener = Callable[[News | Exception], None]
-Told = tuple[Listener, News | Exception]
+CONTEXT_IDS = 16  # that are decoded again with new ones: no tokenizer's character is longer
+WINDOW_IDS = 48  # when so many are decoded each time, the first of them are let go
+
+
+class Late(Exception):
+    """A request that waited too long for a slot."""
+
+
+class Piece(NamedTuple):
+    """New text of an answer that is certain, and why it ended, if it has."""
+
+    text: str
+    reason: str | None
+    done: bool  # the engine works on it no more
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Who hears of an answer. The listener is called where the worker's `hand_over` calls `tell`."""
+
+    listener: Callable[[Piece | Exception], None]
+    text: Text
+    entire: bool  # told once, at the answer's end
+
+
+@dataclass
+class _Waiting:
+    request: engine.Request
+    answer: Answer
+    since: float
+    number: int | None = None  # of the engine, which has it then
+    cancelled: bool = False
+
+
+Told = tuple[Answer, Any]  # News or an Exception from the engine; a Piece or an Exception for the listener
 
 
 class Worker(threading.Thread):
-    """Steps an engine for as long as there is work. Other threads only `submit` and `cancel`."""
+    """Steps an engine for as long as there is work. Other threads only `submit`, `cancel` and `stop`."""
 
-    def __init__(self, batch: Engine) -> None:
+    def __init__(self, batch: Engine, queue_s: float = float("inf")) -> None:
+        """Args: queue_s: how long a request may wait for a slot."""
         super().__init__(daemon=True, name="engine")
-        self.batch, self.failure = batch, ""
-        self.hand_over: Callable[[list[Told]], None] = tell
+        self.batch, self.queue_s, self.failure = batch, queue_s, ""
+        self.scribe = Scribe()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[int, Listener] = {}
-        self._held: dict[int, list[int]] = {}  # ids so far of answers that are told as a whole
+        self._waiting: dict[str, collections.deque[_Waiting]] = {}  # by client; the first has the next turn
+        self._answers: dict[int, Answer] = {}
+        self._ids: dict[int, list[int]] = {}  # so far, of answers that are told once
 
-    def submit(self, request: engine.Request, listener: Listener, whole: bool = False) -> Callable[[], None]:
-        """The listener will be told the request's news, or with `whole` one, at its end -> what cancels it.
+    def submit(self, request: engine.Request, answer: Answer, client: str = "") -> Callable[[], None]:
+        """The answer's listener will be told -> what cancels it.
 
-        All that a step brought goes to `hand_over` at once, in this thread: waking another one costs more
-        than most of what there is to tell.
+        All that a step brought is handed over at once: waking another thread costs more than most of what
+        there is to tell.
         """
-        number: list[int] = []
+        entry = _Waiting(request, answer, time.monotonic())
 
         def add() -> None:
-            number.append(self.batch.add(request))
-            self._listeners[number[0]] = listener
-            if whole:
-                self._held[number[0]] = []
+            self._waiting.setdefault(client, collections.deque()).append(entry)
 
         def cancel() -> None:
-            if number and self._forget(number[0]) is not None:
-                self.batch.cancel(number[0])
+            entry.cancelled = True
+            if entry.number is not None and self._forget(entry.number) is not None:
+                self.batch.cancel(entry.number)
 
         self._inbox.put(add)
         return lambda: self._inbox.put(cancel)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that the engine does not have yet; any thread may ask."""
+        return sum(map(len, list(self._waiting.values())))
+
+    def start(self) -> None:
+        self.scribe.start()
+        super().start()
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+        self.join()
+        self.scribe.stop()
+
+    def run(self) -> None:
+        while True:
+            try:
+                while not (self.batch.busy or self._waiting) or not self._inbox.empty():
+                    task = self._inbox.get()
+                    if task is None:
+                        return
+                    task()
+                told = self._take_turns()
+                told += [pair for news in self.batch.step() if (pair := self._told(news)) is not None]
+                if told:
+                    self.scribe.put(told)
+            except Exception as error:  # the requests that run are lost; /health says why
+                self.failure = f"{type(error).__name__}: {error}"
+                lost = [entry.answer for line in self._waiting.values() for entry in line]
+                self.scribe.put([(answer, error) for answer in [*self._answers.values(), *lost]])
+                return
+
+    def _take_turns(self) -> list[Told]:
+        """Gives the engine what its free slots take, and one more, client after client -> who is too late."""
+        late: list[Told] = []
+        load = self.batch.load
+        room = self.batch.sizes.slots + 1 - load["running"] - load["waiting"]
+        oldest = time.monotonic() - self.queue_s
+        for client, line in list(self._waiting.items()):
+            while line and (line[0].cancelled or line[0].since < oldest):
+                entry = line.popleft()
+                late += [] if entry.cancelled else [(entry.answer, Late())]
+            if not line:
+                del self._waiting[client]
+        while room > 0 and self._waiting:
+            client, line = next(iter(self._waiting.items()))
+            entry = line.popleft()
+            del self._waiting[client]
+            if line:
+                self._waiting[client] = line  # now the last
+            if not entry.cancelled:
+                self._begin(entry)
+                room -= 1
+        return late
+
+    def _begin(self, entry: _Waiting) -> None:
+        entry.number = self.batch.add(entry.request)
+        self._answers[entry.number] = entry.answer
+        if entry.answer.entire:
+            self._ids[entry.number] = []
+
+    def _told(self, news: News) -> Told | None:
+        ids = self._ids.get(news.number)
+        if ids is not None:
+            ids += news.ids
+            news = news._replace(ids=ids)
+        answer = self._forget(news.number) if news.done else self._answers.get(news.number)
+        return None if answer is None or (ids is not None and not news.done) else (answer, news)
+
+    def _forget(self, number: int) -> Answer | None:
+        self._ids.pop(number, None)
+        return self._answers.pop(number, None)
+
+
+class Scribe(threading.Thread):
+    """Makes pieces of text from news, so that neither the engine nor an event loop waits for a tokenizer."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="scribe")
+        self.hand_over: Callable[[list[Told]], None] = tell
+        self._inbox: queue.SimpleQueue[list[Told] | None] = queue.SimpleQueue()
+
+    def put(self, told: list[Told]) -> None:
+        self._inbox.put(told)
 
     def stop(self) -> None:
         self._inbox.put(None)
         self.join()
 
     def run(self) -> None:
-        while True:
-            try:
-                while not self.batch.busy or not self._inbox.empty():
-                    task = self._inbox.get()
-                    if task is None:
-                        return
-                    task()
-                told = [pair for news in self.batch.step() if (pair := self._told(news)) is not None]
-                if told:
-                    self.hand_over(told)
-            except Exception as error:  # the requests that run are lost; /health says why
-                self.failure = f"{type(error).__name__}: {error}"
-                self.hand_over([(listener, error) for listener in self._listeners.values()])
-                return
-
-    def _told(self, news: News) -> Told | None:
-        held = self._held.get(news.number)
-        if held is not None:
-            held += news.ids
-            news = news._replace(ids=held)
-        listener = self._forget(news.number) if news.done else self._listeners.get(news.number)
-        return None if listener is None or (held is not None and not news.done) else (listener, news)
-
-    def _forget(self, number: int) -> Listener | None:
-        self._held.pop(number, None)
-        return self._listeners.pop(number, None)
+        while (told := self._inbox.get()) is not None:
+            pieces: list[Told] = []
+            for answer, news in told:
+                try:
+                    piece = answer.text.piece(news) if isinstance(news, News) else news
+                except Exception as error:  # of this answer alone
+                    piece = error
+                if not isinstance(piece, Piece) or piece.text or piece.reason:
+                    pieces.append((answer, piece))
+            if pieces:
+                self.hand_over(pieces)
 
 
 def tell(told: list[Told]) -> None:
-    """Calls each listener with its news."""
-    for listener, news in told:
-        listener(news)
+    """Calls each listener with its piece."""
+    for answer, piece in told:
+        answer.listener(piece)
 
 
 class Text:
-    """An answer's text as its ids come: nothing is given out that a later id could still change."""
+    """An answer's text as its ids come: nothing is given out that a later id could still change.
+
+    Each call decodes the last few ids only, so that a long answer costs a time linear in its length.
+    """
 
     def __init__(self, writer: Writer, stop: Sequence[str]) -> None:
-        self.writer, self.stop = writer, stop
+        self.writer, self.stops = writer, Stops(stop)
         self.ids: list[int] = []
-        self.sent = ""
         self.reason: str | None = None
+        self.length = 0  # characters given out
+        self.cut = False  # by a stop string
+        self._first = 0  # id of the window that is decoded
+        self._certain = 0  # characters of the window's text that were read
+        self._rest = ""  # read, but perhaps the start of a stop string
+
+    def piece(self, news: News) -> Piece:
+        """What the news bring; nothing, once the text has ended."""
+        if self.reason is not None:
+            return Piece("", None, news.done)
+        return Piece(self.add(news.ids, news.done), self.reason, news.done)
 
     def add(self, ids: Sequence[int], done: bool) -> str:
         """-> the text that is new and certain; sets `reason` at the answer's end."""
         self.ids += ids
-        text, ended = self.writer.decode(self.ids, self.stop)
-        if ended or done:
-            self.reason = "stop" if ended else "length"
+        text, ended = self.writer.decode(self.ids[self._first :])
+        pending = 0 if ended or done else min(len(text) - len(text.rstrip("\ufffd")), 3)
+        new = text[self._certain : len(text) - pending]
+        self._certain = max(self._certain, len(text) - pending)
+        if len(self.ids) - self._first > WINDOW_IDS and not (ended or done):
+            self._slide(text)
+        self._rest += new
+        start = self.stops.read(new)
+        if start is not None:
+            self.reason, self.cut, out = "stop", True, self._rest[: max(start - self.length, 0)]
+        elif ended or done:
+            self.reason, out = "stop" if ended else "length", self._rest
         else:
-            text = self._certain(text)
-        new, self.sent = text[len(self.sent) :], text
-        return new
+            out = self._rest[: len(self._rest) - self.stops.held]
+        self.length += len(out)
+        self._rest = self._rest[len(out) :]
+        return out
 
-    def _certain(self, text: str) -> str:
-        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        held = max(held, len(text) - len(text.rstrip("\ufffd")))  # bytes that wait for the rest of theirs
-        return text[: len(text) - held]
+    def _slide(self, text: str) -> None:
+        """Moves the window to the last ids, where their text alone is the end of the text so far."""
+        for first in range(len(self.ids) - CONTEXT_IDS, len(self.ids) - CONTEXT_IDS - 4, -1):
+            tail, _ = self.writer.decode(self.ids[first:])
+            certain = self._certain - (len(text) - len(tail))
+            broken = tail.startswith("\ufffd") and len(self.ids) - self._first < 4 * WINDOW_IDS
+            if text.endswith(tail) and certain >= 0 and not broken:
+                self._first, self._certain = first, certain
+                return

@@ -35,12 +35,12 @@ def main() -> int:
         "--repetition_penalty", type=float, default=1.0, help="above 1: what occurred is rarer"
     )
     flags.add_argument(
-        "--stop", action="append", default=[], help="text that ends the answer, left out of it"
+        "--stop", action="append", default=[], help="ends the answer, left out of it; \\n: a line feed"
     )
     flags.add_argument("--beams", type=int, default=0, help="above 0: beam search for the likeliest answer")
     flags.add_argument("--draft", help="a small model's run, of the same vocabulary, that proposes tokens")
     flags.add_argument("--cache_dtype", default="", choices=["", "int8"], help="of keys and values")
-    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--seed", type=int, help="gives the same text each time; default: a new one")
     flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     args, rest = cli.parse(flags)
     if rest:
@@ -58,7 +58,8 @@ def main() -> int:
     if args.beams or args.draft:
         texts = [writer.decode(ids, args.stop)[0] for ids in answers(writer, prompts, settings, args)]
     else:
-        texts = writer.write(prompts, args.length, settings, args.stop)
+        each = [sampling.of_answer(settings, index) for index in range(len(prompts))]
+        texts = writer.write(prompts, args.length, each, args.stop)
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text if writer.continues else text)
     return 0

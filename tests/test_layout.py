@@ -72,11 +72,13 @@ ORDER = """
     plan/search
     ledger
     log
-    sampling
+    sampling | stops | image_files
     decoder | pictures
     infer
-    engine | predict | openai_api | speculative | beam | export | plan/serve
-    worker
+    engine | predict | openai_api | scoring | speculative | beam | export | plan/serve
+    worker | connections | logprobs
+    service
+    access | answers
     serve
     evaluate | start
     train

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,15 @@ from bigmodel.disk import write_atomically
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")
 SPECIAL = {"mask": ("[MASK]", "<mask>"), "cls": ("[CLS]", "<s>"), "sentinel": ("<extra_id_0>",),
            "start": ("<pad>",)}  # fmt: skip
+
+
+@functools.cache
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte, in byte order (as in GPT-2's encoder.py)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [byte for byte in range(256) if byte not in plain]
+    chars = {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(other)}
+    return [chars[byte] for byte in range(256)]
 
 
 class Pretrained:
@@ -89,6 +100,16 @@ class Pretrained:
             if index is not None:
                 out.append(self.model.id_to_token(index) or "\ufffd" if index >= 0 else "\ufffd")
         return "".join(out)
+
+    def bytes_at(self, index: int) -> bytes | None:
+        """As `text.bytes_of`."""
+        name = self.model.id_to_token(index) if 0 <= index < self.vocab_size else None
+        if name is None or index in self._unwritten:
+            return None
+        if type(self.model.decoder).__name__ == "ByteLevel":
+            alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
+            return bytes(alphabet[char] for char in name) if alphabet.keys() >= set(name) else None
+        return bytes([int(name[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", name) else None
 
     def save(self, path: pathlib.Path) -> None:
         write_atomically(path, lambda file: file.write(self._json.encode()))

@@ -24,7 +24,7 @@ import numpy as np
 from bigmodel import fitted
 from bigmodel.config import Config, InputError
 from bigmodel.data import token_cache
-from bigmodel.data.pretrained import Pretrained
+from bigmodel.data.pretrained import Pretrained, byte_alphabet
 from bigmodel.data.sources import Source, open_source
 from bigmodel.disk import locked, write_atomically
 
@@ -129,6 +129,10 @@ class BPE:
         known, separator, numbers = range(self.vocab_size), self.separator, np.asarray(ids).tolist()
         plain = (self._bytes[i] if i in known and i != separator else None for i in numbers)
         return _join(_special(i, separator) if b is None else b for i, b in zip(numbers, plain, strict=True))
+
+    def bytes_at(self, index: int) -> bytes | None:
+        """As `bytes_of`."""
+        return self._bytes[index] if 0 <= index < self.vocab_size and index != self.separator else None
 
     def save(self, path: pathlib.Path) -> None:
         """Writes JSON that `tokenizers.Tokenizer.from_file` reads too."""
@@ -408,9 +412,17 @@ def _join(pieces: Any) -> str:
 
 @functools.cache
 def _byte_alphabet(pre_tokenizers: Any) -> list[str]:
-    """The printable character that stands for each byte, in byte order (as in GPT-2's encoder.py)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    other = [byte for byte in range(256) if byte not in plain]
-    chars = {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(other)}
-    assert set(chars.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    return [chars[byte] for byte in range(256)]
+    """`byte_alphabet`, compared with the library's."""
+    chars = byte_alphabet()
+    assert set(chars) == set(pre_tokenizers.ByteLevel.alphabet())
+    return chars
+
+
+def bytes_of(tokenizer: Tokenizer, index: int) -> bytes | None:
+    """An id's bytes of UTF-8, which may be a part of a character; None for special ids, and where the
+    tokenizer writes no bytes."""
+    if isinstance(tokenizer, Bytes):
+        return bytes([index]) if 0 <= index < 256 else None
+    if isinstance(tokenizer, BPE):
+        return tokenizer.bytes_at(index)
+    return tokenizer.bytes_at(index) if isinstance(tokenizer, Pretrained) else None
