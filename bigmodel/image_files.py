@@ -64,11 +64,12 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
 
 
 def decode(content: bytes, channels: int, most_pixels: int = PIXELS) -> np.ndarray:
-    """A PNG's or JPEG's bytes -> uint8 [H, W, C] (RGB, or grey). Raises PictureError."""
+    """A PNG's or JPEG's bytes -> uint8 [H, W, C] (RGB, or grey), as training sees it (data/sources.py): an
+    orientation in the EXIF data is not minded. Raises PictureError."""
     check(content, most_pixels)
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     except (cv2.error, MemoryError) as error:
         raise PictureError(NO_PICTURE) from error
     if image is None:

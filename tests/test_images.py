@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import saved, tiny
 
 from bigmodel import config as config_lib
 from bigmodel import tasks
@@ -22,9 +25,11 @@ from bigmodel.data import (
     make_pipeline,
     open_source,
     randaugment,
+    sources,
     transforms,
 )
 from bigmodel.data.builders import prepare
+from bigmodel.predict import Predictor
 
 ALL = "crop:2,flip:0.5,randaugment:2:9,erase:0.5"
 
@@ -294,3 +299,75 @@ def test_images_of_any_size_are_resized(digits, monkeypatch):
     batch = {"image": column, "label": np.array([1, 2]), "mask": np.ones(2, np.float32)}
     out = images.Prepare(c, False, None)(batch, np.arange(2))
     assert out["image"].shape == (2, 10, 10, 3)
+
+
+# ------------------------------------------------------------------------------------- kinds of image files
+
+
+def encoded(kind: str) -> tuple[bytes, Any]:
+    """A file of a kind -> (its bytes, the Pillow image that they hold)."""
+    import io
+
+    from PIL import Image
+
+    smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 9, 3)).astype(np.uint8), (36, 24))
+    image = Image.fromarray(smooth)
+    alpha = np.random.default_rng(1).integers(0, 256, (24, 36)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    made: dict[str, tuple[Any, str, dict[str, Any]]] = {
+        "rgb": (image, "PNG", {}),
+        "jpeg": (image, "JPEG", {"quality": 95}),
+        "turned": (image, "JPEG", {"quality": 95, "exif": turned}),
+        "cmyk": (image.convert("CMYK"), "JPEG", {"quality": 95}),
+        "alpha": (Image.fromarray(np.dstack([smooth, alpha])), "PNG", {}),
+        "palette": (image.convert("P"), "PNG", {}),
+        "clear palette": (image.convert("P"), "PNG", {"transparency": 0}),
+        "grey": (image.convert("L"), "PNG", {}),
+        "grey jpeg": (image.convert("L"), "JPEG", {"quality": 95}),
+        "grey alpha": (image.convert("LA"), "PNG", {}),
+        "bits": (image.convert("1"), "PNG", {}),
+    }
+    picture, form, keys = made[kind]
+    file = io.BytesIO()
+    picture.save(file, form, **keys)
+    return file.getvalue(), Image.open(io.BytesIO(file.getvalue()))
+
+
+KINDS = ["rgb", "jpeg", "turned", "cmyk", "alpha", "palette", "clear palette", "grey", "grey jpeg",
+         "grey alpha", "bits"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_kind_of_file_is_read_as_pillow_reads_it(kind):
+    """In training, from a dataset of colors or of greys, and by a model that predicts."""
+    from tensorflow_datasets import features as kinds
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    content, theirs = encoded(kind)
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        expected = np.asarray(theirs.convert(mode)).reshape(24, 36, channels)
+        stored = tf_example_pb2.Example().features.feature["image"]
+        stored.bytes_list.value.append(content)
+        ours = sources._decoder(kinds.Image(shape=(None, None, channels)))(stored)
+        assert (ours.shape, ours.dtype) == (expected.shape, np.uint8)
+        assert np.abs(ours.astype(int) - expected).max() <= 2
+        np.testing.assert_array_equal(ours, sources.pixels(content, channels))
+
+
+def test_of_sixteen_bits_the_upper_ones_count():
+    wide = (np.arange(24 * 36) * 75).astype(np.uint16).reshape(24, 36)
+    _, png = cv2.imencode(".png", wide)
+    np.testing.assert_array_equal(sources.pixels(png.tobytes(), 1)[..., 0], wide >> 8)
+    np.testing.assert_array_equal(sources.pixels(png.tobytes(), 3), np.dstack([wide >> 8] * 3))
+
+
+def test_a_prediction_sees_the_pixels_that_training_saw(tmp_path):
+    config = tiny("cnn", data__name="digits", data__image_size=8, batch_size=16)
+    predictor = Predictor.load(saved(tmp_path / "run", config))
+    for kind in KINDS:
+        content, _ = encoded(kind)
+        (tmp_path / "image").write_bytes(content)
+        pixels = sources.pixels(content, 1)
+        ours, theirs = predictor.predict([tmp_path / "image", pixels.tolist()])[0]
+        assert ours == theirs, kind

@@ -211,7 +211,25 @@ def _decoder(feature: Any) -> Callable[[Any], Any]:
         shape, dtype = feature.shape, feature.np_dtype
         field = "float_list" if np.dtype(dtype).kind == "f" else "int64_list"
         return lambda stored: np.array(getattr(stored, field).value, dtype).reshape(shape)
+    if feature.np_dtype == np.uint8 and feature.shape[-1] in (1, 3):
+        return lambda stored: pixels(stored.bytes_list.value[0], feature.shape[-1])
     return lambda stored: feature.decode_example_np(stored.bytes_list.value[0])
+
+
+def pixels(content: bytes, channels: int) -> np.ndarray:
+    """An image's bytes -> uint8 [H, W, C], RGB or grey, whatever the file holds.
+
+    As Pillow's `convert` does: palettes and CMYK become colors, transparency is dropped, an orientation in
+    the EXIF data is not minded. Of 16 bits the upper 8 count. TFDS would give the file's own channels, and
+    the lower 8 bits. Raises ValueError for what is no image.
+    """
+    import cv2
+
+    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise ValueError("no image that can be decoded")
+    return image[..., None] if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _features(builder: Any) -> dict[str, Feature]:
