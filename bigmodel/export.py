@@ -23,7 +23,7 @@ from safetensors.flax import save_file
 
 from bigmodel import config as config_lib
 from bigmodel import decoder as decoder_lib
-from bigmodel import infer, mesh, saved_model
+from bigmodel import fitted, infer, mesh, saved_model
 from bigmodel.config import InputError
 from bigmodel.decoder import Decoder
 from bigmodel.program import Program, State
@@ -56,6 +56,9 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         save_file(dict(zip(names, weights, strict=True)), scratch / "weights.safetensors")
         config = config_lib.to_dict(built.config)
         about = {"functions": list(functions), "weights": names, "config": config}
+        about["fitted"] = dict(fitted.read(directory))  # what inputs are encoded by, and classes are called
+        if (tokenizer := pathlib.Path(directory) / "tokenizer.json").is_file():
+            shutil.copyfile(tokenizer, scratch / "tokenizer.json")
         (scratch / "model.json").write_text(json.dumps(about, indent=2) + "\n")
         shutil.copy(saved_model.__file__, scratch / "saved_model.py")
         os.chmod(scratch, 0o755)

@@ -71,6 +71,22 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def disagreement(a: Values, b: Values) -> str:
+    """What two models' facts say otherwise about one thing, such as class 1; "" for nothing.
+
+    What only one of them keeps is not compared, nor what the datasets hold beside classes.
+    """
+    for name in sorted(a.keys() & b.keys() - {"features"}, reverse=True):  # names before numbers
+        if found := difference(a[name], b[name], name):
+            return found
+    mine, others = a.get("features", {}), b.get("features", {})
+    for key in sorted(mine.keys() & others.keys()):
+        names = mine[key]["names"], others[key]["names"]
+        if all(names) and (found := difference(*names, f"classes of {key}")):
+            return found
+    return ""
+
+
 def difference(was: Any, now: Any, what: str = "") -> str:
     """The first difference between two JSON values in words; "" where there is none.
 

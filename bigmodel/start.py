@@ -103,10 +103,14 @@ def initial_state(built: Program, path: pathlib.Path, checkpoints: Checkpoints) 
     if checkpoints.latest() is not None and not imported:
         return checkpoints.restore(built.state_spec)[0]
     config = built.config
-    state = distill.fill(built, built.init(jax.random.key(config.seed)))
+    state = distill.fill(built, built.init(jax.random.key(config.seed)), path)
     if source := str(path) if imported else config.init.from_:
         state, report = transfer.load(built, state, source, config.init.skip)
         log.say("\n".join(report.lines()))
+        if found := fitted.disagreement(fitted.read(source), fitted.read(path)):
+            log.say(
+                f"          its arrays mean something else here: {found}; see init.skip to leave some out"
+            )
         if jax.process_index() == 0:
             workdir.write_json(path / "init.json", report._asdict())
     return state

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from bigmodel import config as config_lib
-from bigmodel import data, huggingface, mesh, models, optim, workdir
+from bigmodel import data, fitted, huggingface, mesh, models, optim, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.huggingface import Pretrained
@@ -254,8 +254,9 @@ def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathL
             for file in origin.iterdir():
                 if file.name in ORIGIN_FILES:
                     shutil.copyfile(file, out / file.name)
-        if (path / "tokenizer.json").is_file():
-            shutil.copyfile(path / "tokenizer.json", out / "tokenizer.json")
+        for name in ("tokenizer.json", fitted.FILE):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, out / name)
         huggingface.write(out, tensors)
         if layout is None:
             workdir.write_config(out, config)

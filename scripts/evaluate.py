@@ -1,6 +1,10 @@
 """Evaluates a trained model on its held-out split and prints the metrics as JSON.
 
-python scripts/evaluate.py --workdir=runs/toy
+    python scripts/evaluate.py --workdir=runs/toy
+    python scripts/evaluate.py --workdir=runs/toy --config.data.name=table:x.csv --config.data.eval_split=all
+
+Other data are read, numbered and named as the workdir keeps it from training; the training data need not be
+there. What may be set: data.name, eval_split, data_dir, max_skipped, decimal, cache, prefetch; eval.batches.
 
 Where the task has metrics that need all examples at once (per class, curves, calibration, gaps between
 groups; a detector's precision; distances between real images and a GAN's), WORKDIR/evaluation.json gets
@@ -10,12 +14,17 @@ chrF of the greedy answers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
 import cli
 
+from bigmodel import config as config_lib
 from bigmodel.config import InputError
+
+MAY_SET = {"eval.batches", *(f"data.{key}" for key in (
+    "name", "eval_split", "data_dir", "max_skipped", "decimal", "cache", "prefetch"))}  # fmt: skip
 
 
 def main() -> int:
@@ -26,11 +35,13 @@ def main() -> int:
     flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     flags.add_argument("--features", metavar="DIR", help="of a GAN: a classifier's run, for distances by it")
     args, rest = cli.parse(flags)
-    if rest:
-        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    for item in rest:
+        if item.partition("=")[0] not in MAY_SET:
+            raise InputError(f"--config.{item}: the config comes from the workdir; leave it out")
     from bigmodel import data, evaluate, infer, mesh, metrics, pictures, workdir
 
     program, state = infer.load(args.workdir, args.step)
+    program = dataclasses.replace(program, config=config_lib.override(program.config, rest))
     rows = mesh.host_rows(program.mesh, program.config.batch_size)
     path = pathlib.Path(args.workdir)
     pipeline = data.make_pipeline(program.config, "eval", path, **rows)
@@ -46,7 +57,8 @@ def main() -> int:
             whole["gaps"]["groups"] = metrics.named(whole["gaps"]["groups"], names)
         shown = pictures.save(path / "evaluation", evaluate.shown(program, state, pipeline))
         whole["pictures"] = [*whole.get("pictures", []), *shown]
-        workdir.write_json(path / "evaluation.json", values | whole)
+        read = {"data": program.config.data.name, "split": program.config.data.eval_split}
+        workdir.write_json(path / "evaluation.json", read | values | whole)
     print(json.dumps(workdir.without_nan(values), indent=2, allow_nan=False))
     return 0
 

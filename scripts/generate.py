@@ -76,8 +76,13 @@ def answers(
     ids = [writer.encode(prompt).tolist() for prompt in prompts]
     if args.beams:
         return [beams[0] for beams in BeamSearch(writer.decoder, args.beams).generate(ids, args.length)[0]]
-    draft = infer.Writer.load(args.draft).decoder
-    answer = Speculative(writer.decoder, draft).generate(ids, args.length, settings)
+    draft = infer.Writer.load(args.draft)
+    if draft.tokenizer.fingerprint != writer.tokenizer.fingerprint:
+        raise InputError(
+            f"--draft={args.draft} reads and writes by {draft.tokenizer.fingerprint}, --workdir by "
+            f"{writer.tokenizer.fingerprint}; give a run with the same tokenizer"
+        )
+    answer = Speculative(writer.decoder, draft.decoder).generate(ids, args.length, settings)
     print(f"{answer.passes} passes, {answer.kept:.0%} of the draft's tokens kept", file=sys.stderr)
     return answer.ids
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, saved, tiny
+from conftest import ROOT, build, run_script, saved, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import fitted, infer
+from bigmodel import distill, evaluate, export, fitted, infer, transfer
+from bigmodel.compress import recipe, report, stages
 from bigmodel.config import Config, InputError
 from bigmodel.data import make_pipeline, ratings, text
 from bigmodel.predict import Predictor
+from bigmodel.smaller import Distill
 
 
 def write(path: pathlib.Path, rows: list[list[Any]]) -> pathlib.Path:
@@ -224,3 +226,81 @@ def test_a_damaged_fact_is_refused(tmp_path):
 )
 def test_the_first_difference_is_named(was, now, words):
     assert fitted.difference(was, now, "x") == words
+
+
+# --------------------------------------------------------------------------- what a run is used for later
+
+
+@pytest.fixture(scope="module")
+def orphan(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run of a table whose file is gone."""
+    folder = tmp_path_factory.mktemp("orphan")
+    config = config_lib.override(table(folder / "people.csv"), {"mesh.data": 1, "batch_size": 16})
+    run = kept(folder / "run", config)
+    (folder / "people.csv").unlink()
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch):
+    monkeypatch.setattr(report, "ROUND_S", 1e-3)
+    monkeypatch.setattr(report, "ROUNDS", 2)
+
+
+def test_a_run_is_compressed_and_exported_without_its_data(orphan, tmp_path, capsys):
+    asked = [{"town": "Rom", "age": "33"}]
+    dense = Predictor.load(orphan).predict(asked)[0][0]
+    rows = stages.run(orphan, recipe.parse("quantize:int8"), tmp_path / "small")
+    said = capsys.readouterr().out
+    assert "the stages have no metrics, without held-out data: data.name='table:" in said
+    assert [row["metrics"] for row in rows] == [{}, {}]
+    small = Predictor.load(tmp_path / "small").predict(asked)[0][0]
+    assert small["name"] == dense["name"]
+    assert abs(small["probability"] - dense["probability"]) < 0.05
+    assert fitted.read(tmp_path / "small") == fitted.read(orphan)
+    assert "weights.safetensors" in export.stablehlo(orphan, tmp_path / "hlo")
+    assert json.loads((tmp_path / "hlo" / "model.json").read_text())["fitted"] == fitted.read(orphan)
+    transfer.export_safetensors(orphan, tmp_path / "safetensors")
+    assert fitted.read(tmp_path / "safetensors") == fitted.read(orphan)
+    with pytest.raises(InputError, match=r"looks at the training data \(calibration\): .* matches no file"):
+        stages.run(orphan, recipe.parse("quantize:int8:gptq"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("how", ["here", pytest.param("script", marks=pytest.mark.slow)])
+def test_other_data_are_evaluated_without_the_training_file(orphan, tmp_path, how):
+    rows = [["Bern", 20 + i % 50 + i / 100, ("none", "silver")[i % 2]] for i in range(30)]
+    other = write(tmp_path / "other.csv", [HEADER, *rows])
+    flags = [f"data.name=table:{other}", "data.eval_split=all"]
+    if how == "script":
+        ran = run_script("evaluate.py", f"--workdir={orphan}", *(f"--config.{flag}" for flag in flags))
+        assert ran.code == 0, ran.err
+        accuracy = json.loads(ran.out)["accuracy"]
+    else:
+        program, state = infer.load(orphan)
+        config = config_lib.override(program.config, flags)
+        accuracy = evaluate.run(program, state, make_pipeline(config, "eval", orphan))["accuracy"]
+    asked = [{"town": town, "age": str(age)} for town, age, _ in rows]
+    found = [row["name"] for row in Predictor.load(orphan).predict(asked)[0]]
+    share = np.mean([name == row[2] for name, row in zip(found, rows, strict=True)])
+    np.testing.assert_allclose(accuracy, share, rtol=1e-6)
+    with pytest.raises(InputError, match=r"people\.csv' matches no file"):
+        make_pipeline(infer.load(orphan)[0].config, "eval", orphan)
+
+
+def test_teachers_of_other_classes_are_refused(orphan, tmp_path):
+    config = table(tmp_path / "t.csv", [[town, age, plan.upper()] for town, age, plan in PEOPLE])
+    student = kept(tmp_path / "run", config)
+    facts = fitted.read(orphan), fitted.read(student)
+    assert fitted.disagreement(*facts).startswith("names of plan: 'gold' is missing, 'GOLD' is new")
+    assert fitted.disagreement(facts[0], facts[0]) == ""
+    with pytest.raises(InputError, match=r"distill\.teacher=.* predicts something else .*'gold'"):
+        distill.taught(build(config.replace(distill=Distill(teacher=str(orphan), weight=0.5))), student)
+
+
+def test_all_is_every_record_and_never_trained_on(tmp_path):
+    config = table(tmp_path / "t.csv")
+    everything = config_lib.override(config, {"data.eval_split": "all", "eval.batches": -1})
+    assert make_pipeline(everything, "eval").num_examples == len({tuple(row) for row in PEOPLE})
+    with pytest.raises(InputError, match=r"data\.split=all would train on what is held out"):
+        make_pipeline(config_lib.override(config, {"data.split": "all"}), "train")

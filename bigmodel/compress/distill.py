@@ -41,7 +41,7 @@ def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path, seed: int) 
         state = built.init(jax.random.key(seed))
         params, rest = state["params"], {part: x for part, x in state["rest"].items() if part != NAME}
     if how.teacher:
-        rest = {**rest, NAME: distill.taught(built)}
+        rest = {**rest, NAME: distill.taught(built, model.source)}
     return Trained(built, params, rest, model.source)
 
 

@@ -26,10 +26,14 @@ ROUNDS, ROUND_S, ENOUGH_S = 7, 0.15, 20.0
 Row = dict[str, Any]
 
 
-def describe(name: str, model: Trained) -> Row:
-    """A stage's row, without what must be timed: see `time_all`."""
+def describe(name: str, model: Trained, evaluated: bool = True) -> Row:
+    """A stage's row, without what must be timed: see `time_all`.
+
+    Args:
+        evaluated: False leaves out its metrics, for want of held-out data.
+    """
     state = {"params": model.params, "rest": model.rest}
-    values = evaluate.run(model.program, state, trained.eval_data(model))
+    values = evaluate.run(model.program, state, trained.eval_data(model)) if evaluated else {}
     weights, spec = _weights(model), model.program.model.whole_spec
     return {
         "stage": name,
@@ -78,7 +82,7 @@ def time_all(rows: Sequence[Row], models: Sequence[Trained]) -> None:
     for row in rows:
         row |= {"latency_s": {}, "examples_per_s": {}, "joules_per_example": {}, "peak_bytes": {}}
     for n in BATCHES:
-        calls = [_forward(model, n, device) for model in models]
+        calls = [_forward(m, n, device, bool(row["metrics"])) for m, row in zip(models, rows, strict=True)]
         seconds, joules = _interleaved([call for call, _ in calls], meter)
         for row, (_, peak), s, used in zip(rows, calls, seconds, joules, strict=True):
             row["latency_s"][str(n)], row["examples_per_s"][str(n)] = s, n / s
@@ -89,9 +93,13 @@ def time_all(rows: Sequence[Row], models: Sequence[Trained]) -> None:
             row["latency_from"] = f"measured: median of interleaved rounds, one {device.device_kind} device"
 
 
-def _forward(model: Trained, n: int, device: jax.Device) -> tuple[Callable[[], Any], int]:
-    """-> (a call that runs `n` held-out examples to the end, the bytes that it takes at its peak)."""
-    first = trained.eval_data(model)[0]
+def _forward(model: Trained, n: int, device: jax.Device, has_data: bool) -> tuple[Callable[[], Any], int]:
+    """-> (a call that runs `n` held-out examples, or zeros, to the end, the bytes it takes at its peak)."""
+    if has_data:
+        first = trained.eval_data(model)[0]
+    else:
+        first = {name: np.zeros(s.shape, s.dtype) for name, s in model.program.batch_spec.items()}
+        first["mask"] = np.ones_like(first["mask"])
     rows = np.arange(n) % max(int(first["mask"].sum()), 1)
     batch = jax.device_put({name: x[rows] for name, x in first.items()}, device)
     params, rest = jax.device_put((model.params, model.rest), device)

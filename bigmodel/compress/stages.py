@@ -26,6 +26,9 @@ def run(
 ) -> list[report.Row]:
     """Takes the run in `directory` through the recipe; writes `out`, report.json and report.png in it.
 
+    Training data are needed by what trains or calibrates alone; without held-out data there are no metrics,
+    and no picture of them.
+
     Args:
         seed: of what is random in it; -1: the run's own.
 
@@ -39,18 +42,20 @@ def run(
         if seed >= 0:
             model = trained.changed(model, model.config.replace(seed=seed), model.params, model.rest)
         seed = model.config.seed
-        rows, models = [report.describe("dense", model)], [model]
+        evaluated = trained.has_eval_data(model)
+        rows, models = [report.describe("dense", model, evaluated)], [model]
         for number, stage in enumerate(stages, 1):
             for index, op in enumerate(stage.ops):
                 model = _apply(model, op, scratch / f"{number}-{index}", pathlib.Path(directory), seed)
             log.say(f"stage     {stage.name}")
-            rows.append(report.describe(stage.name, model))
+            rows.append(report.describe(stage.name, model, evaluated))
             models.append(model)
         report.time_all(rows, models)
         made = scratch / "made"
         trained.save(model, made)
         workdir.write_json(made / "report.json", {"stages": rows})
-        report.draw(rows, made / "report.png")
+        if evaluated:
+            report.draw(rows, made / "report.png")
     report.say(report.table(rows))
     return rows
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, fingerprint, infer, mesh, program, workdir
+from bigmodel import config as config_lib
+from bigmodel import data, fingerprint, infer, log, mesh, program, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.program import Program
@@ -79,22 +80,51 @@ def save(model: Trained, directory: pathlib.Path) -> None:
         if path.is_file() and path.name not in MADE:
             shutil.copyfile(path, directory / path.name)
     workdir.write_config(directory, model.config)
-    pipeline = data.make_pipeline(model.config, "train", directory, **_rows(model.program))
+    meta = _meta(model, directory)
     state = model.state
     if state is None:
         state = program.start(model.program, model.params, model.rest, jax.random.key(model.config.seed))
     with Checkpoints(directory / "checkpoints", async_save=False) as checkpoints:
-        checkpoints.save(model.step, state, fingerprint.of(model.config, pipeline.fingerprint()))
+        checkpoints.save(model.step, state, meta)
+
+
+def _meta(model: Trained, directory: pathlib.Path) -> dict[str, Any]:
+    """What the checkpoint says of its run. Without training data, what the source's says of them."""
+    try:
+        pipeline = data.make_pipeline(model.config, "train", directory, **_rows(model.program)).fingerprint()
+    except InputError as error:
+        log.say(f"compress  training data not read: {error}")
+        with Checkpoints(model.source / "checkpoints", read_only=True) as checkpoints:
+            meta = {key: value for key, value in checkpoints.newest_meta().items() if key == "pipeline"}
+        return meta | {"config": config_lib.to_dict(model.config)}
+    return fingerprint.of(model.config, pipeline)
 
 
 def eval_data(model: Trained) -> data.Pipeline:
-    """The held-out split of the model's config."""
+    """The held-out split of the model's config. Raises InputError where it is not there."""
     return data.make_pipeline(model.config, "eval", model.source, **_rows(model.program))
 
 
+def has_eval_data(model: Trained) -> bool:
+    """Whether the held-out split can be read; if not, it is said why."""
+    try:
+        eval_data(model)
+    except InputError as error:
+        log.say(f"compress  the stages have no metrics, without held-out data: {error}")
+        return False
+    return True
+
+
 def train_data(model: Trained) -> data.Pipeline:
-    """The training split of the model's config."""
-    return data.make_pipeline(model.config, "train", model.source, **_rows(model.program))
+    """The training split of the model's config.
+
+    Raises:
+        InputError: it is not there.
+    """
+    try:
+        return data.make_pipeline(model.config, "train", model.source, **_rows(model.program))
+    except InputError as error:
+        raise InputError(f"this recipe looks at the training data (calibration): {error}") from error
 
 
 def _rows(built: Program) -> dict[str, int]:

@@ -286,7 +286,9 @@ class TableFiles:
         **how: Unpack[Reading],
     ) -> None:
         table = read(name, **how)
-        if SPLIT in table.columns:
+        if split == files.ALL:
+            chosen = np.ones(len(table.line), bool)
+        elif SPLIT in table.columns:
             chosen = table.columns[SPLIT] == split
         else:
             files.check_split(name, split)

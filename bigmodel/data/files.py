@@ -14,6 +14,8 @@ import numpy as np
 
 from bigmodel.config import InputError
 
+ALL = "all"  # a split for evaluation on other files than those of training: every record
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -62,7 +64,9 @@ class TextFiles:
         digest = hashlib.sha256()
         for path in texts:
             content = read_bytes(path)
-            if len(tests) == len(set(contents.values())):  # one text only
+            if split == ALL:
+                start, end = 0, len(content)
+            elif len(tests) == len(set(contents.values())):  # one text only
                 cut = content.find(b"\n", int(len(content) * 0.9)) + 1 or len(content)
                 start, end = (0, cut) if split == "train" else (cut, len(content))
             else:
@@ -96,10 +100,10 @@ class TextFiles:
 
 
 def check_split(name: str, split: str) -> None:
-    if split not in ("train", "test"):
+    if split not in ("train", "test", ALL):
         raise InputError(
             f"split {split!r} of data.name={name!r} is unknown; set data.split or data.eval_split "
-            "to train or test"
+            "to train or test, or to all"
         )
 
 
@@ -160,7 +164,8 @@ class PairFiles:
         """
         check_split(name, split)
         lines = [line for path in paths(name, "pairs:data/*.tsv") for line in _lines(path)]
-        self._lines = [line for line in lines if (content_hash(line) % 10 == 0) == (split == "test")]
+        test = split == "test"
+        self._lines = [x for x in lines if split == ALL or (content_hash(x) % 10 == 0) == test]
         if not self._lines:
             raise InputError(f"data.name={name!r} has no line in split {split!r}; give more lines")
         self.num_bytes = sum(map(len, self._lines))

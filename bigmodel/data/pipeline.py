@@ -25,6 +25,7 @@ from bigmodel.config import Config, InputError
 from bigmodel.data import batches, transforms
 from bigmodel.data.batches import Parts
 from bigmodel.data.facts import Facts
+from bigmodel.data.files import ALL
 
 Split = Literal["train", "eval"]
 
@@ -154,6 +155,8 @@ def make_pipeline(
     if config.batch_size % count:
         raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
     name = config.data.split if split == "train" else config.data.eval_split
+    if split == "train" and name == ALL and config.data.name.startswith(("text:", "pairs:", "table:")):
+        raise InputError("data.split=all would train on what is held out; set it to train")
     facts = Facts(config, workdir, training=split == "train")
     parts = batches.KINDS[config.task.name].parts(config, name, facts, split == "train")
     class_names = batches.class_names(config, facts)

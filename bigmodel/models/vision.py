@@ -116,7 +116,7 @@ class MLP(nnx.Module):
         if self.table is None:
             x_BHWC = batch["image"].astype(self.compute_dtype)
             return self.classifier(x_BHWC.reshape(x_BHWC.shape[0], -1), key)
-        parts = [x.reshape(len(x), -1) for x in self.table(batch, self.compute_dtype) if x is not None]
+        parts = [x.reshape(x.shape[0], -1) for x in self.table(batch, self.compute_dtype) if x is not None]
         return self.classifier(jnp.concatenate(parts, 1), key)
 
 
