@@ -4,7 +4,7 @@ Importing the package imports nothing heavy; import the module you need: `from b
 The order to read the code in is the order of the layout in README.md.
 
 Where there is no accelerator, JAX is kept to the CPU unless JAX_PLATFORMS says otherwise: compilers for TPUs
-and GPUs (`pip install bigmodel[plan]`) would else look for their chips when JAX starts, which takes seconds
+and GPUs (`pip install -e '.[plan]'`) would else look for their chips when JAX starts, which takes seconds
 and prints their complaints. So import the package before JAX.
 """
 

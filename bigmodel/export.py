@@ -8,7 +8,7 @@ Legend: B batch, L length, V vocabulary.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import pathlib
 import shutil
@@ -19,11 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
+from safetensors import SafetensorError
 from safetensors.flax import save_file
 
 from bigmodel import config as config_lib
 from bigmodel import decoder as decoder_lib
-from bigmodel import fitted, infer, mesh, saved_model
+from bigmodel import disk, fitted, infer, mesh, saved_model
 from bigmodel.config import InputError
 from bigmodel.decoder import Decoder
 from bigmodel.program import Program, State
@@ -36,7 +37,7 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     """The run in `directory` -> a new directory with its functions, weights and loader; -> its files' names.
 
     Raises:
-        InputError: no run there, or `out` exists.
+        InputError: no run there, `out` exists, or it cannot be written.
     """
     target = pathlib.Path(out)
     if target.exists():
@@ -48,25 +49,37 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     functions = {"forward": _forward(built)}
     if built.config.task.name == "lm" and Decoder.keeps_cache(built.config):
         functions |= _decoding(built)
-    scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name))
+    with disk.writing(target):
+        scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name))
     try:
-        for name, (function, inputs) in functions.items():
-            exported = _export(function, tree, weights, inputs)
-            (scratch / f"{name}.stablehlo").write_bytes(exported.serialize())
-        save_file(dict(zip(names, weights, strict=True)), scratch / "weights.safetensors")
-        config = config_lib.to_dict(built.config)
-        about = {"functions": list(functions), "weights": names, "config": config}
-        about["fitted"] = dict(fitted.read(directory))  # what inputs are encoded by, and classes are called
-        if (tokenizer := pathlib.Path(directory) / "tokenizer.json").is_file():
-            shutil.copyfile(tokenizer, scratch / "tokenizer.json")
-        (scratch / "model.json").write_text(json.dumps(about, indent=2) + "\n")
-        shutil.copy(saved_model.__file__, scratch / "saved_model.py")
-        os.chmod(scratch, 0o755)
-        scratch.rename(target)
+        with disk.writing(target):
+            for name, (function, inputs) in functions.items():
+                exported = _export(function, tree, weights, inputs)
+                (scratch / f"{name}.stablehlo").write_bytes(exported.serialize())
+            _write_weights(scratch / "weights.safetensors", dict(zip(names, weights, strict=True)))
+            about: dict[str, Any] = {"functions": list(functions), "weights": names}
+            about["fitted"] = dict(fitted.read(directory))  # what inputs are encoded by, classes are called
+            if (tokenizer := pathlib.Path(directory) / "tokenizer.json").is_file():
+                shutil.copyfile(tokenizer, scratch / "tokenizer.json")
+            about["sha256"] = {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(scratch.iterdir())
+            }
+            disk.write_json(scratch / "model.json", about | {"config": config_lib.to_dict(built.config)})
+            shutil.copy(saved_model.__file__, scratch / "saved_model.py")
+            os.chmod(scratch, 0o755)
+            scratch.rename(target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return sorted(path.name for path in target.iterdir())
+
+
+def _write_weights(path: pathlib.Path, weights: dict[str, jax.Array]) -> None:
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:  # it has errors of its own for a disk that is full
+        raise OSError(str(error)) from error
+    os.chmod(path, 0o644)
 
 
 def _weights(built: Program, state: State) -> tuple[list[str], list[jax.Array], Any]:

@@ -9,7 +9,7 @@ prompt and of a token, tokens a second and dollars a million tokens.
 
 Targets: TPU slices (v4, v5e, v5p, v6e, tpu7x, as v5e:16x16 or 2*v5e:16x16), NVIDIA hosts x GPUs (a100-80,
 h100, h200, b200, as h100:8x8), and this machine (cpu, cpu:8). TPUs and GPUs are planned with their own
-compilers after `pip install 'bigmodel[plan]'`.
+compilers after `pip install -e '.[plan]'`.
 """
 
 from __future__ import annotations

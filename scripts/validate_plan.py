@@ -8,7 +8,7 @@
 A table's columns: model, topology, chips, depth, width, heads, kv_heads, head_dim, mlp_width, vocab_size,
 seq_len, examples_per_chip, param_dtype, remat, fsdp, tensor, step_s. The rows are MaxText's Llama-like
 decoder with its compiler options; each compiles for one to several minutes, and needs
-`pip install 'bigmodel[plan]'`.
+`pip install -e '.[plan]'`.
 
 `--local` calibrates this CPU (under 30 s, kept in ~/.cache/bigmodel; --fresh measures again), predicts the
 step of a dozen GPTs and CNNs, and only then runs them: one after another in each round, so that the machine's

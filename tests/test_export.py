@@ -82,8 +82,12 @@ def test_an_export_overwrites_nothing(run_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b'\x09\0\0\0\0\0\0\0{"a": {}}']
-)
+    "content",
+    [
+        b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b'\x09\0\0\0\0\0\0\0{"a": {}}',
+        (100_000).to_bytes(8, "little") + b"[" * 100_000, (200_000).to_bytes(8, "little") + b'{"a":' * 40_000,
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_safetensors_is_refused(content, tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
@@ -98,3 +102,22 @@ def test_what_safetensors_wrote_is_read(tmp_path):
     save_file(arrays, tmp_path / "x.safetensors")
     read = saved_model.read_safetensors(tmp_path / "x.safetensors")
     assert {k: v.tolist() for k, v in read.items()} == {k: v.tolist() for k, v in arrays.items()}
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "forward.stablehlo", "decode.stablehlo"])
+def test_a_flipped_bit_in_an_export_is_found_at_load(run_dir, tmp_path, name):
+    export.stablehlo(run_dir, tmp_path / "out")
+    saved_model.load(tmp_path / "out")
+    path = tmp_path / "out" / name
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*SHA-256 differs"):
+        saved_model.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[1]", b"{}", b"[" * 100_000, b"\xff\xfe"])
+def test_a_damaged_model_json_is_one_value_error(tmp_path, content):
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.json is damaged"):
+        saved_model.load(tmp_path)

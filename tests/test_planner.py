@@ -91,7 +91,7 @@ def test_assumptions_are_replaced(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 'bigmodel[plan]'")
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -e '.[plan]'")
 def test_libtpu_plans_and_says_what_does_not_fit():
     result = run_script(
         "plan.py",
@@ -113,7 +113,7 @@ def test_libtpu_plans_and_says_what_does_not_fit():
     assert "does not fit" in result.err
 
 
-@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 'bigmodel[plan]'")
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -e '.[plan]'")
 def test_a_mesh_lies_on_slices_and_split_dimensions():
     """Only the data axis crosses slices; an axis may be a part of a torus's dimension."""
     two = target.make("2*v5e:4x4").devices

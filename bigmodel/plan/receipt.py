@@ -29,7 +29,7 @@ HOW = {
     "libtpu": "libtpu's own schedule",
     "cuda": "the CUDA compiler's own schedule; efficiencies not calibrated on a GPU",
     "analytic": "ANALYTIC: the CPU compiler's partitioned program, as the target's compiler is not installed "
-    "(pip install 'bigmodel[plan]'); memory is the CPU's too",
+    "(pip install -e '.[plan]'); memory is the CPU's too",
     "cpu": "this machine's own schedule and microbenchmark",
     "guess": "a guess from one matrix product measured here; plan.py --target=cpu calibrates",
 }

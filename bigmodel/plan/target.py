@@ -1,7 +1,7 @@
 """Devices that need not be here: a TPU slice, hosts of GPUs, or this machine's CPU.
 
 `make("v5e:16x16")` gives devices that `mesh.make_mesh` takes and the target's own compiler compiles for, with
-no chip in sight: libtpu and the CUDA plugin hold the compilers (`pip install bigmodel[plan]`). Where that
+no chip in sight: libtpu and the CUDA plugin hold the compilers (`pip install -e '.[plan]'`). Where that
 package is missing, the same number of CPU devices stands in, and the plan says so.
 """
 
@@ -219,7 +219,7 @@ def _gpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
         reason = str(error).split("\n")[0][:200]
         raise InputError(
             f"--target={spec!r}: the CUDA compiler does not start ({reason}); "
-            "reinstall with pip install 'bigmodel[plan]'"
+            "reinstall with pip install -e '.[plan]'"
         ) from error
     return Target(spec, chip, tuple(topology.devices), (hosts, gpus), 1, "cuda")
 
