@@ -140,16 +140,22 @@ class Ending:
         self._leave()
         os._exit(code)
 
+    def await_news(self) -> None:
+        """In a job, gives the news of another host's failure time to end this one: what failed here may be
+        just the connection to that host."""
+        if self._client is not None and self._processes > 1:
+            time.sleep(2 * POLL_S)
+
     def _leave(self) -> None:
-        """The service ends with process 0, which would take the others along: it goes last."""
-        if self._process:
-            with contextlib.suppress(Exception):
-                self._client.key_value_set(f"{HEARD}/{self._process}", "")
-            return
+        """Waits until all hosts have heard: the first to go breaks the others' collectives, and process 0 has
+        the service, so it goes last."""
         end = time.monotonic() + ACKNOWLEDGED_S
-        with contextlib.suppress(Exception):
-            while time.monotonic() < end and len(self._client.key_value_dir_get(HEARD)) < self._processes - 1:
+        with contextlib.suppress(Exception):  # the service is gone: go too
+            self._client.key_value_set(f"{HEARD}/{self._process}", "")
+            while time.monotonic() < end and len(self._client.key_value_dir_get(HEARD)) < self._processes:
                 time.sleep(0.1)
+        if self._process == 0:
+            time.sleep(0.5)
 
     def _watch(self) -> None:
         """Waits for another host's failure, and for JAX's notice that SIGTERM came to one."""
@@ -158,7 +164,8 @@ class Ending:
                 about = json.loads(failed)
                 if about["process"] == self._process:
                     return
-                _say(f"error: process {about['process']} of the job failed: {about['line']}")
+                failed_there = f"error: process {about['process']} of the job failed: "
+                _say(("" if about["code"] in (STOPPED, INTERRUPTED) else failed_there) + about["line"])
                 self._leave()
                 os._exit(about["code"])
             if not self._signal and self._get(PREEMPTED):

@@ -123,6 +123,7 @@ def run(main: Callable[[], int]) -> None:
     except Exception as error:
         if (end := ending.taken()) is None:
             raise
+        end.await_news()
         _complain(traceback.format_exc())
         end.end_job(1, f"{type(error).__name__}: {error}")
         code = 1

@@ -110,7 +110,7 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
         key, _, value = text.partition("=")
         return [(key, value)]
     try:
-        tree = yaml.safe_load(pathlib.Path(text).read_text())
+        tree = yaml.safe_load(pathlib.Path(text).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--assume={text}: cannot be read ({error}); give KEY: VALUE lines") from error
     if not isinstance(tree, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from conftest import ROOT
@@ -120,7 +121,60 @@ BAD = [  # override -> what the message must name: the key, and the fix
     ("mesh.fsdp=0", ["mesh.fsdp is 0", "1 or more"]),
     ("mesh.fsdp=-1", ["mesh.fsdp is -1", "mesh.data", "only one axis"]),
     ("mesh.pipe=2", ["mesh.pipe is 2", "set it to 1"]),
+    ("seed=99999999999999999999", ["seed is 99999999999999999999", "4294967295 or less"]),
+    ("seed=4294967296", ["seed is 4294967296", "4294967295 or less"]),
+    ("steps=99999999999999999999", ["steps is 9", "2147483647 or less"]),
+    ("batch_size=2147483648", ["batch_size is 2147483648", "2147483647 or less"]),
+    ("model.width=99999999999", ["model.width is 99999999999", "or less"]),
+    ("checkpoint.every_steps=3000000000", ["checkpoint.every_steps is 3", "or less"]),
+    ("optim.eps=-1", ["optim.eps is -1", "0 or more"]),
+    ("optim.eps=1e-50", ["optim.eps is 1e-50", "0 as float32"]),
+    ("optim.lr=1e39", ["optim.lr is 1e+39", "more than float32 holds"]),
+    ("optim.b1=-0.1", ["optim.b1 is -0.1", "from 0 to below 1"]),
+    ("optim.b1=nan", ["optim.b1=nan", "finite"]),
+    ("model.dropout=1.5", ["model.dropout is 1.5", "dropout < 1"]),
+    ("model.norm_eps=-1", ["model.norm_eps is -1", "above 0"]),
+    ("model.norm_eps=0", ["model.norm_eps is 0", "above 0"]),
+    ("model.rope_theta=-1", ["model.rope_theta is -1", "above 0"]),
+    ("model.attention_block=-1", ["model.attention_block is -1", "0 or more"]),
+    ("task.negatives=0", ["task.negatives is 0", "1 or more"]),
+    ("data.min_count=0", ["data.min_count is 0", "1 or more"]),
+    ("data.max_boxes=-3", ["data.max_boxes is -3", "1 or more"]),
+    ("data.name=", ["data.name is empty"]),
 ]
+
+# Numeric keys that may be -1; of any other, no value below 0 makes a run.
+MAY_BE_NEGATIVE = {f"mesh.{axis}" for axis in ("data", "fsdp", "tensor", "expert")} | {
+    "eval.batches",
+    "data.mean",
+}
+FAMILIES = {
+    "bert",
+    "cnn",
+    "detector",
+    "gan",
+    "inception",
+    "mlp",
+    "recommender",
+    "resnet",
+    "rnn",
+    "t5",
+    "vgg",
+    "vit",
+}
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES | {"gpt", "alexnet"}))
+def test_every_number_of_every_family_has_a_range(name):
+    spec = f"configs/{name}.py"
+    flat = config_lib.flatten(config_lib.to_dict(load(spec)))
+    numbers = {key: x for key, x in flat.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+    assert len(numbers) > 40
+    for key, x in numbers.items():
+        bad = [-2, 10**20] if isinstance(x, int) else [-0.5, "nan", "inf", "1e39", 1e-50]
+        for value in bad if key not in MAY_BE_NEGATIVE else bad[1:]:
+            with pytest.raises(InputError, match=re.escape(key.split(".")[-1])):
+                load(spec, [f"{key}={value}"])
 
 
 @pytest.mark.parametrize(("override", "words"), BAD, ids=[override for override, _ in BAD])

@@ -131,7 +131,7 @@ def parse(text: str) -> tuple[Stage, ...]:
 
 def _read(path: pathlib.Path) -> list[Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"--recipe={path}: {error.strerror}; give a YAML file or a recipe such as quantize:int8"

@@ -304,7 +304,7 @@ class Prefetch:
         self._room.release()
         self._ready.put((-1, None, StopIteration()))  # for a consumer that waits in another thread
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=1 if self._stalled and self._stalled() else 10)
 
     def __enter__(self) -> Prefetch:
         return self

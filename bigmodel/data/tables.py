@@ -160,7 +160,7 @@ def fitted(config: Config, workdir: pathlib.Path | None = None, facts: Facts | N
 
     def made() -> Any:
         if old and old.is_file():
-            return json.loads(old.read_text())
+            return json.loads(old.read_text(encoding="utf-8"))
         return dataclasses.asdict(fit(config, facts.open(config.data.split)))
 
     columns = Columns(**facts.get("columns", made, compare=False))

@@ -85,7 +85,7 @@ def machine_key() -> str:
     """What a calibration depends on: CPU, cores, jax, devices, and whether malloc keeps its memory."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     devices = jax.local_device_count("cpu")
     machine = f"{model}, {cores()} cores, {devices} devices, malloc {_allocator()}"
@@ -112,7 +112,7 @@ def _allocator() -> str:
 def known(folder: pathlib.Path) -> Calibration | None:
     """The calibration of this machine that `load` left in `folder`, if any."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return from_json(_path(folder, machine_key()).read_text())
+        return from_json(_path(folder, machine_key()).read_text(encoding="utf-8"))
     return None
 
 
