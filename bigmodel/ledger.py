@@ -110,6 +110,24 @@ def _is_report(value: dict[str, Any]) -> bool:
     )
 
 
+class Window:
+    """Mean step and input time since the last line of the log; pauses do not count."""
+
+    def reset(self) -> None:
+        self.began, self.steps, self.wait_s = time.perf_counter(), 0, 0.0
+
+    __init__ = reset
+
+    def add(self, wait_s: float) -> None:
+        self.steps += 1
+        self.wait_s += wait_s
+
+    def means(self) -> tuple[float, float]:
+        """-> (seconds a step without input, seconds of waiting for input)."""
+        steps = max(self.steps, 1)
+        return max((time.perf_counter() - self.began - self.wait_s) / steps, 1e-9), self.wait_s / steps
+
+
 class ProcessMemory:
     """By how much this process grows at most, for devices that share its memory and do not count it: CPUs.
 

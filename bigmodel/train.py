@@ -39,7 +39,7 @@ from bigmodel import (
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config
 from bigmodel.data import Pipeline, Prefetch
-from bigmodel.ledger import Ledger, ProcessMemory
+from bigmodel.ledger import Ledger, ProcessMemory, Window
 from bigmodel.plan import estimate, fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State, steps_left
@@ -192,7 +192,7 @@ class Loop:
         self.config, self.ledger = run.program.config, run.ledger
         self.ends_at = self.config.steps  # or later, where float16's loss scale skips steps
         self.pending: tuple[int, Any] | None = None
-        self.window, self.memory = _Window(), ProcessMemory()
+        self.window, self.memory = Window(), ProcessMemory()
         self.progress = log.Progress()
         self.eval_metrics: dict[str, float] = {}
         self.saved = -1
@@ -381,21 +381,3 @@ class Loop:
             log.say(f"saved     step {step:,} in {self.run_.path}")
         if jax.process_index() == 0:
             log.plot_loss(self.run_.path)
-
-
-class _Window:
-    """Mean step and input time since the last line of the log; pauses do not count."""
-
-    def reset(self) -> None:
-        self.began, self.steps, self.wait_s = time.perf_counter(), 0, 0.0
-
-    __init__ = reset
-
-    def add(self, wait_s: float) -> None:
-        self.steps += 1
-        self.wait_s += wait_s
-
-    def means(self) -> tuple[float, float]:
-        """-> (seconds a step without input, seconds of waiting for input)."""
-        steps = max(self.steps, 1)
-        return max((time.perf_counter() - self.began - self.wait_s) / steps, 1e-9), self.wait_s / steps
