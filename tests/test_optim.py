@@ -179,9 +179,7 @@ def test_muon_makes_each_matrix_orthogonal_that_a_layer_multiplies():
         expected = np.stack([newton_schulz(g) for g in each]) * -0.2 * max(size) ** 0.5
         np.testing.assert_allclose(got[path].reshape(each.shape), expected, atol=2e-5, err_msg=path)
         assert got[path].shape == shape
-    for (
-        path
-    ) in ADAMS:  # a first step is the gradient's sign, times 1 + b1 / (1 + b1) with Nesterov's momentum
+    for path in ADAMS:  # with Nesterov's momentum a first step is the sign times 1 + b1 / (1 + b1)
         expected = -np.sign(by_path(grads)[path]) * (1 + 0.9 / 1.9)
         np.testing.assert_allclose(got[path], expected, rtol=1e-4, err_msg=path)
 

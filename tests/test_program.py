@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 from conftest import MESHES, build, built, by_path, mesh_keys, random_batch, sized, start, steps, tiny
 
-from bigmodel import mesh
-from bigmodel.config import InputError
-from bigmodel.plan import estimate, flops
+from bigmodel import config as config_lib
+from bigmodel import mesh, train
+from bigmodel.config import Config, InputError
+from bigmodel.plan import compiled as compiled_lib
+from bigmodel.plan import estimate, flops, planner
 
 # Momentum, decay and clipping, but no Adam: its first steps are near lr * sign(g), which turns a rounding
 # error in a gradient that is almost zero into a full step. Without that amplification, ten float32 steps
@@ -208,21 +211,69 @@ def compiled_anew() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", True)
 
 
-def instructions(compiled: Any) -> list[str]:
-    """The compiled HLO without its tables of source lines, whose order depends on what was traced before."""
-    text = re.sub(r", metadata=\{[^{}]*\}", "", compiled.as_text())
+def instructions(text: str) -> list[str]:
+    """Compiled HLO without its tables of source lines, whose order depends on what was traced before."""
+    text = re.sub(r", metadata=\{[^{}]*\}", "", text)
     header, *computations = text.split("\n\n")
     assert header.startswith("HloModule")
     return [header, *(c for c in computations if "{" in c.strip().partition("\n")[0])]
 
 
-def test_the_planned_program_is_the_trained_one():
-    config = tiny("cnn", **SGD, **mesh_keys({"data": 2, "fsdp": 2, "tensor": 2}))
-    with compiled_anew():
-        planned, trained = build(config).compile(), build(config).compile()
-    assert planned is not trained
-    assert len(instructions(planned)) > 5
-    assert instructions(planned) == instructions(trained)
+def planned(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The program that scripts/plan.py reads for this machine, compiled now."""
+    found, compile_for = [], planner.compile_for
+
+    def seen(*args: Any) -> Any:
+        found.append(compile_for(*args))
+        return found[-1]
+
+    with monkeypatch.context() as patch, compiled_anew():
+        patch.setattr(planner, "compile_for", seen)
+        patch.setattr(compiled_lib, "_read", lambda path: None)
+        patch.setattr(estimate.calibrate, "load", lambda folder: None)  # no minute of measuring
+        planner.plan(config)
+    (only,) = found
+    return instructions(only.text)
+
+
+def trained(config: Config, directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The program that the steps of a run were made with."""
+    found = []
+
+    class Loop(train.Loop):
+        def step(self, *args: Any) -> None:
+            found.append(instructions(self.compiled.as_text()))
+            super().step(*args)
+
+    with monkeypatch.context() as patch, compiled_anew():
+        patch.setattr(train, "Loop", Loop)
+        result = train.run(config, directory)
+    assert result.step == len(found) == 1
+    return found[0]
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"optim.weight_decay": 0.02},
+    {"microbatches": 2},
+    {"mesh.fsdp": 4, "mesh.tensor": 1},
+    {"compute_dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "others"),
+    [("cnn", OTHERS[:1]), *(pytest.param(name, OTHERS, marks=pytest.mark.slow) for name in ("cnn", "gpt"))],
+)
+def test_the_planned_program_is_the_trained_one(family, others, corpus, tmp_path, monkeypatch):
+    """Instruction for instruction; any other setting is another program, so a drift would be seen."""
+    source = {"data__name": "digits"} if family == "cnn" else {"data__name": corpus, "model__vocab_size": 264}
+    few = {"steps": 1, "eval__batches": 1, "log__tensorboard": False, "batch_size": 16}
+    config = tiny(family, **SGD, **source, **few, **mesh_keys({"data": 2, "fsdp": 2, "tensor": 2}))
+    ran = trained(config, tmp_path / "run", monkeypatch)
+    assert sum(text.count(" = ") for text in ran) > 100
+    assert planned(config, monkeypatch) == ran
+    for changes in others:
+        assert planned(config_lib.override(config, changes), monkeypatch) != ran, changes
 
 
 @pytest.mark.parametrize("size", ["124m", "llama-toy", "moe-toy"])
