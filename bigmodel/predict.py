@@ -354,7 +354,7 @@ def _read_pair(predictor: Predictor, item: Any) -> dict[str, Any]:
     assert predictor.ids is not None
     if not isinstance(item, Mapping) or any(item.get(key) is None for key in predictor.ids):
         raise InputError(f"a row with columns {' and '.join(predictor.ids)} is needed")
-    return {key: ids.get(labels.as_text(item[key]), 0) for key, ids in predictor.ids.items()}
+    return {key: labels.id_of(item[key], ids, 0) for key, ids in predictor.ids.items()}
 
 
 TABLE = {"numeric", "categorical"}

@@ -281,3 +281,73 @@ def test_quotes_semicolons_and_byte_order_marks(tmp_path):
     assert rows.columns["name"].tolist() == ['a;"b"\nc', "d"]
     assert rows.columns["size"].tolist() == [1, 2]
     assert rows.where(1).endswith("t.csv line 4")
+
+
+# ------------------------------------------------------------------------------ numbers as the config asks
+
+
+def test_the_decimal_sign_is_the_configs(tmp_path):
+    rows = ["x;bought", *[f"1,{i:03};{i % 2}" for i in range(100, 160)]]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    keys = {"data__ignore": (), "data__categorical": (), "batch_size": 8}
+    name = f"table:{tmp_path}/t.csv"
+    with pytest.raises(InputError, match=r"line 2 has '1,100' in 'x'.*set data\.decimal"):
+        make_pipeline(config(name, **keys), "train")
+    for sign, first in ((",", 1.1), (".", 1100)):
+        source = labels.open_split(config(name, data__decimal=sign, **keys), "train")
+        assert source.read(np.arange(len(source)))["x"].min() == pytest.approx(first, rel=0.01)
+
+
+def test_a_row_without_a_label_is_named_or_skipped(tmp_path):
+    for label, empty in (("text", ""), ("number", "NA"), ("number", "")):
+        rows = [[i % 9, ("no", "yes")[i % 2] if label == "text" else i % 2] for i in range(60)]
+        rows[30][1] = empty
+        name = write(tmp_path / f"{label}{empty}.csv", [["x", "bought"], *rows])
+        keys = {"data__ignore": (), "data__categorical": (), "batch_size": 8}
+        with pytest.raises(InputError, match=r"line 32 has (no bought|'NA' in 'bought')"):
+            make_pipeline(config(name, **keys), "train")
+        lenient = config(name, data__max_skipped=1, **keys)
+        assert sum(len(labels.open_split(lenient, split)) for split in ("train", "test")) == 59
+
+
+def test_columns_that_the_model_does_not_read_are_not_minded(tmp_path):
+    rows = [[f"film {i}", i % 2, "12 %", "0,5", "1.5"] for i in range(40)]
+    name = write(tmp_path / "t.tsv", [["text", "label", "share", "a", "b"], *rows], "\t")
+    c = tiny("rnn", data__name=name, task__name="classify", model__vocab_size=264, model__num_classes=2)
+    assert len(make_pipeline(c, "train")[0]["label"])
+    keys = {"data__name": name, "data__label": "label", "model__num_classes": 2, "model__rows": 128}
+    ignored = tiny("mlp", **keys, data__ignore=("text", "share"))
+    assert list(tables.fit(ignored, labels.open_split(ignored, "train")).numeric) == ["a", "b"]
+    with pytest.raises(InputError, match=r"has '12 %' in 'share'"):
+        make_pipeline(tiny("mlp", **keys, data__ignore=("text",)), "train")
+
+
+def test_a_number_too_far_for_float32_is_named_with_its_row(tmp_path):
+    rows: list[list[Any]] = [["split", "x", "bought"]]
+    rows += [["train", 1e-30 * (i % 5), i % 2] for i in range(40)] + [["test", 3.0, 1], ["test", 3e30, 1]]
+    c = config(write(tmp_path / "t.csv", rows), data__ignore=(), data__categorical=(), batch_size=8)
+    with pytest.raises(InputError, match=r"t\.csv line 43: column 'x' has 3e\+30.*too many standard dev"):
+        make_pipeline(c, "eval")[0]
+
+
+def test_numbers_far_from_zero_are_learnt_and_written_in_their_own_unit(tmp_path):
+    """Labels near 1.7e9 differ by less than float32 tells apart there."""
+    rows: list[list[Any]] = [["x", "bought"], *[[i, 1_700_000_000 + i] for i in range(200)]]
+    keys = {"task__name": "regress", "model__num_classes": 1, "data__ignore": (), "data__categorical": ()}
+    c = config(write(tmp_path / "t.csv", rows), mesh__data=1, batch_size=8, **keys)
+    built = build(c)
+    examples = evaluate.collect(built, start_on(built), make_pipeline(c, "eval"))
+    truth = labels.open_split(c, "test").read(np.arange(len(examples["label"])))["bought"]
+    np.testing.assert_allclose(np.diff(examples["label"][:, 0]), np.diff(truth), atol=1e-3)
+
+
+def test_groups_and_categories_of_large_numbers_stay_apart(tmp_path):
+    values = [2**53, 2**53 + 1, 2**40, 7]
+    rows: list[list[Any]] = [["x", "group", "bought"], *[[i, values[i % 4], i % 2] for i in range(80)]]
+    name = write(tmp_path / "t.csv", rows)
+    c = config(name, data__group="group", data__ignore=(), data__categorical=(), batch_size=32)
+    assert len(np.unique(make_pipeline(c, "train")[0]["group"])) == 4
+    for text, expected in ((0.2, "0.2"), (np.float32(0.1), "0.1"), (7.0, "7"), (2.0**60, str(2**60))):
+        assert labels.as_text(text) == expected
+    assert labels.id_of("007", {"7": 1}, 0) == 0
+    assert labels.id_of(" 7", {"7": 1}, 0) == 1

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data import sources
+from bigmodel.data import cells, sources
 from bigmodel.data.delimited import Reading, TableFiles
 from bigmodel.data.transforms import Batch
 
@@ -68,10 +68,10 @@ class Records:
                     f"{self._where(index)} has label {label}, not one of 0..{self._classes - 1}; set "
                     "model.num_classes, choose a split with labels, or skip it by data.max_skipped"
                 )
-            if label.dtype.kind == "f" and not np.isfinite(label).all():
+            if label.dtype.kind == "f" and not (np.abs(label) <= cells.LARGEST).all():
                 raise InputError(
-                    f"{self._where(index)} has {self._label} {label}, no finite number; prepare it "
-                    "again, or skip it by data.max_skipped"
+                    f"{self._where(index)} has {self._label} {label}, no finite number that float32 holds; "
+                    "prepare it again, or skip it by data.max_skipped"
                 )
 
     def _find_bad(self, indices: np.ndarray) -> bool:
@@ -247,6 +247,12 @@ def as_text(value: Any) -> str:
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
     return str(value)
+
+
+def id_of(value: Any, known: Mapping[str, int], unknown: int) -> int:
+    """The id of a category, user or item; spaces around one that is not known as it stands do not count."""
+    text = as_text(value)
+    return known[text] if text in known else known.get(text.strip(), unknown)
 
 
 class Numbered:

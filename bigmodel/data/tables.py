@@ -65,7 +65,9 @@ class Columns:
         """
         out = {}
         numbers = [self._standardised(key, rows[key]) for key in self.numeric]
-        ids = [[_id_of(value, known, unknown) for value in rows[key]] for key, unknown, known in self._ids]
+        ids = [
+            [labels.id_of(value, known, unknown) for value in rows[key]] for key, unknown, known in self._ids
+        ]
         if numbers:
             out["numeric"] = np.stack(numbers, 1).astype(np.float32)
         if ids:
@@ -81,12 +83,6 @@ class Columns:
                 f"({deviation:.3g}) from the training rows' mean ({mean:.3g}) for float32; correct it"
             )
         return out
-
-
-def _id_of(value: Any, known: Mapping[str, int], unknown: int) -> int:
-    """The id of a category; spaces around one that is not known as it stands do not count."""
-    text = labels.as_text(value)
-    return known[text] if text in known else known.get(text.strip(), unknown)
 
 
 def kinds(config: Config, features: Mapping[str, sources.Feature]) -> tuple[list[str], list[str]]:
