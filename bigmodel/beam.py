@@ -94,7 +94,7 @@ class BeamSearch:
         new_BK = jnp.where(over_BK, -1, token_BK)
         ids_BKN = jnp.take_along_axis(ids_BKN, parent_BK[..., None], 1).at[:, :, index].set(new_BK)
         left = state["left"][row] - 1
-        ended = (over_BK | (token_BK == self.decoder.end)).reshape(-1)
+        ended = (over_BK | self.decoder.ended(token_BK)).reshape(-1)
         state = {
             **state,
             "cache": self.decoder.rows_of(state["cache"], row), "at": state["at"][row],

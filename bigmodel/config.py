@@ -73,6 +73,10 @@ class Data:
     group: str = ""  # a feature that parts the examples into groups, for gaps between them
     image_size: int = 0  # images: resized to this, then cut square; 0: as stored, if all have one size
     eval_crop: float = 1.0  # evaluation resizes to image_size / eval_crop, and cuts the middle out
+    # exact: both sides become image_size / eval_crop; none: an image has its size already
+    resize: Literal["cover", "exact", "none"] = "cover"
+    # area: OpenCV's averages where it shrinks, linear where it grows; the others are Pillow's
+    resample: Literal["area", "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "area"
     mean: tuple[float, ...] = ()  # of a channel, in 0..1, for normalising; nothing: 0.5
     std: tuple[float, ...] = ()
     augment: str = ""  # training images: crop:4,flip:0.5,randaugment:2:9,erase:0.25 or resized_crop:0.08,...

@@ -61,22 +61,24 @@ class Decoder:
         built: Program,
         state: State,
         *,
-        end: int | None = None,
+        end: int | Sequence[int] | None = None,
         start: int | None = None,
         slots: int = 0,
         cache_dtype: str = "",
     ) -> None:
         """
         Args:
-            end: the id that ends an answer; None: none does.
-            start: the id that a decoder of inputs and targets starts from; None: `end`.
+            end: the id that ends an answer, or several of which any does; None: none does.
+            start: the id that a decoder of inputs and targets starts from; None: the first of `end`.
             slots: of a cache row; 0: as many as the context, or the window if that is narrower.
             cache_dtype: the compute dtype's, or int8.
 
         Raises:
             InputError: the model generates no text.
         """
-        self.program, self.end = built, -1 if end is None else end
+        self.program = built
+        self.ends: tuple[int, ...] = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+        self.end = self.ends[0] if self.ends else -1
         self.start = max(self.end, 0) if start is None else start
         config = built.config
         if config.task.name not in READERS:
@@ -221,12 +223,16 @@ class Decoder:
         token_B = jnp.where(active_B, token_B, state["token"])
         count = token_B.shape[0]
         rows = jnp.where(active_B, jnp.arange(count, dtype=jnp.int32), count)
-        left_B = jnp.where(active_B & (token_B != self.end), state["left"] - 1, 0)
+        left_B = jnp.where(active_B & ~self.ended(token_B), state["left"] - 1, 0)
         return {
             **state, "token": token_B, "left": left_B,
             "drawn": state["drawn"] + active_B.astype(jnp.int32),
             "seen": state["seen"].at[rows, token_B].set(True, mode="drop"),
         }  # fmt: skip
+
+    def ended(self, token_B: jax.Array) -> jax.Array:
+        """Which ids end an answer, bool. To be traced."""
+        return jnp.isin(token_B, jnp.asarray(self.ends, token_B.dtype))
 
     def step(self, params: Params, rest: Any, state: dict[str, Any]) -> dict[str, Any]:
         """One more id for every row that has any left. To be traced."""

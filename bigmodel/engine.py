@@ -311,7 +311,7 @@ class Engine:
         self._token_B[row] = ids[-1]
         self._at_B[row] += len(ids) - int(first)  # the first id comes of the prompt's last place
         self._drawn_B[row] += len(ids)
-        self._left_B[row] = 0 if ids[-1] == self.decoder.end else self._left_B[row] - len(ids)
+        self._left_B[row] = 0 if ids[-1] in self.decoder.ends else self._left_B[row] - len(ids)
         done = self._left_B[row] == 0
         if done:
             self._leave(row)

@@ -14,6 +14,7 @@ import numpy as np
 from bigmodel import data, fingerprint, mesh, parameters, program, stops, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError, Mesh
+from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.text import Tokenizer, special_id
 from bigmodel.decoder import CHUNK, Decoder, context
 from bigmodel.program import Program, State
@@ -58,8 +59,8 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues every prompt (int ids, at least one) by up to `length` ids -> int32 arrays.
 
-    An answer stops after the decoder's end id, which it then holds, or when `ended(row, ids)` says so; that
-    is asked every CHUNK ids.
+    An answer stops after one of the decoder's end ids, which it then holds, or when `ended(row, ids)` says
+    so; that is asked every CHUNK ids.
 
     Past `seq_len` the window slides by halves, so every id sees at least half a window. Raises InputError
     where a model of inputs and targets is asked for more than its targets hold.
@@ -89,7 +90,7 @@ def generate(
                 texts[row] += ids if slides else []
                 filled[row] += len(ids)
                 left[row] -= len(ids)
-                if ids and (ids[-1] == decoder.end or (ended is not None and ended(row, answers[row]))):
+                if ids and (ids[-1] in decoder.ends or (ended is not None and ended(row, answers[row]))):
                     left[row] = 0
             active = [filled[row] for row in rows if left[row]]
             room = window - max(active, default=window) if slides else CHUNK
@@ -118,25 +119,47 @@ class Writer:
         """A run that is loaded already, with its directory's tokenizer."""
         tokenizer = data.get_tokenizer(built.config, pathlib.Path(directory))
         start = special_id(tokenizer, getattr(built.config.model, "vocab_size", 0), "start")
-        return cls(Decoder(built, state, end=tokenizer.separator, start=start, **options), tokenizer)
+        return cls(Decoder(built, state, end=tokenizer.ends, start=start, **options), tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
-        """A prompt's ids as in training: a separator stands before a document, and after an input."""
-        ids, end = self.tokenizer.encode(text), [self.tokenizer.separator]
+        """A prompt's ids, with what stands before a document or after an input: as in training, or as in
+        transformers if the model came from there. Raises InputError for an id the model has no place for."""
+        room = self.decoder.program.config.seq_len
         if self.continues:
-            return np.concatenate([end, ids]).astype(np.int32)
-        return np.append(ids[: self.decoder.program.config.seq_len - 1], end).astype(np.int32)
+            ids = self.tokenizer.prompt(text)
+        elif isinstance(self.tokenizer, Pretrained) and self.tokenizer.imported:
+            ids = self.tokenizer.texts([text], room)[0]
+        else:
+            ids = np.append(self.tokenizer.encode(text)[: room - 1], self.tokenizer.separator).astype(
+                np.int32
+            )
+        most = getattr(self.decoder.program.config.model, "vocab_size", 0)
+        if len(ids) and ids.max() >= most:
+            raise InputError(
+                f"the prompt holds {self.tokenizer.decode([int(ids.max())])!r}, token {ids.max()}, but the "
+                f"model has model.vocab_size={most}; leave it out"
+            )
+        return ids
 
-    def decode(self, ids: Sequence[int] | np.ndarray, stop: Sequence[str] = ()) -> tuple[str, bool]:
-        r"""-> (the answer's text up to its end id or a stop string, whether either is there).
+    def decode(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        stop: Sequence[str] = (),
+        before: Sequence[int] | np.ndarray = (),
+    ) -> tuple[str, bool]:
+        r"""-> (the answer's text up to its end or a stop string, whether either is there).
 
         A stop string with \n or \t as two characters, as shells give it, ends at a line feed or a tab too.
+
+        Args:
+            before: the prompt's ids, where the text is to go on after the prompt's.
         """
-        ids = list(ids)
-        ended = self.decoder.end in ids
-        text = self.tokenizer.decode(ids[: ids.index(self.decoder.end)] if ended else ids)
-        before = stops.cut(text, [*stop, *(word.replace("\\n", "\n").replace("\\t", "\t") for word in stop)])
-        return (text, ended) if before is None else (before, True)
+        ids = [int(i) for i in ids]
+        at = next((index for index, id in enumerate(ids) if id in self.decoder.ends), None)
+        text = self.tokenizer.written(ids if at is None else ids[: at + 1], before)
+        words = [*stop, *(word.replace("\\n", "\n").replace("\\t", "\t") for word in stop)]
+        cut = stops.cut(text, words)
+        return (text, at is not None) if cut is None else (cut, True)
 
     def write(
         self,
@@ -146,6 +169,12 @@ class Writer:
         stop: Sequence[str] = (),
     ) -> list[str]:
         """The text that follows each prompt, or answers it. `settings`: of all, or of each."""
-        ended = (lambda row, ids: self.decode(ids, stop)[1]) if any(stop) else None
-        answers = generate(self.decoder, [self.encode(text) for text in prompts], length, settings, ended)
-        return [self.decode(ids, stop)[0] for ids in answers]
+        asked = [self.encode(text) for text in prompts]
+        before = [ids if self.continues else ids[:0] for ids in asked]
+
+        def said(row: int, ids: Sequence[int] | np.ndarray) -> tuple[str, bool]:
+            return self.decode(ids, stop, before[row])
+
+        ended = (lambda row, ids: said(row, ids)[1]) if any(stop) else None
+        answers = generate(self.decoder, asked, length, settings, ended)
+        return [said(row, ids)[0] for row, ids in enumerate(answers)]

@@ -262,7 +262,7 @@ def _read_image(predictor: Predictor, item: Any) -> dict[str, Any]:
         image, inner = objects.letterbox(image, whole, config.data.image_size)
         scale = size / inner[0, 2:]
     elif config.data.image_size:
-        image = transforms.center(image, config.data.image_size, config.data.eval_crop)
+        image = transforms.fitted(image, config.data, config.data.eval_crop)
     elif image.shape[:2] != shape[:2]:
         image = cv2.resize(image, (shape[1], shape[0]), interpolation=cv2.INTER_AREA).reshape(*shape[:2], -1)
     if image.shape != shape:
@@ -289,8 +289,9 @@ def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
     program, tokenizer = predictor.program, predictor.tokenizer
     name = program.config.data.text
     text = item.get(name, item.get("text")) if isinstance(item, Mapping) else item
+    ids: bytes | np.ndarray
     if isinstance(text, str):
-        ids = tokenizer.encode(text)
+        ids = _utf8(text)
     elif isinstance(text, list) and text and all(type(i) is int for i in text):
         if not 0 <= min(text) <= max(text) < tokenizer.vocab_size:
             raise InputError(f"token ids must lie in 0 to {tokenizer.vocab_size - 1}")
@@ -300,6 +301,13 @@ def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
         raise InputError(f"a text is needed, or a row with a column `text`{also}")
     rows = data.whole_texts(program.config, tokenizer)([ids])
     return {key: value[0] for key, value in rows.items() if key in program.batch_spec}
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"text holds a lone surrogate at character {error.start}") from None
 
 
 def _read_serial(predictor: Predictor, item: Any) -> dict[str, Any]:
@@ -381,7 +389,9 @@ def _class_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
 
 def _labels_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
     share_V = 1 / (1 + np.exp(-out["logits"]))
-    return {"labels": np.flatnonzero(share_V > 0.5).tolist(), "probabilities": share_V.tolist()}
+    labels_N = np.flatnonzero(share_V > 0.5).tolist()
+    names = [_name(predictor, label) for label in labels_N]
+    return {"labels": labels_N, "names": names, "probabilities": share_V.tolist()}
 
 
 def _value(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:

@@ -94,11 +94,14 @@ class Speculative:
         return Answer([self._cut(ids, length) for ids in answers], passes, kept / max(proposed, 1))
 
     def _left(self, ids: list[int], length: int) -> int:
-        return 0 if self.target.end in ids else max(length - len(ids), 0)
+        return 0 if self._end(ids) else max(length - len(ids), 0)
 
     def _cut(self, ids: list[int], length: int) -> np.ndarray:
-        end = ids.index(self.target.end) + 1 if self.target.end in ids else length
-        return np.array(ids[: min(end, length)], np.int32)
+        return np.array(ids[: min(self._end(ids) or length, length)], np.int32)
+
+    def _end(self, ids: list[int]) -> int:
+        """How many ids there are up to the first that ends an answer; 0: none does."""
+        return next((index + 1 for index, id in enumerate(ids) if id in self.target.ends), 0)
 
     def _rounded(
         self, target: Any, draft: Any, previous_B: jax.Array, token_B: jax.Array, target_cache: Any,

@@ -7,6 +7,7 @@ evaluation, generation and training take; `export_safetensors` writes one out.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pathlib
 import re
@@ -18,17 +19,21 @@ import jax
 import numpy as np
 
 from bigmodel import config as config_lib
-from bigmodel import data, fitted, huggingface, mesh, models, optim, workdir
+from bigmodel import data, families, fitted, huggingface, mesh, models, optim, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
-from bigmodel.huggingface import Pretrained
+from bigmodel.data import backends, generation, tokenizer_files
+from bigmodel.data import pretrained as tokens
+from bigmodel.data.tokenizer_files import ORIGIN, TOKENIZER
+from bigmodel.huggingface import Layout, Pretrained
 from bigmodel.models.module import Definition
 from bigmodel.program import Program, State
 
 Arrays = dict[str, Any]  # by path, "blocks/attention/q/kernel": parameters and statistics
-ORIGIN = "huggingface"  # in an imported workdir: the files that an export puts back as they were
-ORIGIN_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
+# Files of an import that its export puts back as they were, beside a tokenizer's own.
+ORIGIN_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.model",
+                "spiece.model")  # fmt: skip
+log = logging.getLogger("bigmodel")
 
 # Keys of config.model that may differ from the source's: what they change is shapes, or nothing that is
 # stored. Any other one would give the same arrays another meaning.
@@ -220,18 +225,63 @@ def import_pretrained(
         )
 
     state = {"params": stored(model.params_spec), "rest": stored(model.rest_spec)}
+    _check_finite(arrays, str(directory))
+    facts = huggingface.names.facts(config, pretrained.class_names(), pretrained.channels())
     with huggingface.new_directory(target, "--workdir") as path:
         workdir.write_config(path, config)
-        origin = path / ORIGIN
-        origin.mkdir()
-        for name in (name for name in ORIGIN_FILES if (pretrained.directory / name).is_file()):
-            shutil.copyfile(pretrained.directory / name, origin / name)
-        if (origin / "tokenizer.json").is_file():
-            shutil.copyfile(origin / "tokenizer.json", path / "tokenizer.json")
-        huggingface.write_unused(pretrained, origin)
+        _keep_files(pretrained, config, path)
+        fitted.write(path, facts)
         with Checkpoints(path / "checkpoints", async_save=False) as checkpoints:
             checkpoints.save(0, {"step": jax.numpy.int32(0), **state}, {"imported": str(directory)})
     return config
+
+
+def _check_finite(arrays: Arrays, directory: str) -> None:
+    for name, x in arrays.items():
+        if not np.isfinite(np.asarray(x, np.float32)).all():
+            raise InputError(f"{directory} has NaN or infinity in what becomes {name}; fetch the file again")
+
+
+def _keep_files(pretrained: Pretrained, config: Config, path: pathlib.Path) -> None:
+    """Keeps what an export puts back and what inputs are read by. Raises InputError for a bad tokenizer."""
+    origin, source = path / ORIGIN, pretrained.directory
+    tokenizer_files.keep(source, origin, ORIGIN_FILES)
+    huggingface.write_unused(pretrained, origin)
+    kind, _, there = config.data.tokenizer.partition(":")
+    if not hasattr(config.model, "vocab_size"):
+        if not config.data.mean:
+            log.warning(
+                "%s has no preprocessor_config.json: pixels are normalised by 0.5 and 0.5; if the model "
+                "learnt from others, set --config.data.mean and --config.data.std", source,
+            )  # fmt: skip
+        return
+    if kind != "hf":
+        return
+    if pathlib.Path(there) != source.absolute():  # another's tokenizer was asked for
+        tokenizer_files.keep(tokenizer_files.beside(pathlib.Path(there) / TOKENIZER), origin)
+    if not (origin / TOKENIZER).is_file() and (made := backends.from_vocabulary(origin)):
+        (path / TOKENIZER).write_text(made, "utf-8")
+    elif (origin / TOKENIZER).is_file():
+        shutil.copyfile(origin / TOKENIZER, path / TOKENIZER)
+    else:
+        _say_no_tokenizer(source)
+        return
+    tokenizer = tokens.Pretrained.load(path / TOKENIZER)
+    if tokenizer.chats is not None:
+        log.info("chats follow the model's own template")
+    for line in generation.not_used(tokenizer.files.generation):
+        log.warning("%s/generation_config.json: %s is not used", source, line)
+
+
+def _say_no_tokenizer(source: pathlib.Path) -> None:
+    """Raises InputError for a tokenizer that is there, but in no form that is read."""
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"):
+        if (source / name).is_file():
+            raise InputError(
+                f"{source} has {name} but no tokenizer.json; transformers writes it: "
+                f"AutoTokenizer.from_pretrained({str(source)!r}).save_pretrained(DIR)"
+            )
+    log.warning("%s has no tokenizer: text needs --config.data.tokenizer=hf:DIR (or bytes)", source)
 
 
 def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
@@ -251,19 +301,45 @@ def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathL
     with huggingface.new_directory(target, "--out") as out:
         if origin is not None:
             tensors = huggingface.as_imported(origin, tensors, config)
-            for file in origin.iterdir():
-                if file.name in ORIGIN_FILES:
-                    shutil.copyfile(file, out / file.name)
-        for name in ("tokenizer.json", fitted.FILE):
-            if (path / name).is_file():
-                shutil.copyfile(path / name, out / name)
+            tokenizer_files.keep(origin, out, ORIGIN_FILES)
+        elif layout is not None:
+            huggingface.companions.write(out, _files(path, config, layout, arrays))
+        elif (path / TOKENIZER).is_file():
+            shutil.copyfile(path / TOKENIZER, out / TOKENIZER)
+        if (path / fitted.FILE).is_file():
+            shutil.copyfile(path / fitted.FILE, out / fitted.FILE)
         huggingface.write(out, tensors)
         if layout is None:
             workdir.write_config(out, config)
-        elif origin is None:
-            workdir.write_json(out / "config.json", huggingface.write_config(config, layout, arrays))
-        files = sorted(file.name for file in out.iterdir())
+        for file in (file for file in out.rglob("*") if file.is_file()):
+            file.chmod(0o644)
+        files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     return [layout.architecture if layout else "names of this package", *files]
+
+
+def _files(path: pathlib.Path, config: Config, layout: Layout, arrays: Arrays) -> dict[str, dict[str, Any]]:
+    """File name -> its JSON, of a model that was trained here, in the workdir `path`."""
+    names: tuple[str, ...] = ()
+    if config.task.name in families.IMAGE_TASKS:
+        try:
+            names = data.class_names(config, path)
+        except InputError as error:
+            log.warning("the names of the classes are not known, LABEL_0 and so on stand for them: %s", error)
+    if len(names) != getattr(config.model, "num_classes", 0):
+        names = ()
+    tree = huggingface.write_config(config, layout, arrays, names)
+    if hasattr(config.model, "vocab_size"):
+        tokenizer = data.get_tokenizer(config, path)
+        tree |= huggingface.companions.ids(config, tokenizer)
+        return {"config.json": tree, **huggingface.companions.texts(config, tokenizer)}
+    size, channels = huggingface.image_of(config, arrays)
+    if not size:
+        height, width = data.batch_spec(config, path)["image"].shape[1:3]
+        size = height if height == width else 0
+    if not size:
+        log.warning("images are not square: no preprocessor_config.json is written")
+        return {"config.json": tree}
+    return {"config.json": tree, **huggingface.companions.pictures(config, size, channels)}
 
 
 def _some(names: list[str]) -> str:

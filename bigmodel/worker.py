@@ -202,8 +202,9 @@ class Text:
     Each call decodes the last few ids only, so that a long answer costs a time linear in its length.
     """
 
-    def __init__(self, writer: Writer, stop: Sequence[str]) -> None:
-        self.writer, self.stops = writer, Stops(stop)
+    def __init__(self, writer: Writer, stop: Sequence[str], before: Sequence[int] = ()) -> None:
+        """Args: before: the prompt's ids, where the text goes on after the prompt's."""
+        self.writer, self.stops, self.before = writer, Stops(stop), list(before)
         self.ids: list[int] = []
         self.reason: str | None = None
         self.length = 0  # characters given out
@@ -221,7 +222,7 @@ class Text:
     def add(self, ids: Sequence[int], done: bool) -> str:
         """-> the text that is new and certain; sets `reason` at the answer's end."""
         self.ids += ids
-        text, ended = self.writer.decode(self.ids[self._first :])
+        text, ended = self.writer.decode(self.ids[self._first :], before=self._context(self._first))
         pending = 0 if ended or done else min(len(text) - len(text.rstrip("\ufffd")), 3)
         new = text[self._certain : len(text) - pending]
         self._certain = max(self._certain, len(text) - pending)
@@ -239,10 +240,14 @@ class Text:
         self._rest = self._rest[len(out) :]
         return out
 
+    def _context(self, first: int) -> list[int]:
+        """The last ids before the window."""
+        return [*self.before[-CONTEXT_IDS:], *self.ids[:first]][-CONTEXT_IDS:] if self.before else []
+
     def _slide(self, text: str) -> None:
         """Moves the window to the last ids, where their text alone is the end of the text so far."""
         for first in range(len(self.ids) - CONTEXT_IDS, len(self.ids) - CONTEXT_IDS - 4, -1):
-            tail, _ = self.writer.decode(self.ids[first:])
+            tail, _ = self.writer.decode(self.ids[first:], before=self._context(first))
             certain = self._certain - (len(text) - len(tail))
             broken = tail.startswith("\ufffd") and len(self.ids) - self._first < 4 * WINDOW_IDS
             if text.endswith(tail) and certain >= 0 and not broken:

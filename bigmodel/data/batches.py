@@ -266,7 +266,7 @@ def _texts(config: Config, split: str, facts: Facts, train: bool) -> Parts:
 
     def prepare(weights: np.ndarray | None) -> transforms.Transform:
         def finish(batch: Mapping[str, np.ndarray], positions: np.ndarray) -> transforms.Batch:
-            rows = arrange(tokenizer.encode_all(batch[d.text].tolist()))
+            rows = arrange(batch[d.text].tolist())
             return {**rows, **labels.finish(config, batch, weights)}
 
         return finish
@@ -277,16 +277,27 @@ def _texts(config: Config, split: str, facts: Facts, train: bool) -> Parts:
 
 def whole_texts(
     config: Config, tokenizer: text.Tokenizer
-) -> Callable[[Sequence[np.ndarray]], transforms.Batch]:
-    """Ids of texts -> a batch's arrays, with what the model was taught to see before and after a text."""
+) -> Callable[[Sequence[bytes | np.ndarray]], transforms.Batch]:
+    """UTF-8 texts, or ids of texts -> a batch's arrays, with what the model was taught to see around them."""
     starts, vocab_size = _starts(config), getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
+    if isinstance(tokenizer, text.Pretrained) and tokenizer.imported:
+        pad = tokenizer.trailing_pad if starts == "separator" else None
+        return lambda texts: objectives.given_texts(
+            tokenizer.texts(texts, config.seq_len), length=config.seq_len, pad=pad
+        )
     first = {"separator": [tokenizer.separator], "cls": [text.special_id(tokenizer, vocab_size, "cls")]}
-    return functools.partial(
+    arrange = functools.partial(
         objectives.whole_texts,
         length=config.seq_len,
         first=first.get(starts, []),
         end=tokenizer.separator,
     )
+
+    def encoded(texts: Sequence[bytes | np.ndarray]) -> transforms.Batch:
+        plain = iter(tokenizer.encode_all([x for x in texts if isinstance(x, bytes)]))
+        return arrange([next(plain) if isinstance(x, bytes) else x for x in texts])
+
+    return encoded
 
 
 def _starts(config: Config) -> str:
@@ -371,6 +382,8 @@ def class_names(config: Config, facts: Facts) -> tuple[str, ...]:
     key = labels.name_of(config) if key == "label" else key
     if not key:
         return ()
+    if (named := facts.stored("class names")) is not None:
+        return tuple(named)
     feature = facts.features[key]
     return tuple(facts.names(key)) if feature.dtype == "text" else feature.names
 
@@ -382,7 +395,8 @@ def _tokenizer(config: Config, facts: Facts, special: int) -> text.Tokenizer:
     """The tokenizer, whose ids and `special` more have to fit the model's vocabulary."""
     tokenizer = text.get_tokenizer(config, facts.workdir)
     facts.get("tokenizer", lambda: tokenizer.fingerprint)
-    needed = tokenizer.vocab_size + (0 if getattr(tokenizer, "special", {}) else special)  # it has its own
+    own = getattr(tokenizer, "special", {})
+    needed = getattr(tokenizer, "text_ids", tokenizer.vocab_size) + (0 if own else special)  # it has its own
     room = getattr(config.model, "vocab_size", needed)
     if needed > room:
         more = f" and task.name={config.task.name} needs {special} more" if special else ""
@@ -404,7 +418,7 @@ def _packed(
 
 def _all_bytes(tokenizer: text.Tokenizer, vocab_size: int) -> np.ndarray:
     """uint8 (vocab_size,): bytes of text by id; special ids stand for none."""
-    return np.pad(tokenizer.token_bytes, (0, vocab_size - len(tokenizer.token_bytes)))
+    return np.pad(tokenizer.token_bytes, (0, max(vocab_size - len(tokenizer.token_bytes), 0)))[:vocab_size]
 
 
 def _is_paired(facts: Facts) -> bool:

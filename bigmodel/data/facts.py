@@ -4,6 +4,7 @@
     names of KEY    the values of a text column (label, group): a value's id is its place
     columns         of a table: see tables.py
     users, items    names, whose ids are their places, from 1: see ratings.py
+    class names     of an imported model, by number
     tokenizer       its fingerprint
 
 Training fits them once and keeps them (`keep`, in fitted.json); from then on nothing is numbered anew. Where
@@ -62,6 +63,10 @@ class Facts:
         """Whether the workdir was trained in, but keeps no facts yet."""
         steps = self.workdir / "checkpoints" if self.workdir else None
         return not self._kept and steps is not None and steps.is_dir() and any(steps.iterdir())
+
+    def stored(self, name: str) -> Any:
+        """A fact (JSON) as the workdir keeps it; None if it keeps none."""
+        return self._kept.get(name)
 
     def keep(self) -> None:
         """Writes the facts that were made, for those who read this workdir later."""

@@ -52,7 +52,7 @@ class Prepare:
     def _image(self, image: np.ndarray, position: int) -> np.ndarray:
         d = self._config.data
         if d.image_size and not (self._train and self._resizes):
-            image = transforms.center(image, d.image_size, 1.0 if self._train else d.eval_crop)
+            image = transforms.fitted(image, d, 1.0 if self._train else d.eval_crop)
         if not self._train or not d.augment:
             return image
         return self._augment(image, transforms.generator(self._config.seed, position, 1))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bigmodel.config import InputError
 from bigmodel.data.transforms import Batch, generator
 
 MASKS, PAIRS, OTHERS, SPANS = 4, 5, 6, 7  # streams of `generator`; images have the others
@@ -216,6 +217,27 @@ def whole_texts(texts: Sequence[np.ndarray], *, length: int, first: Sequence[int
     tokens_BL, segments_BL = np.zeros((2, len(texts), length), np.int32)
     for row, ids in enumerate(texts):
         ids = np.concatenate([np.array(first, np.int32), ids[: length - 1 - len(first)], [end]])
+        tokens_BL[row, : len(ids)], segments_BL[row, : len(ids)] = ids, 1
+    positions_BL = np.tile(np.arange(length, dtype=np.int32), (len(texts), 1))
+    return {"tokens": tokens_BL, "segments": segments_BL, "positions": positions_BL}
+
+
+def given_texts(texts: Sequence[np.ndarray], *, length: int, pad: int | None = None) -> Batch:
+    """Ids that are complete -> `tokens`, `segments`, `positions` int32 [B, L], cut to fit.
+
+    Args:
+        pad: an id that transformers takes for padding at a text's end; of a text of nothing else one stays.
+
+    Raises:
+        InputError: a text without ids.
+    """
+    tokens_BL, segments_BL = np.zeros((2, len(texts), length), np.int32)
+    for row, ids in enumerate(texts):
+        ids = ids[:length]
+        while pad is not None and len(ids) > 1 and ids[-1] == pad:
+            ids = ids[:-1]
+        if not len(ids):
+            raise InputError(f"text {row} is empty, and this tokenizer puts nothing around it; give a text")
         tokens_BL[row, : len(ids)], segments_BL[row, : len(ids)] = ids, 1
     positions_BL = np.tile(np.arange(length, dtype=np.int32), (len(texts), 1))
     return {"tokens": tokens_BL, "segments": segments_BL, "positions": positions_BL}

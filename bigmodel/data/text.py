@@ -1,4 +1,4 @@
-"""Tokenizers, and documents packed into windows of token ids.
+"""The tokenizer of a config, and documents packed into windows of token ids.
 
 The documents form one stream, `SEP d1 SEP d2 ... dn SEP`. Example i is the window [i L, i L + L + 1): its
 inputs are all but the last token, its targets all but the first. So every byte and every end of a document
@@ -16,137 +16,22 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import numpy as np
 
 from bigmodel import fitted
 from bigmodel.config import Config, InputError
-from bigmodel.data import token_cache
-from bigmodel.data.pretrained import Pretrained, byte_alphabet
+from bigmodel.data import token_cache, tokenizer_files
+from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.sources import Source, open_source
-from bigmodel.disk import locked, write_atomically
+from bigmodel.data.tokenizing import BPE, LONGEST_TOKEN_BYTES, Bytes, Tokenizer
+from bigmodel.disk import locked
 
 log = logging.getLogger("bigmodel")
 
-SEPARATOR = "<|endoftext|>"
 CHUNK_BYTES = 4 << 20  # text encoded at once: bounds memory, keeps the cores busy
-LONGEST_TOKEN_BYTES = 128  # so that the bytes of a token fit uint8
 FORMAT = 2  # of the token files in the cache
-
-
-class Tokenizer(Protocol):
-    """Text <-> ids. Only `separator` marks the end of a document; no text encodes to it."""
-
-    vocab_size: int
-    separator: int
-    token_bytes: np.ndarray  # uint8 (vocab_size,): the bytes of text an id stands for; separator 0
-    fingerprint: str
-
-    def encode(self, text: str) -> np.ndarray:
-        """Text -> int32 ids (n,), without a separator. Raises InputError for lone surrogates."""
-        ...
-
-    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Many UTF-8 documents -> their ids."""
-        ...
-
-    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """Ids -> text; what is no UTF-8, or no id, becomes U+FFFD."""
-        ...
-
-
-class Bytes:
-    """Ids 0..255 are the bytes of UTF-8, 256 is the separator."""
-
-    vocab_size = 257
-    separator = 256
-    fingerprint = "bytes"
-    token_bytes = np.array([1] * 256 + [0], np.uint8)
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
-
-    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        return [np.frombuffer(text, np.uint8) for text in texts]
-
-    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        numbers = np.asarray(ids).tolist()
-        return _join(bytes([i]) if 0 <= i < 256 else _special(i, self.separator) for i in numbers)
-
-
-class BPE:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2's pre-tokenizer), by `tokenizers`."""
-
-    def __init__(self, text: str) -> None:
-        """Args: text: the JSON of `tokenizers.Tokenizer`, as `save` writes it."""
-        from tokenizers import Tokenizer as Model
-        from tokenizers import pre_tokenizers
-
-        self._json = text
-        self._model: Any = Model.from_str(text)
-        self._model.encode_special_tokens = True  # "<|endoftext|>" inside a document is text like any other
-        separator = self._model.token_to_id(SEPARATOR)
-        if separator is None:
-            raise ValueError(f"it has no token {SEPARATOR}")
-        self.separator: int = separator
-        self.vocab_size: int = self._model.get_vocab_size()
-        self.fingerprint = f"bpe:{self.vocab_size} sha256={hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        # `tokenizers` writes each byte as one printable character.
-        alphabet = {char: byte for byte, char in enumerate(_byte_alphabet(pre_tokenizers))}
-        tokens = [self._model.id_to_token(i) or "" for i in range(self.vocab_size)]
-        self._bytes = [b"" if t == SEPARATOR else bytes(alphabet[char] for char in t) for t in tokens]
-        self.token_bytes = np.array([len(token) for token in self._bytes], np.uint8)
-
-    @classmethod
-    def train(cls, texts: Iterator[str], vocab_size: int) -> BPE:
-        """Learns `vocab_size` tokens (fewer where the text is short), the separator being the last."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-        model: Any = Tokenizer(models.BPE())
-        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        model.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 1,
-            show_progress=False,
-            initial_alphabet=_byte_alphabet(pre_tokenizers),
-            max_token_length=LONGEST_TOKEN_BYTES,
-        )
-        model.train_from_iterator(texts, trainer)
-        model.add_special_tokens([AddedToken(SEPARATOR, special=True, normalized=False)])
-        return cls(model.to_str(pretty=True))
-
-    def encode(self, text: str) -> np.ndarray:
-        _utf8(text)
-        return np.array(self._model.encode(text).ids, np.int32)
-
-    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        encoded = self._model.encode_batch_fast([text.decode("utf-8") for text in texts])
-        return [np.array(each.ids, np.int32) for each in encoded]
-
-    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        known, separator, numbers = range(self.vocab_size), self.separator, np.asarray(ids).tolist()
-        plain = (self._bytes[i] if i in known and i != separator else None for i in numbers)
-        return _join(_special(i, separator) if b is None else b for i, b in zip(numbers, plain, strict=True))
-
-    def bytes_at(self, index: int) -> bytes | None:
-        """As `bytes_of`."""
-        return self._bytes[index] if 0 <= index < self.vocab_size and index != self.separator else None
-
-    def save(self, path: pathlib.Path) -> None:
-        """Writes JSON that `tokenizers.Tokenizer.from_file` reads too."""
-        write_atomically(path, lambda file: file.write(self._json.encode()))
-
-    @classmethod
-    def load(cls, path: pathlib.Path) -> BPE:
-        """Raises InputError for a file that is no saved tokenizer."""
-        try:
-            return cls(path.read_text("utf-8"))
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise InputError(
-                f"tokenizer file {path} cannot be read: {' '.join(str(error).split())[:200]}"
-            ) from error
 
 
 def special_id(tokenizer: Tokenizer, vocab_size: int, role: str) -> int:
@@ -210,8 +95,15 @@ def _pretrained(directory: pathlib.Path, saved: pathlib.Path | None) -> Pretrain
     """The workdir's copy, so that a run can be moved; at first what is copied."""
     if saved and saved.is_file():
         return Pretrained.load(saved)
-    tokenizer = Pretrained.load(directory / "tokenizer.json" if directory.is_dir() else directory)
+    file = directory / "tokenizer.json" if directory.suffix != ".json" else directory
+    if not file.is_file():
+        raise InputError(
+            f"{file} does not exist, which data.tokenizer=hf:{directory} asks for; put the model's "
+            "tokenizer.json there, or set data.tokenizer (bytes, bpe:VOCAB_SIZE, hf:DIR)"
+        )
+    tokenizer = Pretrained.load(file, borrowed=True)
     if saved:
+        tokenizer_files.keep(tokenizer_files.beside(file), saved.parent / tokenizer_files.ORIGIN)
         tokenizer.save(saved)
     return tokenizer
 
@@ -324,7 +216,8 @@ class Packed:
         self._file = stream if isinstance(stream, token_cache.TokenFile) else None
         if self._file is not None:
             self._file.check(np.array([len(stream) // seq_len * seq_len]), np.array([len(stream) - 1]))
-        self._separator, self._token_bytes = tokenizer.separator, tokenizer.token_bytes
+        self._separator, self._first = tokenizer.separator, tokenizer.first
+        self._token_bytes, self._first_bytes = tokenizer.token_bytes, tokenizer.first_bytes
         self._seq_len = seq_len
         targets = len(stream) - 1
         self._len, self._full = -(-targets // seq_len), targets // seq_len
@@ -367,7 +260,9 @@ class Packed:
         offset = np.arange(self._seq_len, dtype=np.int32)
         positions = offset - np.maximum.accumulate(np.where(starts, offset, 0), axis=1)
         valid = full[:, None] | (offset < self._last_valid)
-        out = {"tokens": tokens, "targets": targets, "target_bytes": self._token_bytes[targets]}
+        target_bytes = np.where(starts, self._first_bytes[targets], self._token_bytes[targets])
+        tokens = np.where(starts, np.int32(self._first), tokens)  # after the separator as the model knows it
+        out = {"tokens": tokens, "targets": targets, "target_bytes": target_bytes}
         out |= {"segments": segments.astype(np.int32), "positions": positions}
         return {key: np.where(valid, value, value.dtype.type(0)) for key, value in out.items()}
 
@@ -393,36 +288,9 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"text holds a lone surrogate at character {error.start}, which is not Unicode text"
-        ) from None
-
-
-def _special(index: int, separator: int) -> bytes:
-    return (SEPARATOR if index == separator else "\ufffd").encode()
-
-
-def _join(pieces: Any) -> str:
-    return b"".join(pieces).decode("utf-8", errors="replace")
-
-
-@functools.cache
-def _byte_alphabet(pre_tokenizers: Any) -> list[str]:
-    """`byte_alphabet`, compared with the library's."""
-    chars = byte_alphabet()
-    assert set(chars) == set(pre_tokenizers.ByteLevel.alphabet())
-    return chars
-
-
 def bytes_of(tokenizer: Tokenizer, index: int) -> bytes | None:
     """An id's bytes of UTF-8, which may be a part of a character; None for special ids, and where the
     tokenizer writes no bytes."""
     if isinstance(tokenizer, Bytes):
         return bytes([index]) if 0 <= index < 256 else None
-    if isinstance(tokenizer, BPE):
-        return tokenizer.bytes_at(index)
-    return tokenizer.bytes_at(index) if isinstance(tokenizer, Pretrained) else None
+    return tokenizer.bytes_at(index) if isinstance(tokenizer, BPE | Pretrained) else None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from bigmodel.config import InputError
+from bigmodel.config import Data, InputError
 from bigmodel.data.randaugment import randaugment
 
 Batch = dict[str, np.ndarray]
@@ -64,9 +64,49 @@ def center(image: np.ndarray, size: int, fraction: float = 1.0) -> np.ndarray:
     """The shorter side resized to size / fraction, then the central [size, size, C]."""
     height, width = image.shape[:2]
     scale = max(round(size / fraction), size) / min(height, width)
-    image = resize(image, max(round(height * scale), size), max(round(width * scale), size))
+    return _middle(resize(image, max(round(height * scale), size), max(round(width * scale), size)), size)
+
+
+def fitted(image: np.ndarray, data: Data, fraction: float) -> np.ndarray:
+    """An image resized as `data.resize` and `data.resample` say, for size / fraction, and cut to the middle.
+
+    With a filter of Pillow's the longer side is rounded down, as in torchvision and transformers.
+
+    Raises:
+        InputError: an image of another size with `data.resize=none`.
+    """
+    size = data.image_size
+    side = max(round(size / fraction), size)
+    height, width = image.shape[:2]
+    if data.resize == "none":
+        if min(height, width) < size:
+            raise InputError(f"an image is {width} x {height}, but data.resize=none needs {size} or more")
+        return _middle(image, size)
+    if data.resample == "area":
+        return (
+            _middle(resize(image, side, side), size)
+            if data.resize == "exact"
+            else center(image, size, fraction)
+        )
+    shape = side, side
+    if data.resize == "cover":
+        longer = int(side * max(height, width) / min(height, width))
+        shape = (side, longer) if height <= width else (longer, side)
+    return _middle(_pillow(image, *shape, data.resample), size)
+
+
+def _middle(image: np.ndarray, size: int) -> np.ndarray:
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top : top + size, left : left + size]
+
+
+def _pillow(image: np.ndarray, height: int, width: int, name: str) -> np.ndarray:
+    """uint8 [H, W, C] -> [height, width, C]."""
+    from PIL import Image
+
+    flat = image[..., 0] if image.shape[-1] == 1 else image
+    made = Image.fromarray(flat).resize((width, height), Image.Resampling[name.upper()])
+    return np.asarray(made).reshape(height, width, image.shape[-1])
 
 
 class Window(NamedTuple):

@@ -18,14 +18,19 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from bigmodel import config as config_lib
+from bigmodel import families
 from bigmodel.config import Config, InputError
-from bigmodel.huggingface import configs, layouts
+from bigmodel.huggingface import companions, configs, layouts, names, processors
 from bigmodel.huggingface.files import Tensors, new_directory, read_json, write
 from bigmodel.huggingface.layouts import Layout
 
 __all__ = [
+    "Layout",
     "Pretrained",
     "as_imported",
+    "companions",
+    "image_of",
+    "names",
     "new_directory",
     "open_pretrained",
     "tensors_of",
@@ -70,6 +75,11 @@ class Pretrained(NamedTuple):
                 out[ours] = np.empty(shapes[ours], x.dtype)
             out[ours][index] = x
         return out
+
+    def class_names(self) -> tuple[str, ...]:
+        """By number; () of a model without classes."""
+        where = str(self.directory / "config.json")
+        return names.classes(self.hf, where) if self.config.task.name in families.IMAGE_TASKS else ()
 
     def channels(self) -> int:
         """Of an image."""
@@ -125,8 +135,13 @@ def open_pretrained(directory: str | os.PathLike[str]) -> Pretrained:
     tree = configs.read(hf, set(tensors.shapes), where)
     dtypes = [dtype for dtype in FLOATS if dtype in tensors.dtypes.values()]
     tree |= {"param_dtype": "float32" if len(dtypes) > 1 else (dtypes or ["float32"])[0], "batch_size": 8}
-    if (path / "tokenizer.json").is_file():
-        tree["data"] = {**tree.get("data", {}), "tokenizer": f"hf:{path.absolute()}"}
+    if "vocab_size" in tree["model"]:
+        named = tree["task"]["name"] in families.IMAGE_TASKS
+        tree["data"] = {"tokenizer": f"hf:{path.absolute()}"} | ({"name": names.NOWHERE} if named else {})
+    else:
+        size = 0 if hf["model_type"] == "resnet" else tree["data"]["image_size"]
+        channels = configs.number(hf, "num_channels", 3, where)
+        tree["data"] |= processors.read(path, hf["model_type"], size, channels)
     depth = max(tree["model"].get(key, 0) for key in ("depth", "decoder_depth"))
     if depth > len(tensors.shapes):
         raise InputError(f"{where} asks for {depth} layers, but there are {len(tensors.shapes)} tensors")
@@ -183,14 +198,23 @@ def tensors_of(config: Config, arrays: Mapping[str, np.ndarray]) -> tuple[Layout
     return layout, out
 
 
-def write_config(config: Config, layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def write_config(
+    config: Config, layout: Layout, arrays: Mapping[str, np.ndarray], class_names: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The config.json of an export; `arrays` as for `tensors_of`."""
-    c, channels = config.model, 3
-    if config.model.name == "vit":
-        channels = arrays["embed/kernel"].shape[0] // getattr(c, "patch", 1) ** 2
-    elif config.model.name == "resnet":
-        channels = arrays["stem/conv/kernel"].shape[2]
-    return configs.write(config, layout, channels)
+    size, channels = image_of(config, arrays)
+    return configs.write(config, layout, channels, size, class_names)
+
+
+def image_of(config: Config, arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """-> (the size of the images that a model reads, their channels); 0 and 3 of one that reads none."""
+    c = config.model
+    if isinstance(c, families.ViT):
+        patches = arrays["positions/table"].shape[0] - 1
+        return round(patches**0.5) * c.patch, arrays["embed/kernel"].shape[0] // c.patch**2
+    if isinstance(c, families.ResNet):
+        return config.data.image_size, arrays["stem/conv/kernel"].shape[2]
+    return 0, 3
 
 
 # --------------------------------------------------------------------------------- what an import puts aside

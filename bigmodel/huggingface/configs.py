@@ -11,6 +11,7 @@ from typing import Any
 from bigmodel import families
 from bigmodel.config import Config, InputError
 from bigmodel.families import RESNET_STAGES
+from bigmodel.huggingface import known, names
 from bigmodel.huggingface.layouts import ACTIVATIONS, T5_ACTIVATIONS, Layout
 
 HF = Mapping[str, Any]  # a config.json
@@ -51,14 +52,15 @@ KEYS: dict[str, dict[str, tuple[str, Any]]] = {
 }  # fmt: skip
 KEYS["mixtral"] = KEYS["llama"] | {
     "num_local_experts": ("experts", None), "num_experts_per_tok": ("experts_per_token", 2),
+    "rms_norm_eps": ("norm_eps", 1e-5),
 }  # fmt: skip
 
 
-def read(hf: HF, names: set[str], where: str) -> Tree:
+def read(hf: HF, tensors: set[str], where: str) -> Tree:
     """config.json -> a config: the model, its task, the lengths and sizes it was made for.
 
     Args:
-        names: the tensors that are there, which say which heads the model has.
+        tensors: the names of those that are there, which say which heads the model has.
         where: the file, for messages.
 
     Raises:
@@ -67,11 +69,12 @@ def read(hf: HF, names: set[str], where: str) -> Tree:
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in KEYS:
         raise InputError(f"{where}: model_type={kind!r} is not supported; known: {', '.join(sorted(KEYS))}")
+    known.check(hf, kind, where)
     model: Tree = {}
     for theirs, (ours, default) in KEYS[kind].items():
         model[ours] = number(hf, theirs, default, where)
     try:
-        return READERS[kind](hf, model, names, where)
+        return READERS[kind](hf, model, tensors, where)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise InputError(f"{where} is no sound {kind} config ({error!r}); fetch it again") from error
 
@@ -102,24 +105,30 @@ def _named(table: Mapping[str, str], hf: HF, key: str, default: str, where: str)
     raise InputError(f"{where}: {key}={name!r} is not supported; known: {', '.join(table.values())}")
 
 
-def _gpt2(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
+def _gpt2(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
     _refuse(
         hf, where, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
     )
     model |= {"name": "gpt", "mlp": _named(ACTIVATIONS, hf, "activation_function", "gelu_new", where)}
     model["mlp_width"] = number(hf, "n_inner", 4 * model["width"], where)
     model["tie_embeddings"] = hf.get("tie_word_embeddings", True)
-    task = _task(hf, model, names, "score.weight", where) or {"name": "lm"}
+    task = _task(hf, model, tensors, "score.weight", where) or {"name": "lm"}
     return {"model": model, "seq_len": number(hf, "n_positions", 1024, where), "task": task}
 
 
-def _llama(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
+def _llama(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
     _refuse(hf, where, hidden_act="silu")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise InputError(f"{where}: rope_type={kind!r} is not supported; only plain rope is")
-    length = number(hf, "max_position_embeddings", 2048, where)
+    mixtral = hf["model_type"] == "mixtral"
+    for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        raise InputError(
+            f"{where}: rope_parameters has {key}={rope[key]!r}, which is not supported; remove it"
+        )
+    _refuse(rope, where, partial_rotary_factor=1.0)
+    length = number(hf, "max_position_embeddings", 131072 if mixtral else 2048, where)
     if (hf.get("sliding_window") or length) < length:
         raise InputError(
             f"{where}: sliding_window={hf['sliding_window']} is not supported; set it to null and "
@@ -128,60 +137,67 @@ def _llama(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
     bias = bool(hf.get("attention_bias", False))
     if bias != bool(hf.get("mlp_bias", False)):
         raise InputError(f"{where}: attention_bias and mlp_bias differ, which is not supported")
-    default = 1e6 if hf["model_type"] == "mixtral" else 1e4
+    default = 1e6 if mixtral else 1e4
     theta = rope.get("rope_theta") or hf.get("rope_theta") or default
     model |= {"name": "gpt", "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": bias}
     model["rope_theta"] = number({"rope_theta": theta}, "rope_theta", None, where)
-    model["kv_heads"] = number(hf, "num_key_value_heads", model["heads"], where)
+    model["kv_heads"] = number(hf, "num_key_value_heads", 8 if mixtral else model["heads"], where)
     model["head_dim"] = number(hf, "head_dim", model["width"] // max(model["heads"], 1), where)
     model["tie_embeddings"] = hf.get("tie_word_embeddings", False)
     if "experts" in model:  # every token has its place: Mixtral drops none
         model["capacity_factor"] = model["experts"] / max(model["experts_per_token"], 1)
-    task = _task(hf, model, names, "score.weight", where) or {"name": "lm"}
+    task = _task(hf, model, tensors, "score.weight", where) or {"name": "lm"}
     return {"model": model, "seq_len": length, "task": task}
 
 
-def _bert(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
+def _bert(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
     _refuse(hf, where, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
-    has = {name: any(part in tensor for tensor in names) for name, part in BERT_PARTS.items()}
+    has = {name: any(part in tensor for tensor in tensors) for name, part in BERT_PARTS.items()}
     if has["next_sentence"] and not (has["mlm"] and has["pooler"]):
         raise InputError(f"{where}: a next-sentence head without a pooler and an mlm head is not supported")
     model |= {"name": "bert", "mlp": _named(ACTIVATIONS, hf, "hidden_act", "gelu", where)}
     model |= {"pooler": has["pooler"], "head": "mlm" if has["mlm"] else "none"}
-    task = _task(hf, model, names, "classifier.weight", where)
+    task = _task(hf, model, tensors, "classifier.weight", where)
     task = task or {"name": "mlm", "next_sentence": has["next_sentence"]}
     return {"model": model, "seq_len": number(hf, "max_position_embeddings", 512, where), "task": task}
 
 
-def _task(hf: HF, model: Tree, names: set[str], head: str, where: str) -> Tree:
+def _task(hf: HF, model: Tree, tensors: set[str], head: str, where: str) -> Tree:
     """The task of a head of classes, if the tensor is there; how many there are goes into the model."""
-    if head not in names:
+    if head not in tensors:
         return {}
-    model["num_classes"] = classes(hf, where)
+    count = model["num_classes"] = len(names.classes(hf, where))
     kinds = {"regression": "regress", "multi_label_classification": "multilabel"}
-    return {"name": kinds.get(str(hf.get("problem_type")), "classify")}
+    kinds |= {"single_label_classification": "classify", "None": "regress" if count == 1 else "classify"}
+    if (problem := str(hf.get("problem_type"))) not in kinds:
+        raise InputError(f"{where}: problem_type={problem!r} is not supported; known: {', '.join(kinds)}")
+    return {"name": kinds[problem]}
 
 
 BERT_PARTS = {"mlm": "cls.predictions.", "pooler": "pooler.dense.", "next_sentence": "cls.seq_relationship."}
 
 
-def _t5(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
+def _t5(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
     model |= {"name": "t5", "mlp": _named(T5_ACTIVATIONS, hf, "feed_forward_proj", "relu", where)}
     model["decoder_depth"] = number(hf, "num_decoder_layers", model["depth"], where)
     # In transformers 5 tie_word_embeddings is always true, and another key tells v1.0 and v1.1 apart.
+    forward = str(hf.get("feed_forward_proj") or "relu")
+    gated = forward.startswith("gated-")
+    inner = {"gated-gelu": "gelu_new"}.get(forward, forward.removeprefix("gated-"))
+    _refuse(hf, where, is_gated_act=gated, dense_act_fn=inner)
     scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
-    model |= {"scale_output": bool(scaled), "tie_embeddings": scaled or "lm_head.weight" not in names}
+    model |= {"scale_output": bool(scaled), "tie_embeddings": scaled or "lm_head.weight" not in tensors}
     return {"model": model, "seq_len": 512, "task": {"name": "seq2seq"}}
 
 
-def _vit(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
+def _vit(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
     _refuse(hf, where, qkv_bias=True)
     size = number(hf, "image_size", 224, where)
     model |= {"name": "vit", "mlp": _named(ACTIVATIONS, hf, "hidden_act", "gelu", where), "pool": "cls"}
-    return _images(hf, model | {"num_classes": classes(hf, where)}, size)
+    return _images(hf, model, size, where)
 
 
-def _resnet(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
+def _resnet(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
     _refuse(hf, where, hidden_act="relu", downsample_in_first_stage=False, downsample_in_bottleneck=False)
     bottleneck = hf.get("layer_type", "bottleneck") == "bottleneck"
     sizes, depths = tuple(hf["hidden_sizes"]), tuple(hf["depths"])
@@ -193,18 +209,13 @@ def _resnet(hf: HF, model: Tree, names: set[str], where: str) -> Tree:
     if hf.get("embedding_size", 64) != channels[0]:
         raise InputError(f"{where}: embedding_size={hf.get('embedding_size', 64)} must be {channels[0]}")
     model |= {"name": "resnet", "depth": known[depths], "stem": "imagenet", "channels": channels}
-    return _images(hf, model | {"num_classes": classes(hf, where)}, 224)
+    return _images(hf, model, 224, where)
 
 
-def _images(hf: HF, model: Tree, size: int) -> Tree:
-    data = {"name": "imagenet2012", "image_size": size}
-    return {"model": model, "task": {"name": "classify"}, "data": data}
-
-
-def classes(hf: HF, where: str) -> int:
-    """How many classes a head has: `id2label` names them; transformers' default is 2."""
-    labels = hf.get("id2label")
-    return number(hf, "num_labels", len(labels) if isinstance(labels, Mapping) else 2, where)
+def _images(hf: HF, model: Tree, size: int, where: str) -> Tree:
+    task = _task(hf, model, {"classifier"}, "classifier", where)
+    name = "imagenet2012" if model["num_classes"] == 1000 and task["name"] == "classify" else names.NOWHERE
+    return {"model": model, "task": task, "data": {"name": name, "image_size": size}}
 
 
 READERS: dict[str, Callable[[HF, Tree, set[str], str], Tree]] = {
@@ -216,11 +227,20 @@ READERS: dict[str, Callable[[HF, Tree, set[str], str], Tree]] = {
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write(config: Config, layout: Layout, channels: int = 3) -> Tree:
+PROBLEMS = {
+    "classify": "single_label_classification", "multilabel": "multi_label_classification",
+    "regress": "regression",
+}  # fmt: skip
+
+
+def write(
+    config: Config, layout: Layout, channels: int = 3, size: int = 0, class_names: tuple[str, ...] = ()
+) -> Tree:
     """`config` -> the config.json with which transformers reads what `layout` names.
 
     Args:
-        channels: of an image.
+        channels, size: of an image.
+        class_names: by number; none: LABEL_0 and so on.
     """
     c = config.model
     out: Tree = {"model_type": layout.model_type, "architectures": [layout.architecture]}
@@ -243,7 +263,7 @@ def write(config: Config, layout: Layout, channels: int = 3) -> Tree:
         out |= {"num_decoder_layers": c.decoder_depth, "feed_forward_proj": T5_ACTIVATIONS[c.mlp]}
         out |= {"tie_word_embeddings": c.tie_embeddings, "scale_decoder_outputs": c.scale_output}
     elif isinstance(c, families.ViT):
-        out |= {"image_size": config.data.image_size, "hidden_act": ACTIVATIONS[c.mlp]}
+        out |= {"image_size": size, "hidden_act": ACTIVATIONS[c.mlp]}
         out |= {"attention_probs_dropout_prob": 0.0, "num_channels": channels}
     elif isinstance(c, families.ResNet):
         bottleneck = c.depth >= 50
@@ -251,6 +271,8 @@ def write(config: Config, layout: Layout, channels: int = 3) -> Tree:
         out["hidden_sizes"] = [width * (4 if bottleneck else 1) for width in c.channels]
         out |= {"layer_type": "bottleneck" if bottleneck else "basic", "num_channels": channels}
     if config.task.name in families.IMAGE_TASKS and hasattr(c, "num_classes"):
-        out["id2label"] = {str(k): f"LABEL_{k}" for k in range(c.num_classes)}
-        out["label2id"] = {label: int(k) for k, label in out["id2label"].items()}
+        labels = class_names or tuple(f"LABEL_{k}" for k in range(c.num_classes))
+        out["id2label"] = {str(k): name for k, name in enumerate(labels)}
+        out["label2id"] = {name: k for k, name in enumerate(labels)}
+        out["problem_type"] = PROBLEMS[config.task.name]
     return out
