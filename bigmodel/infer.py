@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,18 +121,34 @@ class Writer:
         start = special_id(tokenizer, getattr(built.config.model, "vocab_size", 0), "start")
         return cls(Decoder(built, state, end=tokenizer.ends, start=start, **options), tokenizer)
 
-    def encode(self, text: str) -> np.ndarray:
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+        """Messages (dicts of `role`, `content`) -> the ids of the prompt that the model's own chat template
+        makes of them; None without one. Raises InputError where the template refuses them."""
+        if not isinstance(self.tokenizer, Pretrained) or self.tokenizer.chats is None:
+            return None
+        return self._checked(self.tokenizer.chat(messages))
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How the authors of an imported model draw answers: fields of `Sampling`, and `max_new_tokens`."""
+        return self.tokenizer.drawing() if isinstance(self.tokenizer, Pretrained) else {}
+
+    def encode(self, text: str, plain: bool = False) -> np.ndarray:
         """A prompt's ids, with what stands before a document or after an input: as in training, or as in
-        transformers if the model came from there. Raises InputError for an id the model has no place for."""
+        transformers if the model came from there. `plain`: names of special tokens in it are text.
+        Raises InputError for an id the model has no place for."""
         room = self.decoder.program.config.seq_len
         if self.continues:
-            ids = self.tokenizer.prompt(text)
+            ids = self.tokenizer.prompt(text, plain)
         elif isinstance(self.tokenizer, Pretrained) and self.tokenizer.imported:
             ids = self.tokenizer.texts([text], room)[0]
         else:
             ids = np.append(self.tokenizer.encode(text)[: room - 1], self.tokenizer.separator).astype(
                 np.int32
             )
+        return self._checked(ids)
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
         most = getattr(self.decoder.program.config.model, "vocab_size", 0)
         if len(ids) and ids.max() >= most:
             raise InputError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigmodel import sampling, typed
+from bigmodel.config import InputError
 from bigmodel.sampling import Sampling
 
 STOPS, STOP_CHARS = 4, 256  # of one request
@@ -62,6 +63,8 @@ class Ask:
     model: str | None
     settings: Sampling
     echo: bool = False
+    plain: bool = False  # names of special tokens in the prompt are text
+    usual_tokens: int | None = None  # where max_tokens is None: at most so many, if they fit
     logprobs: int | None = None  # how many of the likeliest ids are told for each place; None: no scores
 
 
@@ -82,34 +85,58 @@ def parse(body: bytes) -> dict[str, Any]:
     return tree
 
 
-def completion(tree: Mapping[str, Any], most: int) -> Ask:
-    """Raises Refusal. `most`: answers that one request may ask for."""
+def completion(tree: Mapping[str, Any], most: int, drawing: Mapping[str, Any] | None = None) -> Ask:
+    """Raises Refusal.
+
+    Args:
+        most: answers that one request may ask for.
+        drawing: what a request leaves out, as the model's authors have it.
+    """
     tree = served(tree, {"prompt", "logprobs", "echo", "best_of", "suffix"})
     prompt = tree.get("prompt", "")
     several = isinstance(prompt, list) and any(isinstance(p, str | list) for p in prompt)
     prompts = tuple(_prompt(p) for p in prompt) if several else (_prompt(prompt),)
     echo = _value(tree, "echo", bool, False)
-    ask = _ask(tree, prompts, most, default=16, least=0 if echo else 1)
+    ask = _ask(tree, prompts, most, drawing or {}, default=16, least=0 if echo else 1)
     refuse_unserved(tree, {"suffix": ("",), "best_of": (1, ask.n)})
     return dataclasses.replace(ask, echo=echo, logprobs=_top(tree, "logprobs", None))
 
 
-def chat(tree: Mapping[str, Any], most: int) -> Ask:
-    """Raises Refusal. The messages become one text, a line each, which the assistant continues."""
+Template = Callable[[Sequence[Mapping[str, str]]], Sequence[int] | None]
+
+
+def chat(
+    tree: Mapping[str, Any], most: int, drawing: Mapping[str, Any] | None = None,
+    template: Template = lambda messages: None,
+) -> Ask:  # fmt: skip
+    """Raises Refusal. The messages become what the model's template makes of them; without one, a text, a
+    line each, which the assistant continues.
+
+    Args:
+        most, drawing: as for `completion`.
+        template: messages -> ids, or None. Raises InputError.
+    """
     tree = served(tree, {"messages", "max_completion_tokens", "logprobs", "top_logprobs", *CHAT_NEUTRAL})
     refuse_unserved(tree, CHAT_NEUTRAL)
     messages = tree.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refusal(400, "messages must be a list of one message or more", "messages")
-    text = "".join(f"{role}: {_line(content)}\n" for role, content in map(_message, messages)) + "assistant:"
+    said = [_message(message) for message in messages]
+    try:
+        ids = template([{"role": role, "content": content} for role, content in said])
+    except InputError as error:
+        raise Refusal(400, str(error), "messages") from error
+    text = "".join(f"{role}: {_line(content)}\n" for role, content in said) + "assistant:"
+    prompt = text if ids is None else tuple(int(i) for i in ids)
     if tree.get("max_completion_tokens") is not None:
         tree = {**tree, "max_tokens": tree["max_completion_tokens"]}
-    ask = _ask(tree, (text,), most, default=None)
+    ask = _ask(tree, (prompt,), most, drawing or {}, default=None)
     top = _top(tree, "top_logprobs", 0)
     logprobs = top if _value(tree, "logprobs", bool, False) else None
     if top and logprobs is None:
         raise Refusal(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    return dataclasses.replace(ask, stop=(*ask.stop, "\nuser:", "\nsystem:"), logprobs=logprobs)
+    stop = ask.stop if ids is not None else (*ask.stop, "\nuser:", "\nsystem:")
+    return dataclasses.replace(ask, stop=stop, logprobs=logprobs, plain=True)
 
 
 @dataclass(frozen=True)
@@ -213,9 +240,11 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _ask(
-    tree: Mapping[str, Any], prompts: tuple[str | tuple[int, ...], ...], most: int, default: int | None,
-    least: int = 1,
+    tree: Mapping[str, Any], prompts: tuple[str | tuple[int, ...], ...], most: int,
+    drawing: Mapping[str, Any], default: int | None, least: int = 1,
 ) -> Ask:  # fmt: skip
+    usual = drawing.get("max_new_tokens")
+    default = default if usual is None else None
     n = _value(tree, "n", int, 1)
     if n < 1 or n * len(prompts) > most:
         raise Refusal(422, f"n={n} for {len(prompts)} prompts: ask for 1 to {most} answers in all", "n")
@@ -228,12 +257,16 @@ def _ask(
     include_usage = _value(options, "include_usage", bool, False)
     model = _value(tree, "model", str, None)
     stream = _value(tree, "stream", bool, False)
-    return Ask(prompts, max_tokens, n, _stop(tree), stream, include_usage, model, _settings(tree))
+    settings = _settings(tree, drawing)
+    return Ask(
+        prompts, max_tokens, n, _stop(tree), stream, include_usage, model, settings, usual_tokens=usual
+    )
 
 
-def _settings(tree: Mapping[str, Any]) -> Sampling:
+def _settings(tree: Mapping[str, Any], drawing: Mapping[str, Any]) -> Sampling:
     """How ids are drawn; without a seed, each request's answers differ."""
-    defaults = Sampling(temperature=1.0)
+    given = {key: value for key, value in drawing.items() if key != "max_new_tokens"}
+    defaults = Sampling(**({"temperature": 1.0} | given))
     kinds: dict[str, Any] = {"top_k": int}
     names = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
     values = {name: _value(tree, name, kinds.get(name, float), getattr(defaults, name)) for name in names}

@@ -108,12 +108,14 @@ def _text_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        ask = openai_api.completion(await _body(service, request), service.limits.answers)
+        tree = await _body(service, request)
+        ask = openai_api.completion(tree, service.limits.answers, service.drawing)
         return await answers.respond(service, request, ask, "text_completion", client_of(request))
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        ask = openai_api.chat(await _body(service, request), service.limits.answers)
+        tree = await _body(service, request)
+        ask = openai_api.chat(tree, service.limits.answers, service.drawing, service.chat_ids)
         return await answers.respond(service, request, ask, "chat.completion", client_of(request))
 
     return router

@@ -7,8 +7,9 @@ import collections
 import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import prometheus_client as prometheus
@@ -130,15 +131,35 @@ class Service:
 
     # --------------------------------------------------------------------------------------------- text
 
-    def ids_of(self, prompt: str | tuple[int, ...]) -> list[int]:
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+        """The prompt that the model's chat template makes; None without one. Raises Refusal or InputError."""
+        if self.writer is None:
+            return None
+        self._check_length(sum(len(message["content"]) for message in messages))
+        ids = self.writer.chat(messages)
+        return None if ids is None else ids.tolist()
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """As `Writer.drawing`."""
+        return self.writer.drawing if self.writer is not None else {}
+
+    def _check_length(self, characters: int) -> None:
+        assert self.writer is not None
+        longest = int(self.writer.tokenizer.token_bytes.max())
+        if characters > max(longest, 1) * self.limits.prompt_tokens * 2:  # not worth a tokenizer's time
+            raise Refusal(422, f"the prompt has {characters} characters; shorten it", "prompt")
+
+    def ids_of(self, prompt: str | tuple[int, ...], plain: bool = False) -> list[int]:
         """Raises Refusal for a prompt that is too long or has no such ids."""
         assert self.writer is not None
         most = self.limits.prompt_tokens
         if isinstance(prompt, str):
-            longest = int(self.writer.tokenizer.token_bytes.max())
-            if len(prompt) > max(longest, 1) * most * 2:  # not worth a tokenizer's time
-                raise Refusal(422, f"the prompt has {len(prompt)} characters; shorten it", "prompt")
-            ids = self.writer.encode(prompt).tolist()
+            self._check_length(len(prompt))
+            try:
+                ids = self.writer.encode(prompt, plain).tolist()
+            except InputError as error:
+                raise Refusal(422, str(error), "prompt") from error
         else:
             ids = list(prompt)
         if len(ids) > most:
@@ -155,7 +176,7 @@ class Service:
             raise Refusal(404, f"model {ask.model!r} is not here; this is {self.name}", "model")
         out: list[engine.Request] = []
         for prompt in ask.prompts:
-            ids = self.ids_of(prompt)
+            ids = self.ids_of(prompt, ask.plain)
             length = self._length(ask, ids)
             for _ in range(ask.n):
                 out.append(engine.Request(ids, length, sampling.of_answer(ask.settings, len(out))))
@@ -178,7 +199,10 @@ class Service:
 
     def _length(self, ask: Ask, ids: Sequence[int]) -> int:
         room = self.context - len(ids)
-        length = min(room, self.limits.output_tokens) if ask.max_tokens is None else ask.max_tokens
+        usual = self.limits.output_tokens if ask.usual_tokens is None else ask.usual_tokens
+        length = ask.max_tokens
+        if length is None:
+            length = min(room, self.limits.output_tokens, usual)
         if length > self.limits.output_tokens or length > room or length < int(ask.max_tokens != 0):
             most = max(min(room, self.limits.output_tokens), 0)
             said = f"max_tokens is {length}, but after {len(ids)} of the prompt at most {most} fit"
@@ -198,7 +222,7 @@ class Service:
         assert self.worker is not None
         assert self.writer is not None
         inbox = asyncio.Queue[tuple[int, Piece | Exception]]()
-        texts = [Text(self.writer, ask.stop) for _ in requests]
+        texts = [Text(self.writer, ask.stop, request.prompt) for request in requests]
         entire = not ask.stream and not ask.stop  # then nobody looks at what has come so far
         cancels: dict[int, Callable[[], None]] = {}
         overdue = asyncio.get_running_loop().call_later(

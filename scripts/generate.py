@@ -1,6 +1,9 @@
 """Continues prompts with a trained language model, or answers them with a trained T5.
 
 python scripts/generate.py --workdir=runs/toy --prompt="def main(" --length=200 --stop="\n\n"
+
+What no flag says is as an imported model's generation_config.json has it, else 200 tokens at temperature 0.8,
+among the 40 likeliest.
 """
 
 from __future__ import annotations
@@ -20,20 +23,21 @@ if TYPE_CHECKING:
     from bigmodel import infer, sampling
 
 
+USUAL = {"temperature": 0.8, "top_k": 40}  # where neither a flag nor an imported model says it
+
+
 def main() -> int:
     flags = cli.parser(__doc__)
     flags.add_argument(
         "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
     )
     flags.add_argument("--prompt", action="append", help="may be given several times; default: 'import '")
-    flags.add_argument("--length", type=int, default=200, help="how many tokens to add, at most")
-    flags.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token, always")
-    flags.add_argument("--top_k", type=int, default=40, help="draw from the k likeliest tokens only; 0: all")
-    flags.add_argument("--top_p", type=float, default=1.0, help="from the likeliest that have this share")
-    flags.add_argument("--min_p", type=float, default=0.0, help="from those this likely beside the likeliest")
-    flags.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="above 1: what occurred is rarer"
-    )
+    flags.add_argument("--length", type=int, help="how many tokens to add, at most")
+    flags.add_argument("--temperature", type=float, help="0: the likeliest token, always")
+    flags.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only; 0: all")
+    flags.add_argument("--top_p", type=float, help="from the likeliest that have this share")
+    flags.add_argument("--min_p", type=float, help="from those this likely beside the likeliest")
+    flags.add_argument("--repetition_penalty", type=float, help="above 1: what occurred is rarer")
     flags.add_argument(
         "--stop", action="append", default=[], help="ends the answer, left out of it; \\n: a line feed"
     )
@@ -45,18 +49,24 @@ def main() -> int:
     args, rest = cli.parse(flags)
     if rest:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
-    if args.length < 1:
+    if args.length is not None and args.length < 1:
         raise InputError(f"--length={args.length}: set it to 1 or more")
     if args.beams < 0 or (args.beams and args.draft):
         raise InputError(f"--beams={args.beams}: set it to 0 or more, and to 0 with --draft")
     from bigmodel import infer, sampling
 
     keys = [field.name for field in dataclasses.fields(sampling.Sampling)]
-    settings = sampling.Sampling(**{key: getattr(args, key) for key in keys}).check()
+    asked = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    sampling.Sampling(**asked).check()
     prompts = args.prompt or ["import "]
     writer = infer.Writer.load(args.workdir, args.step, cache_dtype=args.cache_dtype)
+    theirs = writer.drawing
+    args.length = args.length or theirs.pop("max_new_tokens", 200)
+    settings = sampling.Sampling(**((theirs or USUAL) | asked)).check()
     if args.beams or args.draft:
-        texts = [writer.decode(ids, args.stop)[0] for ids in answers(writer, prompts, settings, args)]
+        before = [writer.encode(prompt) if writer.continues else () for prompt in prompts]
+        made = zip(answers(writer, prompts, settings, args), before, strict=True)
+        texts = [writer.decode(ids, args.stop, prompt)[0] for ids, prompt in made]
     else:
         each = [sampling.of_answer(settings, index) for index in range(len(prompts))]
         texts = writer.write(prompts, args.length, each, args.stop)

@@ -216,7 +216,8 @@ def _named(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         key: value for key, value in settings.items()
         if key.endswith("_token") and key not in NAMED and isinstance(value, str | Mapping)
     }  # fmt: skip
-    return {key: _token(value, special=True) for key, value in found.items()}
+    order = [*(key for key in NAMED if key in found), *(key for key in found if key not in NAMED)]
+    return {key: _token(found[key], special=True) for key in order}
 
 
 def _extra(kind: str, settings: Mapping[str, Any]) -> list[Any]:

@@ -197,10 +197,11 @@ class Pretrained:
         made.encode_special_tokens = bool(self.files.config.get("split_special_tokens", False))
         return made
 
-    def prompt(self, text: str) -> np.ndarray:
+    def prompt(self, text: str, plain: bool = False) -> np.ndarray:
         """A text that an answer continues -> transformers' ids; of a model that was trained here, with what
-        stood before a document in training."""
-        ids = self._reader.encode(_checked(text), add_special_tokens=self._follows_files).ids
+        stood before a document in training. `plain`: special tokens' names in it are text."""
+        reader = self.model if plain else self._reader
+        ids = reader.encode(_checked(text), add_special_tokens=self._follows_files).ids
         lacks = not (self._front and self._follows_files) and (not self.imported or not ids)
         return np.array([*([self._start_of_nothing()] if lacks else []), *ids], np.int32)
 

@@ -56,8 +56,12 @@ class Tokenizer(Protocol):
         """Ids -> text; what is no UTF-8, or no id, becomes U+FFFD."""
         ...
 
-    def prompt(self, text: str) -> np.ndarray:
-        """A text that an answer continues -> int32 ids, with what stands before a document."""
+    def prompt(self, text: str, plain: bool = False) -> np.ndarray:
+        """A text that an answer continues -> int32 ids, with what stands before a document.
+
+        Args:
+            plain: names of special tokens in it are text, whoever wrote it.
+        """
         ...
 
     def written(self, ids: np.ndarray | Sequence[int], before: np.ndarray | Sequence[int] = ()) -> str:
@@ -83,7 +87,7 @@ class Own:
     def first_bytes(self) -> np.ndarray:
         return self.token_bytes
 
-    def prompt(self: Any, text: str) -> np.ndarray:
+    def prompt(self: Any, text: str, plain: bool = False) -> np.ndarray:
         return np.concatenate([[self.separator], self.encode(text)]).astype(np.int32)
 
     def written(self: Any, ids: np.ndarray | Sequence[int], before: np.ndarray | Sequence[int] = ()) -> str:
