@@ -27,7 +27,7 @@ from bigmodel.data import pretrained as tokens
 from bigmodel.data.tokenizer_files import ORIGIN, TOKENIZER
 from bigmodel.huggingface import Layout, Pretrained
 from bigmodel.models.module import Definition
-from bigmodel.program import Program, State
+from bigmodel.program import Program, State, evaluated
 
 Arrays = dict[str, Any]  # by path, "blocks/attention/q/kernel": parameters and statistics
 # Files of an import that its export puts back as they were, beside a tokenizer's own.
@@ -159,7 +159,7 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         for part in ("params", "ema", "rest"):
             parts[part], _, step = checkpoints.restore(checkpoints.spec(part, sharding), step, part=part)
-    params, rest = parts["params"] | parts["ema"], parts["rest"]
+    params, rest = evaluated(parts if parts["ema"] else {"params": parts["params"]}), parts["rest"]
     if config.lora.rank or (
         config.quantize.weights != "none" and (like is None or like.quantize != config.quantize)
     ):

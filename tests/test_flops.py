@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, batch_spec, build, saved, tiny
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxlib.mlir import ir, passmanager
 
 from bigmodel import config as config_lib
 from bigmodel import mesh, optim, program, tasks
 from bigmodel.config import Config, InputError
-from bigmodel.plan import candidates, flops
+from bigmodel.plan import candidates, costs, flops, hlo
 from bigmodel.program import Program
 
 # --------------------------------------------------------------------- the count in XLA's input program
@@ -243,3 +245,71 @@ def test_the_gradients_own_count_is_xlas():
     for family in ("gpt", "cnn", "rnn"):
         part = build(tiny(family))
         assert flops.gradient_flops(part) == loss_of(part, xla_flops, differentiate=True), family
+
+
+# ------------------------------------------------------------------------------- an attention kernel's call
+
+
+def seen_blocks(length: int, rows: int, causal: bool, window: int) -> float:
+    """The share of blocks of rows x rows in which some query sees some key."""
+    at = np.arange(length)
+    mask = np.ones((length, length), bool)
+    if causal:
+        mask = at[:, None] >= at[None]
+    if window:
+        mask &= at[:, None] - at[None] < window
+    n = length // rows
+    return float(mask.reshape(n, rows, n, rows).any((1, 3)).mean())
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, 0), (True, 128), (True, 300), (True, 700), (True, 1024), (False, 0)]
+)
+@pytest.mark.parametrize("part", ["fwd", "dq", "dkv"])
+def test_a_splash_kernel_takes_the_blocks_that_its_mask_does_not_empty(part, causal, window):
+    """The grids are those that the kernel's own code makes of the mask."""
+    length, rows = 1024, 128
+    mask = (
+        masks.LocalMask((length, length), (window - 1, 0), 0) if window else masks.CausalMask((length,) * 2)
+    )
+    if not causal:
+        mask = masks.FullMask((length, length))
+    blocks = {f"block_{name}": rows for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * 4), head_shards=1, q_seq_shards=1, interpret=True,
+        block_sizes=splash.BlockSizes(**blocks, block_kv_dkv_compute=rows),
+    )  # fmt: skip
+    grid = "x".join(map(str, getattr(kernel, f"{part}_mask_info").data_next.shape)).replace("x", ",")
+    where = "jit(train_step)/sees_all/splash" if not causal else "jit(train_step)/splash"
+    text = f"""HloModule m
+
+ENTRY %main (g: s8[{grid}], q: bf16[2,4,1024,64]) -> bf16[2,4,1024,64] {{
+  %g = s8[{grid}] parameter(0)
+  %q = bf16[2,4,1024,64] parameter(1)
+  ROOT %splash_{part} = bf16[2,4,1024,64] custom-call(%g, %q, %q, %q), custom_call_target="tpu_custom_call", metadata={{op_name="{where}"}}
+}}
+"""  # noqa: E501
+    module = hlo.parse(text)
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[part]
+    share = seen_blocks(length, rows, causal, window)
+    expected = 2.0 * products * 2 * 4 * length * length * 64 * share
+    got = costs.attention_flops(module, "main", module.computations["main"][-1])
+    assert got == pytest.approx(expected, rel=0.05 if window else 1e-9)
+
+
+@pytest.mark.parametrize(("config", "share"), [
+    ('"mask_type":"NO_MASK"', 1.0), ('"mask_type":"PADDING_CAUSAL"', 0.5),
+    ('"mask_type":"CAUSAL","sliding_window_length":128', 0.125),
+    ('"mask_type":"CAUSAL","sliding_window_length":1024', 0.5),
+])  # fmt: skip
+def test_cudnns_kernel_takes_what_its_mask_and_window_leave(config, share):
+    text = f"""HloModule m
+
+ENTRY %main (q: bf16[2,1024,4,64]) -> bf16[2,1024,4,64] {{
+  %q = bf16[2,1024,4,64] parameter(0)
+  ROOT %x = bf16[2,1024,4,64] custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={{{config}}}
+}}
+"""  # noqa: E501
+    module = hlo.parse(text)
+    got = costs.attention_flops(module, "main", module.computations["main"][-1])
+    assert got == pytest.approx(2.0 * 2 * 2 * 4 * 1024 * 1024 * 64 * share)

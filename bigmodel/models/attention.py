@@ -62,7 +62,10 @@ def attend(
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
     kernel = pick(q_BLHK.shape[1], q_BLHK.shape[-1], q_BLHK.dtype, mesh.platform())
     if kernel == "splash":
-        return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block, window)
+        with (
+            contextlib.nullcontext() if causal else jax.named_scope("sees_all")
+        ):  # plan/costs.py looks for it
+            return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block, window)
     if kernel == "cudnn":
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
         return jax.nn.dot_product_attention(

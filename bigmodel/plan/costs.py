@@ -155,14 +155,18 @@ def attention_flops(module: Module, computation: str, i: Instruction) -> float:
         (b, length, heads, dim), keys = four[0], four[1][1]
         products = 5 if "Backward" in i.target else 2
         share = 0.5 if re.search(r'"mask_type":"[A-Z_]*CAUSAL', i.text) else 1.0
+        window = int(i.attribute(r'"sliding_window_length":"?(\d+)') or 0)
+        share = min(share, window / keys) if window else share
     else:  # [B, H, L, K]
         (b, heads, length, dim), keys = four[0], four[1][2]
         products = next((n for name, n in (("dkv", 4), ("dq", 3)) if f"_{name}" in i.name), 2)
         masks = [
             s.dims for s in arrays if len(s.dims) == 3 and s.dtype in ("s8", "s32") and s.dims[0] <= heads
         ]
-        blocks = masks[0][-1] if masks else 0
-        share = (blocks + 1) / (2 * blocks) if blocks and masks[0][-1] == masks[0][-2] else 1.0
+        share = 1.0
+        if masks and "sees_all" not in i.op_name:  # a window's grid is as narrow as it, in one direction
+            width, blocks = sorted(masks[0][-2:])
+            share = sum(min(row + 1, width) for row in range(blocks)) / blocks**2
     return 2.0 * products * b * heads * length * keys * dim * share
 
 
