@@ -62,9 +62,7 @@ def attend(
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
     kernel = pick(q_BLHK.shape[1], q_BLHK.shape[-1], q_BLHK.dtype, mesh.platform())
     if kernel == "splash":
-        with (
-            contextlib.nullcontext() if causal else jax.named_scope("sees_all")
-        ):  # plan/costs.py looks for it
+        with jax.named_scope("attention" if causal else "sees_all"):  # plan/costs.py looks for it
             return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block, window)
     if kernel == "cudnn":
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
@@ -76,8 +74,7 @@ def attend(
         return attend_blocks(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, window)
     keys = k_BSGK.shape[1]
     mask = visible(segments_BL, q_BLHK.shape[1], keys, causal, window=window)
-    sees = jax.named_scope(f"sees_{window}_of_{keys}") if 0 < window < keys else contextlib.nullcontext()
-    with sees:  # plan/flops.py counts no more
+    with jax.named_scope(f"sees_{min(window or keys, keys)}_of_{keys}"):  # plan/flops.py counts so many
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask)
 
 
