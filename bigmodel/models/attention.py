@@ -62,7 +62,7 @@ def attend(
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
     kernel = pick(q_BLHK.shape[1], q_BLHK.shape[-1], q_BLHK.dtype, mesh.platform())
     if kernel == "splash":
-        with jax.named_scope("attention" if causal else "sees_all"):  # plan/costs.py looks for it
+        with jax.named_scope("sees_past" if causal else "sees_all"):  # plan/costs.py looks for it
             return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block, window)
     if kernel == "cudnn":
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
