@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's local-completions against our server: its scores are those of a full forward pass."""
+"""lm-evaluation-harness's local-completions against our server: scores as of a full forward pass."""
 
 from __future__ import annotations
 
