@@ -147,7 +147,7 @@ class _Reply:
             scores=await self.service.scores(ids) if len(ids) > 1 else None, top=self.ask.logprobs,
             tokenizer=writer.tokenizer, null_first=self.ask.echo and self._hidden(index) < len(prompt),
         )  # fmt: skip
-        return scored.completion() if self.kind == "text_completion" else scored.chat(writer.decoder.end)
+        return scored.completion() if self.kind == "text_completion" else scored.chat(writer.decoder.ends)
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import sampling
+from bigmodel import mesh, sampling
 from bigmodel.config import InputError
 from bigmodel.decoder import Decoder, context
 from bigmodel.models.attention import Owners
@@ -95,7 +95,8 @@ class Engine:
         slots = sizes.slots
         self.vocabulary: int = getattr(config.model, "vocab_size", 0)
         self._cache = decoder.empty_cache(pages, sizes.page, paged=True)
-        self._seen_BV = jnp.zeros((slots, self.vocabulary), bool)
+        here = mesh.replicated(decoder.program.mesh)
+        self._seen_BV = jnp.zeros((slots, self.vocabulary), bool, device=here)
         self._token_B, self._at_B, self._left_B, self._drawn_B = np.zeros((4, slots), np.int32)
         self._draw = sampling.draw([GREEDY] * slots)
         self._pages_BT = np.full((slots, most), pages, np.int32)  # `pages`: none

@@ -171,7 +171,8 @@ class Writer:
             before: the prompt's ids, where the text is to go on after the prompt's.
         """
         ids = [int(i) for i in ids]
-        at = next((index for index, id in enumerate(ids) if id in self.decoder.ends), None)
+        ends = (self.decoder.end, *getattr(self.decoder, "ends", ()))  # a decoder may name one end alone
+        at = next((index for index, id in enumerate(ids) if id in ends), None)
         text = self.tokenizer.written(ids if at is None else ids[: at + 1], before)
         words = [*stop, *(word.replace("\\n", "\n").replace("\\t", "\t") for word in stop)]
         cut = stops.cut(text, words)

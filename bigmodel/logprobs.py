@@ -45,12 +45,12 @@ class Scored:
             out["top_logprobs"].append(top)
         return out
 
-    def chat(self, end: int) -> dict[str, Any]:
-        """`logprobs` of a chat, without the end's id."""
+    def chat(self, ends: Sequence[int]) -> dict[str, Any]:
+        """`logprobs` of a chat, without the end's id, which is one of `ends`."""
         tokens = Tokens(self.tokenizer)
         content = []
         for at, _ in self._places(tokens):
-            if self.ids[at] == end:
+            if self.ids[at] in ends:
                 break
             entry = self._entry(tokens, at, self.ids[at], self._logprob(at))
             top = [self._entry(tokens, at, index, value) for index, value in self._top(at)]

@@ -40,7 +40,7 @@ class Scorer:
 
     def warm(self) -> None:
         """Compiles what `score` calls."""
-        self.score([0, 0])
+        self.score([0] * min(self.chunk + 2, self.context))  # the cache as it comes in, and as it goes out
 
     def score(self, ids: Sequence[int], stopped: Callable[[], bool] = lambda: False) -> Scores:
         """

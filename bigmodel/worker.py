@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bigmodel import engine
+from bigmodel.data.text import is_byte_level
 from bigmodel.engine import Engine, News
 from bigmodel.infer import Writer
 from bigmodel.stops import Stops
@@ -205,6 +206,7 @@ class Text:
     def __init__(self, writer: Writer, stop: Sequence[str], before: Sequence[int] = ()) -> None:
         """Args: before: the prompt's ids, where the text goes on after the prompt's."""
         self.writer, self.stops, self.before = writer, Stops(stop), list(before)
+        self._byte_level = is_byte_level(getattr(writer, "tokenizer", None))
         self.ids: list[int] = []
         self.reason: str | None = None
         self.length = 0  # characters given out
@@ -222,11 +224,11 @@ class Text:
     def add(self, ids: Sequence[int], done: bool) -> str:
         """-> the text that is new and certain; sets `reason` at the answer's end."""
         self.ids += ids
-        text, ended = self.writer.decode(self.ids[self._first :], before=self._context(self._first))
-        pending = 0 if ended or done else min(len(text) - len(text.rstrip("\ufffd")), 3)
+        text, ended = self._decoded(self._first)
+        pending = 0 if ended or done else self._pending(text)
         new = text[self._certain : len(text) - pending]
         self._certain = max(self._certain, len(text) - pending)
-        if len(self.ids) - self._first > WINDOW_IDS and not (ended or done):
+        if len(self.ids) - self._first > WINDOW_IDS and (self._byte_level or not pending):
             self._slide(text)
         self._rest += new
         start = self.stops.read(new)
@@ -240,14 +242,28 @@ class Text:
         self._rest = self._rest[len(out) :]
         return out
 
-    def _context(self, first: int) -> list[int]:
-        """The last ids before the window."""
-        return [*self.before[-CONTEXT_IDS:], *self.ids[:first]][-CONTEXT_IDS:] if self.before else []
+    def _decoded(self, first: int) -> tuple[str, bool]:
+        """-> (the text of the ids from `first` on, as it follows those before; whether it has ended)."""
+        if not self.before:
+            return self.writer.decode(self.ids[first:])
+        before = [*self.before[-CONTEXT_IDS:], *self.ids[:first]][-CONTEXT_IDS:]
+        return self.writer.decode(self.ids[first:], before=before)
+
+    def _pending(self, text: str) -> int:
+        """How many of the last characters may change: bytes that wait for the rest of theirs.
+
+        They are 3 at most where each byte is read alone. Other tokenizers read a run of bytes as one, all of
+        which is broken while its last character is; a run of many windows is broken for good.
+        """
+        broken = len(text) - len(text.rstrip("\ufffd"))
+        if self._byte_level:
+            return min(broken, 3)
+        return broken if broken < 4 * WINDOW_IDS else 0
 
     def _slide(self, text: str) -> None:
         """Moves the window to the last ids, where their text alone is the end of the text so far."""
         for first in range(len(self.ids) - CONTEXT_IDS, len(self.ids) - CONTEXT_IDS - 4, -1):
-            tail, _ = self.writer.decode(self.ids[first:], before=self._context(first))
+            tail, _ = self._decoded(first)
             certain = self._certain - (len(text) - len(tail))
             broken = tail.startswith("\ufffd") and len(self.ids) - self._first < 4 * WINDOW_IDS
             if text.endswith(tail) and certain >= 0 and not broken:

@@ -7,6 +7,7 @@ build be compiled once: for a tiny GPT 2.5 s of CPU become 0.1 s, and the steps 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -314,6 +315,25 @@ def run_script(name: str, *args: str, limit_s: float = 120, env: Mapping[str, st
     began = time.perf_counter()
     code, out, err = finish(start_script(name, *args, env=env), limit_s)
     return Ran(code, out, err, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def compiles() -> Iterator[list[str]]:
+    """The compilations that happen while it lasts."""
+    heard: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x * 3.25)(1.0)
+        assert heard  # or the listener is deaf
+        heard.clear()
+        yield heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # -------------------------------------------------------------------------------------------- fixtures

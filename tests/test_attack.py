@@ -248,9 +248,7 @@ def test_pictures_are_measured_before_they_are_decoded(tmp_path: pathlib.Path):
     def ask(inputs: list[Any]) -> httpx.Response:
         return post(it, {"inputs": inputs}, "v1/predict")
 
-    began = time.monotonic()
     assert ask([file(".png")]).status_code == 200
-    assert time.monotonic() - began < 2  # it was compiled before
     before = memory_kb(it.process)
     liar = bytearray(png(3000, 1000))
     liar[16:24] = struct.pack(">2I", 10, 10)  # its checksum does not fit

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import saved, tiny
+from conftest import compiles, saved, tiny
 from fastapi.testclient import TestClient
 
 from bigmodel import infer, serve, tasks
@@ -53,6 +53,14 @@ def offline(run_dir: pathlib.Path) -> Any:
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
     return scores
+
+
+def test_no_request_compiles_anything(client):
+    with compiles() as compiled:
+        for length in (1, 20, 66):
+            for keys in ({}, {"n": 4, "logprobs": 3, "temperature": 1, "top_k": 3, "top_p": 0.5}):
+                ask(client, prompt=[7] * length, max_tokens=9, echo=True, **keys)
+    assert not compiled
 
 
 def ask(client: TestClient, path: str = "completions", **body: Any) -> dict[str, Any]:

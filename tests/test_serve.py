@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import openai
 import pytest
-from conftest import build, finish, saved, start, start_script, tiny
+from conftest import build, compiles, finish, saved, start, start_script, tiny
 
 from bigmodel import infer
 from bigmodel.openai_api import Refusal, chat, completion
@@ -413,6 +413,10 @@ def test_an_encoder_embeds_and_a_classifier_predicts():
     cnn = build(tiny("cnn"))
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8)
     _, png = cv2.imencode(".png", image)
-    rows, _ = Predictor(cnn, start(cnn)).predict([image.tolist(), base64.b64encode(png.tobytes()).decode()])
+    images = Predictor(cnn, start(cnn))
+    images.warm()
+    with compiles() as compiled:
+        rows, _ = images.predict([image.tolist(), base64.b64encode(png.tobytes()).decode()])
+    assert not compiled
     assert rows[0] == rows[1]
     assert abs(sum(rows[0]["top"].values())) <= 1 + 1e-5

@@ -280,12 +280,17 @@ class Pretrained:
             run = []
         return "".join(out)
 
+    @property
+    def byte_level(self) -> bool:
+        """Whether its tokens are written in the characters that stand for bytes."""
+        return "ByteLevel" in self._decoders
+
     def bytes_at(self, index: int) -> bytes | None:
         """As `text.bytes_of`."""
         name = self.model.id_to_token(index) if 0 <= index < self.vocab_size else None
         if name is None or index in self._unwritten:
             return None
-        if "ByteLevel" in self._decoders:
+        if self.byte_level:
             return bytes(ALPHABET[char] for char in name) if ALPHABET.keys() >= set(name) else None
         return bytes([int(name[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", name) else None
 

@@ -288,6 +288,11 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
+def is_byte_level(tokenizer: object) -> bool:
+    """Whether ids are strings of bytes, of which each is read without regard to the others'."""
+    return isinstance(tokenizer, Bytes | BPE) or (isinstance(tokenizer, Pretrained) and tokenizer.byte_level)
+
+
 def bytes_of(tokenizer: Tokenizer, index: int) -> bytes | None:
     """An id's bytes of UTF-8, which may be a part of a character; None for special ids, and where the
     tokenizer writes no bytes."""
