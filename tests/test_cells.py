@@ -86,6 +86,22 @@ def test_other_columns_tell_where_one_leaves_it_open(tmp_path):
     assert delimited.read(f"table:{path}", text=("c",)).columns["a"].tolist() == [1.234] * 3
 
 
+def test_how_commas_are_read_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    column(tmp_path, ["0,5", "2"])
+    assert "the commas of the numbers in 'x' are decimal" in caplog.text
+    column(tmp_path, ["1,234,567", "2"])
+    assert "the commas of the numbers in 'x' are between thousands" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["192.168.100.200", "123.456.789"])
+def test_groups_of_digits_with_points_alone_are_no_numbers(tmp_path, text):
+    for delimiter in ",;":
+        with pytest.raises(InputError, match=rf"has '{text}' in 'x'.*data\.categorical"):
+            column(tmp_path, [text, text, "5"], delimiter)
+    assert column(tmp_path, [text, "5"], text=("x",)).tolist() == [text, "5"]
+
+
 @pytest.mark.parametrize("text", ["2024-01-05", "1,2,3", "10.0.0.1", "0x1F", "12:30", "1/2", "v1.2"])
 def test_text_of_digits_stays_text(tmp_path, text):
     assert column(tmp_path, [text, text]).tolist() == [text, text]

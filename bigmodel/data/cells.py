@@ -59,6 +59,7 @@ class Look:
     comma: int | None = None  # can only have a decimal comma
     either: dict[str, int] = field(default_factory=dict)  # "," or ".": may part thousands, or be decimal
     other: int | None = None  # no number at all
+    grouped: bool = False  # commas may part thousands
     share: float = 0.0  # of the filled cells are numbers, or look like some
 
 
@@ -101,8 +102,11 @@ def _note(out: Look, index: int, text: str) -> bool:
             out.either.setdefault(sign, index)
     elif point and out.point is None:
         out.point = index
+    elif comma and "," not in text:  # 192.168.100.200 is as likely no number
+        out.either.setdefault(".", index)
     elif comma and out.comma is None:
         out.comma = index
+    out.grouped = out.grouped or (point and "," in text)
     return point or comma
 
 

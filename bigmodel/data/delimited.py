@@ -270,8 +270,10 @@ def _signs(
             f"{table.where(at)} has {table.columns[name][at]!r} in {name!r}, a column of numbers with "
             f"{problem}; set data.decimal to , or . (or name the column in data.categorical if it holds text)"
         )
-    for name in [name for name, sign in signs.items() if sign == ","]:
-        log.info("%s: the numbers in %r have decimal commas", table.path[0], name)
+    for name, sign in signs.items():
+        if sign == "," or looks[name].grouped:
+            commas_are = "decimal" if sign == "," else "between thousands"
+            log.info("%s: the commas of the numbers in %r are %s", table.path[0], name, commas_are)
     return signs
 
 
