@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterator
 import bigmodel
 from bigmodel import disk, ending, workdir
 from bigmodel.config import InputError
+
+# What a disk answers when it can or may not take more: no fault of the program's.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -120,6 +124,12 @@ def run(main: Callable[[], int]) -> None:
     except BrokenPipeError:  # nobody reads what is printed, as behind `| head`
         disk.to_nowhere(1)
         code = 0
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        code = fail(
+            InputError(f"{error.filename or 'a file'}: {disk.cause(error)}; make room or mend the path")
+        )
     except Exception as error:
         if (end := ending.taken()) is None:
             raise
