@@ -138,7 +138,7 @@ def test_a_second_signal_ends_at_once_and_nothing_is_harmed(corpus, tmp_path):
     began = time.monotonic()
     assert finish(process)[0] == 75
     assert time.monotonic() - began < 3
-    assert newest(tmp_path / "run") in (4, 6)
+    assert newest(tmp_path / "run") in (4, 6, 7)  # 7: the step that ran when the first one came
 
 
 # -------------------------------------------------------------------------------------------------- pipes
