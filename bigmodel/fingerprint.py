@@ -36,7 +36,7 @@ SETTINGS = (
 MAY_CHANGE = (
     "steps", "budget", "microbatches", "remat", "compiler_options.*",
     "mesh.*", "checkpoint.*", "eval.*", "log.*",
-    *(f"optim.{key}" for key in (*SETTINGS, "ema_decay")), *(f"optim.groups.*.{key}" for key in SETTINGS),
+    *(f"optim.{key}" for key in SETTINGS), *(f"optim.groups.*.{key}" for key in SETTINGS),
     # where the data lie and how they are read; that they are the same the pipeline's fingerprint says
     "data.data_dir", "data.cache", "data.prefetch", "data.max_skipped",
     # evaluation alone
@@ -44,6 +44,8 @@ MAY_CHANGE = (
     "task.least_score", "task.nms_overlap",
     "model.attention_block", "init.skip",
 )  # fmt: skip
+# Keys that a model which is loaded, and not trained, may have otherwise too: they change nothing it computes.
+OF_TRAINING = ("data.name", "data.split", "data.shuffle", "batch_size", "seed", "init.*")
 MOST_NAMED = 5
 
 
@@ -78,23 +80,26 @@ def _without(tree: Mapping[str, Any], keys: list[str], prefix: str = "") -> dict
     }
 
 
-def may_change(key: str, now: Any) -> bool:
+def may_change(key: str, now: Any, also: tuple[str, ...] = ()) -> bool:
     """Whether a resumed run may have another value for a key of the config."""
-    if key == "init.from":  # of the first start alone: it may be left out later
-        return not now
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+    if key == "init.from" and not now:  # of the first start alone: it may be left out later
+        return True
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in (*MAY_CHANGE, *also))
 
 
 def refuse_other_config(
-    was: Mapping[str, Any], now: Config, path: pathlib.Path
+    was: Mapping[str, Any], now: Config, path: pathlib.Path, also: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """-> the differences that are allowed, as `changes`.
+
+    Args:
+        also: patterns of keys that may differ beside MAY_CHANGE.
 
     Raises:
         InputError: another one; it names the keys.
     """
     found = changes(was, now)
-    if refused := {key: pair for key, pair in found.items() if not may_change(key, pair[1])}:
+    if refused := {key: pair for key, pair in found.items() if not may_change(key, pair[1], also)}:
         raise InputError(
             f"--workdir={path} was trained with other settings, under which its arrays mean something else: "
             f"{_listed(refused)}; set them back, or use a new --workdir (init.from={path} takes over its "

@@ -44,7 +44,8 @@ def load(
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         meta = checkpoints.newest_meta() if step is None else checkpoints.meta(step)
         if "config" in meta:
-            fingerprint.refuse_other_config(meta["config"], built.config, path / "config.json")
+            free = fingerprint.OF_TRAINING
+            fingerprint.refuse_other_config(meta["config"], built.config, path / "config.json", free)
         params, step = parameters.restore(checkpoints, config, built.state_spec["params"], step)
         rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
     return built, {"params": params, "rest": rest}

@@ -61,6 +61,7 @@ def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
     if newest is None and jax.process_index() == 0:
         fitted.forget(path)
     about = {"--resume": resume, "newest checkpoint": newest, "jax": jax.__version__}
+    about |= {key: getattr(jax.config, key) for key in ("jax_enable_x64", "jax_default_matmul_precision")}
     fingerprint.same_on_all_hosts(config_lib.flatten(config_lib.to_dict(config)) | about)
 
 

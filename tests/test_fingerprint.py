@@ -129,6 +129,8 @@ def test_a_changed_config_file_is_not_served(trained, tmp_path):
     with pytest.raises(InputError, match=r"config\.json was trained .*model\.norm_eps was 1e-05, now 0\.01"):
         infer.load(path)
     infer.load(path, 0)  # one of an older version holds no config
+    workdir.write_config(path, config_lib.override(config, {"data.name": "text:elsewhere/*.txt", "seed": 3}))
+    infer.load(path)  # where training data lay changes nothing that it computes
 
 
 def test_facts_that_no_saved_step_relies_on_are_fitted_anew(tmp_path):

@@ -15,7 +15,7 @@ from bigmodel import config as config_lib
 from bigmodel import distill, evaluate, export, fitted, infer, transfer
 from bigmodel.compress import recipe, report, stages
 from bigmodel.config import Config, InputError
-from bigmodel.data import make_pipeline, ratings, text
+from bigmodel.data import Facts, make_pipeline, ratings, sources, text
 from bigmodel.predict import Predictor
 from bigmodel.smaller import Distill
 
@@ -197,6 +197,43 @@ def test_labelled_texts_need_no_training_file_after_training(tmp_path):
     text.BPE.train(iter(["other words than those"] * 9), 280).save(run / "tokenizer.json")
     with pytest.raises(InputError, match=r"was trained with bpe:\d+ sha256"):
         Predictor.load(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "outputs"),
+    [("digits", "cnn", ("label", "name")), ("shapes", "detector", ("labels", "names"))],
+)
+def test_image_models_ask_no_dataset_for_names_and_shapes(tmp_path, monkeypatch, name, family, outputs):
+    config = tiny(family, data__name=name, batch_size=2, mesh__data=1)
+    run = kept(tmp_path / "run", config)
+    picture = np.random.default_rng(3).integers(0, 256, (8, 8, 1 if family == "cnn" else 3)).tolist()
+    before = Predictor.load(run).predict([picture])[0]
+
+    def gone(*_: Any) -> None:
+        raise InputError("no dataset is here")
+
+    monkeypatch.setattr(sources, "find", gone)
+    assert Predictor.load(run).predict([picture])[0] == before
+    assert set(outputs) <= before[0].keys()
+
+
+def test_images_of_another_kind_or_with_other_classes_are_refused(tmp_path):
+    run = kept(tmp_path / "run", tiny("cnn", data__name="digits", batch_size=8))
+    facts = Facts(tiny("cnn", data__name="digits"), run)
+    feature = facts.features
+    for key, changes, problem in (
+        ("image", {"shape": (10, 10, 1)}, r"column 'image' 'shape': 10 is new, 8 is missing|'shape': .*10"),
+        (
+            "label",
+            {"names": ("no", *map(str, range(1, 10)))},
+            r"column 'label' 'names': '0' is missing, 'no'",
+        ),
+        ("label", {"num_classes": 12}, r"column 'label' 'num_classes': was 10, now 12"),
+    ):
+        other = {**feature, key: dataclasses.replace(feature[key], **changes)}
+        with pytest.raises(InputError, match=problem):
+            facts.check(other, feature)
+    facts.check(feature, feature)
 
 
 def test_a_damaged_fact_is_refused(tmp_path):

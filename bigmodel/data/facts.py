@@ -134,6 +134,7 @@ class Facts:
         return {
             key: {
                 "kind": "text" if features[key].dtype == "text" else "numbers",
+                "shape": list(features[key].shape[-1 if d.image_size else 0 :]) if key == "image" else [],
                 "num_classes": features[key].num_classes,
                 "names": list(features[key].names),
             }
