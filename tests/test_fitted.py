@@ -199,13 +199,22 @@ def test_labelled_texts_need_no_training_file_after_training(tmp_path):
         Predictor.load(run)
 
 
+def described(directory: pathlib.Path, config: Config) -> pathlib.Path:
+    """A run that keeps what its dataset says of itself; no record is made or read."""
+    run = saved(directory, config)
+    facts = Facts(config, run)
+    assert facts.features
+    facts.keep()
+    return run
+
+
 @pytest.mark.parametrize(
     ("name", "family", "outputs"),
     [("digits", "cnn", ("label", "name")), ("shapes", "detector", ("labels", "names"))],
 )
 def test_image_models_ask_no_dataset_for_names_and_shapes(tmp_path, monkeypatch, name, family, outputs):
     config = tiny(family, data__name=name, batch_size=2, mesh__data=1)
-    run = kept(tmp_path / "run", config)
+    run = described(tmp_path / "run", config)
     picture = np.random.default_rng(3).integers(0, 256, (8, 8, 1 if family == "cnn" else 3)).tolist()
     before = Predictor.load(run).predict([picture])[0]
 
@@ -218,7 +227,7 @@ def test_image_models_ask_no_dataset_for_names_and_shapes(tmp_path, monkeypatch,
 
 
 def test_images_of_another_kind_or_with_other_classes_are_refused(tmp_path):
-    run = kept(tmp_path / "run", tiny("cnn", data__name="digits", batch_size=8))
+    run = described(tmp_path / "run", tiny("cnn", data__name="digits", batch_size=8))
     facts = Facts(tiny("cnn", data__name="digits"), run)
     feature = facts.features
     for key, changes, problem in (
