@@ -26,14 +26,12 @@ ROUNDS, ROUND_S, ENOUGH_S = 7, 0.15, 20.0
 Row = dict[str, Any]
 
 
-def describe(name: str, model: Trained, evaluated: bool = True) -> Row:
-    """A stage's row, without what must be timed: see `time_all`.
-
-    Args:
-        evaluated: False leaves out its metrics, for want of held-out data.
-    """
+def describe(name: str, model: Trained) -> Row:
+    """A stage's row, without what must be timed: see `time_all`. Without held-out data it has no metrics,
+    which the first row (`dense`) says."""
     state = {"params": model.params, "rest": model.rest}
-    values = evaluate.run(model.program, state, trained.eval_data(model)) if evaluated else {}
+    held_out = trained.held_out(model, say=name == "dense")
+    values = evaluate.run(model.program, state, held_out) if held_out is not None else {}
     weights, spec = _weights(model), model.program.model.whole_spec
     return {
         "stage": name,

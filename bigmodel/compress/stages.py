@@ -42,19 +42,18 @@ def run(
         if seed >= 0:
             model = trained.changed(model, model.config.replace(seed=seed), model.params, model.rest)
         seed = model.config.seed
-        evaluated = trained.has_eval_data(model)
-        rows, models = [report.describe("dense", model, evaluated)], [model]
+        rows, models = [report.describe("dense", model)], [model]
         for number, stage in enumerate(stages, 1):
             for index, op in enumerate(stage.ops):
                 model = _apply(model, op, scratch / f"{number}-{index}", pathlib.Path(directory), seed)
             log.say(f"stage     {stage.name}")
-            rows.append(report.describe(stage.name, model, evaluated))
+            rows.append(report.describe(stage.name, model))
             models.append(model)
         report.time_all(rows, models)
         made = scratch / "made"
         trained.save(model, made)
         workdir.write_json(made / "report.json", {"stages": rows})
-        if evaluated:
+        if rows[0]["metrics"]:
             report.draw(rows, made / "report.png")
     report.say(report.table(rows))
     return rows

@@ -105,14 +105,14 @@ def eval_data(model: Trained) -> data.Pipeline:
     return data.make_pipeline(model.config, "eval", model.source, **_rows(model.program))
 
 
-def has_eval_data(model: Trained) -> bool:
-    """Whether the held-out split can be read; if not, it is said why."""
+def held_out(model: Trained, say: bool) -> data.Pipeline | None:
+    """`eval_data`, or None where it is not there. `say`: says why."""
     try:
-        eval_data(model)
+        return eval_data(model)
     except InputError as error:
-        log.say(f"compress  the stages have no metrics, without held-out data: {error}")
-        return False
-    return True
+        if say:
+            log.say(f"compress  the stages have no metrics, without held-out data: {error}")
+        return None
 
 
 def train_data(model: Trained) -> data.Pipeline:
