@@ -80,11 +80,11 @@ def show_logging() -> None:
 
 
 # What these say of a failing save, in hundreds of lines, is in the one line of the error too.
-LIBRARIES = ("absl", "orbax", "jax", "tensorflow_datasets")
+LIBRARIES = ("absl", "orbax")
 
 
 def show_libraries(verbose: bool) -> None:
-    """Shows all messages of the libraries, or none: what stops a run is in its error."""
+    """Shows all messages of the libraries that save, or none: what stops a run is in its error."""
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+
 import jax
 import numpy as np
 import pytest
+from conftest import tiny
 
-from bigmodel import energy
+from bigmodel import energy, train
+from bigmodel import ledger as ledger_lib
 from bigmodel.ledger import Ledger, ProcessMemory
+from bigmodel.plan import receipt
 
 
 @pytest.fixture
@@ -65,3 +71,49 @@ def test_the_memory_that_a_process_takes_is_seen_and_what_it_held_before_is_not(
     memory.end()
     assert memory.peak_bytes == pytest.approx(taken.nbytes, rel=0.05)
     assert before.sum() == taken.sum() == 2**25
+
+
+def read(path: pathlib.Path, name: str) -> dict:
+    return json.loads((path / name).read_text())
+
+
+def test_the_ledger_and_the_plan_add_up_over_resumes(tmp_path):
+    keys = {"log__tensorboard": False, "eval__batches": 1}
+    for steps in (3, 5, 9):
+        train.run(tiny("cnn", steps=steps, **keys), tmp_path)
+        ledger, plan = read(tmp_path, "ledger.json"), read(tmp_path, "plan.json")
+        assert (ledger["steps"], plan["steps"]) == (steps, steps)
+    assert [each["steps"] for each in ledger["sessions"]] == [3, 2, 4]
+    for name in ("total_s", "model_flops", "joules"):
+        assert ledger[name] == pytest.approx(sum(each[name] for each in ledger["sessions"]))
+    assert ledger["model_flops"] == 9 * plan["model_flops_per_step"]
+    assert ledger["step_s"] == pytest.approx(ledger["seconds"]["step"] / 9)
+    assert ledger["goodput"] == pytest.approx(ledger["seconds"]["step"] / ledger["total_s"])
+    assert [each["first_step"] for each in plan["sessions"]] == [0, 3, 5]
+    assert plan["total_flops"] == 9 * plan["model_flops_per_step"]
+    assert plan["total_s"] == pytest.approx(sum(each["total_s"] for each in plan["sessions"]))
+
+
+def test_a_session_that_stopped_early_counts_as_far_as_it_came():
+    made = {
+        "total_flops": 80.0,
+        "total_s": 8.0,
+        "total_s_range": [4.0, 16.0],
+        "step_s": 1.0,
+        "made_at": "now",
+    }
+    first = receipt.add_up({}, {"steps": 8, **made}, 0)
+    # Killed after a checkpoint at 6, then twice as fast; a start that saved nothing does not count.
+    second = {"steps": 2, "total_flops": 20.0, "total_s": 1.0, "total_s_range": [0.5, 2.0], "step_s": 0.5}
+    for _ in range(2):
+        both = receipt.add_up(first, second, 6)
+        assert (both["steps"], both["total_flops"], both["total_s"]) == (8, 80.0, 6.0 + 1.0)
+        assert both["total_s_range"] == [3.5, 14.0]
+        first = both
+
+
+def test_an_old_ledger_is_a_session_and_damage_is_none():
+    session = {"steps": 2, "total_s": 1.0, "seconds": {"step": 0.5}, "model_flops": 10.0}
+    assert ledger_lib.add_up(session, session)["steps"] == 4
+    for damage in ({"steps": "x"}, {"sessions": [3, None, {"steps": 1}]}, {"sessions": [], "steps": 9}):
+        assert ledger_lib.add_up(damage, session)["steps"] == 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import resource
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -96,6 +99,33 @@ def test_a_state_that_the_system_refuses_is_an_error_even_if_forced(tmp_path, mo
     monkeypatch.setattr(memory, "is_granted", lambda size: False)
     with pytest.raises(InputError, match=r"the system refuses .* for the state"):
         train.run(tiny("cnn", steps=2), tmp_path, force=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What `fits` asks of an accelerator."""
+
+    id: int
+    in_use: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": 80 * GIB, "bytes_in_use": self.in_use}
+
+
+def test_an_accelerator_s_own_memory_counts_for_each_device(monkeypatch):
+    have(monkeypatch, 1.0)  # the host's does not
+    built = build(tiny("cnn"))
+    state = estimate.tree_bytes(built.state_spec)
+    for room, refused in ((state + 1, False), (state - 1, True)):
+        devices = [Device(0, 0), Device(1, 80 * GIB - room)]
+        mesh = types.SimpleNamespace(local_devices=devices)
+        there = dataclasses.replace(built, mesh=mesh)
+        monkeypatch.setattr(fits, "_state_bytes", lambda *a: float("inf"))
+        match = r"NVIDIA H100 1, 80 GiB in all"
+        with pytest.raises(InputError, match=match) if refused else contextlib.nullcontext():
+            fits.check_state(there)
 
 
 # ------------------------------------------------------------------------------------------------- limits

@@ -77,7 +77,7 @@ def save(model: Trained, directory: pathlib.Path) -> None:
     from, at step 0 unless training made it."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in model.source.iterdir():
-        if path.is_file() and path.name not in MADE:
+        if path.is_file() and path.name.partition(".damaged-")[0] not in MADE:
             shutil.copyfile(path, directory / path.name)
     workdir.write_config(directory, model.config)
     meta = _meta(model, directory)

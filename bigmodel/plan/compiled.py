@@ -39,11 +39,11 @@ class Compiled:
     host_bytes: int = 0  # temporaries in the host's memory
 
 
-def of(executable: Any) -> Compiled:
-    """From what `jax.stages.Lowered.compile` gave."""
+def of(executable: Any, *, text: bool = True) -> Compiled:
+    """From what `jax.stages.Lowered.compile` gave. Args: text: False leaves it empty, for its bytes alone."""
     analysis = executable.memory_analysis()
     return Compiled(
-        executable.as_text(),
+        executable.as_text() if text else "",
         analysis.argument_size_in_bytes,
         analysis.output_size_in_bytes,
         analysis.alias_size_in_bytes,

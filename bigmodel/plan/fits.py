@@ -41,7 +41,7 @@ def check_state(built: Program) -> None:
 
 def check_step(built: Program, compiled: Any) -> None:
     """Raises InputError where a step takes more than what is free. Args: compiled: the train step."""
-    made = compiled_lib.of(compiled)
+    made = compiled_lib.of(compiled, text=False)
     platform = built.mesh.devices.flat[0].platform
     peak = estimate.peak_bytes(made, "libtpu" if platform == "tpu" else platform)
     state = estimate.tree_bytes(built.state_spec)
