@@ -174,3 +174,17 @@ def test_a_path_that_exists_is_that_path(tmp_path, name):
     assert files.paths(f"text:{folder}/t[1-9].csv", "") == [f"{folder}/t1.csv"]
     with pytest.raises(InputError, match="matches no file"):
         files.paths(f"text:{folder}/none*.csv", "")
+
+
+def test_a_header_that_is_not_utf8_is_never_skipped(tmp_path):
+    path = tmp_path / "t.csv"
+    for content in ("a,b\n1,2\n3,4\n".encode("utf-16"), b"pr\xe9nom,b\n1,2\n3,4\n"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"t\.csv line 1 is not UTF-8 text; convert the file"):
+            delimited.read(f"table:{path}", max_skipped=9)
+
+
+def test_a_message_shows_no_more_than_the_beginning_of_a_cell(tmp_path):
+    with pytest.raises(InputError) as caught:
+        column(tmp_path, ["1"] * 20 + ["9" * 5000 + "x"])
+    assert len(str(caught.value)) < 400

@@ -180,12 +180,15 @@ def _lines(path: str, skips: _Skips, empty: bool) -> tuple[str, Iterator[tuple[i
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(io.StringIO(decoded, newline=""), delimiter=delimiter, strict=True)
-        begin = 1
+        begin, named = 1, False  # named: the header has come
         while (row := _row(reader, path, begin)) is not None:
             if doubtful and any("\udc80" <= char <= "\udcff" for cell in row for char in cell):
+                if not named:
+                    raise InputError(f"{path} line {reader.line_num} is not UTF-8 text; convert the file")
                 skips.bad(f"{path} line {reader.line_num}", "is not UTF-8 text")
             elif any(row) or (empty and row):
                 yield reader.line_num, row
+                named = True
             begin = reader.line_num + 1
 
     return delimiter, rows()
@@ -236,8 +239,8 @@ def _with_numbers(table: Rows, how: _How, commas: bool, skips: _Skips) -> Rows:
     for name, each in list(looks.items()):
         if name not in how.numbers and each.share < MOSTLY:
             if each.share >= MANY and each.other is not None:
-                cell = table.columns[name][each.other]
-                log.warning("%s has %r in %r: the column is text, though %.0f %% of its cells are numbers",
+                cell = _brief(table.columns[name][each.other])
+                log.warning("%s has %s in %r: the column is text, though %.0f %% of its cells are numbers",
                             table.where(each.other), cell, name, 100 * each.share)  # fmt: skip
             del looks[name]
     signs = _signs(table, looks, how.decimal, commas)
@@ -250,10 +253,15 @@ def _with_numbers(table: Rows, how: _How, commas: bool, skips: _Skips) -> Rows:
         fix = "" if name in how.numbers else " (name the column in data.categorical if it holds text)"
         for index, why in sorted(wrong.items()):
             if keep[index]:
-                cell = table.columns[name][index]
-                skips.bad(table.where(index), f"has {cell!r} in {name!r}, a column of numbers: {why}{fix}")
+                cell = _brief(table.columns[name][index])
+                skips.bad(table.where(index), f"has {cell} in {name!r}, a column of numbers: {why}{fix}")
             keep[index] = False
     return table._replace(columns=columns).of(keep)
+
+
+def _brief(cell: str) -> str:
+    """A cell as messages show it."""
+    return repr(cell) if len(cell) <= 60 else f"{cell[:60]!r}..."
 
 
 def _signs(
@@ -267,7 +275,7 @@ def _signs(
         each = looks[name]
         at = next(index for index in (each.comma, *each.either.values(), each.point) if index is not None)
         raise InputError(
-            f"{table.where(at)} has {table.columns[name][at]!r} in {name!r}, a column of numbers with "
+            f"{table.where(at)} has {_brief(table.columns[name][at])} in {name!r}, a column of numbers with "
             f"{problem}; set data.decimal to , or . (or name the column in data.categorical if it holds text)"
         )
     for name, sign in signs.items():
