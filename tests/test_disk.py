@@ -15,6 +15,7 @@ from conftest import ROOT, run_script, tiny
 from bigmodel import disk, log, workdir
 from bigmodel.config import InputError
 from bigmodel.data import text
+from bigmodel.data.builders import prepare
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -263,6 +264,17 @@ def test_without_a_home_nothing_is_kept(monkeypatch, caplog):
     assert "$BIGMODEL_CACHE" in caplog.text
     text._homeless().cleanup()
     text._homeless.cache_clear()
+
+
+@pytest.mark.parametrize("data_dir", [None, "~/sets", "~nobody-of-this-name/sets"])
+def test_datasets_that_need_a_home_are_refused_without_one(tmp_path, monkeypatch, data_dir):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without a home
+    for name in ("digits", "mnist"):
+        with pytest.raises(InputError, match=r"needs a home directory.*\$TFDS_DATA_DIR"):
+            prepare.find(name, data_dir)
+    assert os.listdir(tmp_path) == []
 
 
 def test_nothing_advises_to_install_a_package_of_our_name():

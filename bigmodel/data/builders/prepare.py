@@ -65,6 +65,12 @@ def find(name: str, data_dir: str | None) -> Any:
     if base in BUILDERS and base != name:
         raise InputError(f"data.name={name!r}: {base!r} has one config and one version; write {base}")
     root = os.path.expanduser(data_dir) if data_dir else None
+    default = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if (root or default).startswith("~"):  # TFDS would make a directory of that name here
+        raise InputError(
+            f"data.data_dir: {root or default} needs a home directory, and there is none; "
+            "set data.data_dir or $TFDS_DATA_DIR"
+        )
     with _quiet():
         try:
             builder = (
