@@ -35,6 +35,7 @@ class Task:
     mask_rate: float = 0.15  # mlm, and seq2seq on plain text: the share of tokens to be predicted
     mean_span: float = 3.0  # seq2seq on plain text: tokens in a corrupted span
     next_sentence: bool = False  # mlm: predict too whether the second half of a text goes on the first
+    goes_on: int = 0  # next_sentence: the class of a half that goes on: 0 as in BERT's own files, or 1
     target_len: int = 0  # seq2seq on pairs: tokens of a target; 0: seq_len
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"  # of classify and multilabel
     focal_gamma: float = 2.0  # Lin et al. 2017: the loss times (1 - p) ** gamma
@@ -382,6 +383,8 @@ def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
         yield "mean_span", f"is {task.mean_span}: set it to 1 or more"
     if task.target_len < 0 or task.target_len == 1:
         yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
+    if task.goes_on not in (0, 1):
+        yield "goes_on", f"is {task.goes_on}: set it to 0 or 1"
     if task.next_sentence and not getattr(c.model, "pooler", False):
         yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
     for key in ("focal_gamma", "aux_weight", "huber_delta", "eval_negatives", "gradient_penalty"):

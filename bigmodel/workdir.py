@@ -122,7 +122,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     """
     path = workdir / "config.json"
     try:
-        return config_lib.from_dict(disk.read_json(path))
+        return config_lib.from_dict(_as_then(disk.read_json(path), workdir))
     except FileNotFoundError as error:
         raise InputError(
             f"{path} does not exist; give the --workdir of a run that scripts/train.py made"
@@ -130,6 +130,15 @@ def read_config(workdir: pathlib.Path) -> Config:
     except InputError as error:
         name = "" if str(path) in str(error) else f"{path}: "
         raise InputError(f"{name}{error}; restore it, or start over in a new --workdir") from error
+
+
+def _as_then(tree: Any, workdir: pathlib.Path) -> Any:
+    """A config.json of before `task.goes_on`: class 1 went on then, but in an imported model."""
+    task = tree.get("task") if isinstance(tree, dict) else None
+    imported = (workdir / "huggingface" / "config.json").exists()
+    if isinstance(task, dict) and task.get("next_sentence") is True and not imported:
+        return {**tree, "task": {"goes_on": 1, **task}}
+    return tree
 
 
 def last_config(workdir: pathlib.Path) -> Config | None:

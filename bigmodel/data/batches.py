@@ -114,11 +114,18 @@ def _mlm(config: Config, split: str, facts: Facts, train: bool) -> Parts:
         if task.next_sentence:
             other = packed.read(objectives.elsewhere(serials, seed=seed, count=len(packed)))["tokens"]
             batch = objectives.sentence_pairs(
-                batch["tokens"], other, serials, seed=seed, cls=cls, separator=tokenizer.separator
+                batch["tokens"],
+                other,
+                serials,
+                seed=seed,
+                cls=cls,
+                separator=tokenizer.separator,
+                goes_on=task.goes_on,
             )
         return mask(batch, serials)
 
-    about |= {"mask_rate": task.mask_rate, "next_sentence": task.next_sentence, "draws": seed}
+    pairs = task.next_sentence and (bool(task.goes_on) or "0 goes on")
+    about |= {"mask_rate": task.mask_rate, "next_sentence": pairs, "draws": seed}
     return Parts(packed, finish, about)
 
 

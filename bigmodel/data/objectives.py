@@ -75,15 +75,17 @@ def elsewhere(serials: np.ndarray, *, seed: int, count: int) -> np.ndarray:
 
 
 def sentence_pairs(
-    first_BN: np.ndarray, other_BN: np.ndarray, serials: np.ndarray, *, seed: int, cls: int, separator: int
-) -> Batch:
+    first_BN: np.ndarray, other_BN: np.ndarray, serials: np.ndarray, *, seed: int, cls: int, separator: int,
+    goes_on: int = 0,
+) -> Batch:  # fmt: skip
     """`[CLS] a [SEP] b [SEP]`: b goes on where a ends, or (one in two) comes from elsewhere.
 
     Args:
         first_BN, other_BN: windows of text, N = L - 3 tokens each; a is a random part of the first one's
             beginning, b its rest, or as much of the end of the other one.
 
-    -> `tokens`, `segments`, `positions`, `types` int32 [B, L]; `next_sentence` int32 [B], 1 where b goes on.
+    -> `tokens`, `segments`, `positions`, `types` int32 [B, L]; `next_sentence` int32 [B],
+    `goes_on` where b goes on.
     """
     rows, n = first_BN.shape
     tokens_BL = np.full((rows, n + 3), separator, np.int32)
@@ -102,7 +104,7 @@ def sentence_pairs(
         "segments": np.ones_like(tokens_BL),
         "positions": positions_BL,
         "types": types_BL,
-        "next_sentence": follows_B,
+        "next_sentence": np.where(follows_B, goes_on, 1 - goes_on).astype(np.int32),
     }
 
 

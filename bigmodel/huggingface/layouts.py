@@ -35,6 +35,8 @@ class Form(NamedTuple):
 
 SAME = Form(lambda x: x, lambda x: x)
 TURNED = Form(lambda x: x.T, lambda x: x.T)  # [I, O] here, [O, I] there
+BACK = Form(lambda x: x[::-1], lambda x: x[::-1])  # two classes in the other order
+TURNED_BACK = Form(lambda x: x.T[::-1], lambda x: x[::-1].T)
 CONV = Form(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 0))  # HWIO here, OIHW there
 ROW = Form(lambda x: x[None, None], lambda x: x[0, 0])  # [D] here, [1, 1, D] there
 ROWS = Form(lambda x: x[None], lambda x: x[0])  # [N, D] here, [1, N, D] there
@@ -140,7 +142,7 @@ def _llama(c: families.GPT, classifies: bool) -> Layout:
     )  # fmt: skip
 
 
-def _bert(c: families.BERT, next_sentence: bool, classifies: bool) -> Layout:
+def _bert(c: families.BERT, next_sentence: bool, classifies: bool, goes_on: int = 0) -> Layout:
     layer, block, tables = "bert.encoder.layer.{i}", "blocks", "bert.embeddings"
     rows: list[Row] = [
         ("embed/table", f"{tables}.word_embeddings.weight", SAME),
@@ -165,7 +167,9 @@ def _bert(c: families.BERT, next_sentence: bool, classifies: bool) -> Layout:
         rows += _norm("transform_norm", "cls.predictions.transform.LayerNorm")
         rows.append(("head_bias", "cls.predictions.bias", SAME))
     if next_sentence:
-        rows += _dense("next_sentence", "cls.seq_relationship")
+        kernel, bias = (TURNED_BACK, BACK) if goes_on else (TURNED, SAME)
+        rows.append(("next_sentence/kernel", "cls.seq_relationship.weight", kernel))
+        rows.append(("next_sentence/bias", "cls.seq_relationship.bias", bias))
     mlm = c.head == "mlm" and not classifies
     name = "BertForPreTraining" if next_sentence else "BertForMaskedLM" if mlm else "BertModel"
     decoder = {
@@ -268,7 +272,8 @@ def of(config: Config) -> Layout | None:
     elif isinstance(c, families.BERT):
         bert = {"position": "learned", "norm": "layernorm", "bias": True, "norm_order": "post", "experts": 0}
         if _has(c, bert, ACTIVATIONS, "post") and c.token_types and c.head_dim * c.heads == c.width:
-            return _bert(c, config.task.next_sentence and not classifies, classifies)
+            task = config.task
+            return _bert(c, task.next_sentence and not classifies, classifies, task.goes_on)
     elif isinstance(c, families.T5):
         if _has(c, {"norm": "rmsnorm", "bias": False, "experts": 0}, T5_ACTIVATIONS) and not classifies:
             return _t5(c)

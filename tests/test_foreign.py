@@ -1,0 +1,215 @@
+"""Whole directories of Hugging Face's: our commands give the texts, scores and names of transformers.
+
+Tiny random models with tokenizers and picture processors; back again, transformers reads what is exported.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import stat
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import tiny
+from test_tokenizers import MAKERS, oracle
+
+from bigmodel import config as config_lib
+from bigmodel import infer, transfer, workdir
+from bigmodel.config import InputError
+from bigmodel.huggingface import layouts, processors
+from bigmodel.predict import Predictor
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 48}
+BERT = SIZES | {"intermediate_size": 64, "max_position_embeddings": 24}
+GPT2 = {"n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+NAMES = {0: "neg", 1: "neu", 2: "pos"}
+CLASSES = {"id2label": NAMES, "label2id": {name: k for k, name in NAMES.items()}}
+TEXTS = ["hello world", "the quick brown fox, don't you know", "naïve café in Zürich"]
+
+
+def saved(directory: pathlib.Path, kind: str, **keys: Any) -> tuple[Any, Any]:
+    """A random model and a tokenizer, saved together -> both."""
+    t = oracle()
+    import torch
+
+    torch.manual_seed(0)
+    name, config, model = {
+        "gpt2": ("gpt2", t.GPT2Config, t.GPT2LMHeadModel),
+        "gpt2 classifier": ("gpt2", t.GPT2Config, t.GPT2ForSequenceClassification),
+        "llama": ("llama", t.LlamaConfig, t.LlamaForCausalLM),
+        "llama 3": ("byte-level with ends", t.LlamaConfig, t.LlamaForCausalLM),
+        "llama classifier": ("llama", t.LlamaConfig, t.LlamaForSequenceClassification),
+        "mixtral": ("llama in a mixtral", t.MixtralConfig, t.MixtralForCausalLM),
+        "bert classifier": ("bert", t.BertConfig, t.BertForSequenceClassification),
+        "bert": ("bert", t.BertConfig, t.BertModel),
+        "t5": ("t5", t.T5Config, t.T5ForConditionalGeneration),
+    }[kind]
+    tokenizer = MAKERS[name][1](t)
+    sizes = {"gpt2": GPT2, "bert": BERT, "t5": T5}.get(kind.split()[0], LLAMA)
+    sizes = sizes | ({"num_local_experts": 4} if kind == "mixtral" else {})
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
+    if "t5" not in kind:
+        sizes = sizes | ids
+    if "classifier" in kind and "bert" not in kind:
+        sizes = sizes | {"pad_token_id": tokenizer.eos_token_id}
+    made = model(config(vocab_size=len(tokenizer), **(sizes | keys))).eval()
+    for parameter in made.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    made.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return made, t.AutoTokenizer.from_pretrained(directory)
+
+
+def theirs_write(model: Any, tokenizer: Any, text: str, length: int) -> tuple[list[int], str]:
+    """Greedy ids, and the text that they add."""
+    import torch
+
+    given = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**given, max_new_tokens=length, do_sample=False)[0].tolist()
+    if model.config.is_encoder_decoder:
+        return out[1:], tokenizer.decode(out, skip_special_tokens=True)
+    at = given["input_ids"].shape[1]
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (out[:at], out))
+    return out[at:], whole[len(before) :]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama 3", "mixtral", "t5"])
+def test_texts_are_continued_as_transformers_does(kind, tmp_path):
+    model, tokenizer = saved(tmp_path / "in", kind)
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
+    writer = infer.Writer.load(tmp_path / "run")
+    for text in TEXTS:
+        ids, wanted = theirs_write(model, tokenizer, text, 10)
+        (got,) = infer.generate(writer.decoder, [writer.encode(text)], 10)
+        assert got.tolist() == ids, text
+        assert writer.write([text], 10) == [wanted], text
+    transfer.export_safetensors(tmp_path / "run", tmp_path / "out")
+    for file in (path for path in (tmp_path / "in").rglob("*") if path.is_file()):
+        other = tmp_path / "out" / file.name
+        assert stat.S_IMODE(other.stat().st_mode) == 0o644
+        assert file.suffix == ".safetensors" or other.read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("kind", ["gpt2 classifier", "llama classifier", "bert classifier"])
+def test_texts_are_classified_as_transformers_does(kind, tmp_path):
+    model, tokenizer = saved(tmp_path / "in", kind, **CLASSES)
+    import torch
+
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
+    rows, _ = Predictor.load(tmp_path / "run").predict(TEXTS)
+    for text, row in zip(TEXTS, rows, strict=True):
+        with torch.no_grad():
+            given = tokenizer(text, return_tensors="pt", truncation=True, max_length=24)
+            shares = model(**given).logits.softmax(-1)[0].numpy()
+        wanted = {NAMES[k]: shares[k] for k in range(3)}
+        assert row["top"] == pytest.approx(wanted, abs=2e-5), text
+        assert row["name"] == max(wanted, key=wanted.__getitem__)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_other_outputs(problem, tmp_path):
+    count = 1 if problem == "regression" else 3
+    names = {k: f"n{k}" for k in range(count)}
+    model, tokenizer = saved(tmp_path / "in", "bert classifier", problem_type=problem, id2label=names)
+    import torch
+
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
+    (row,), _ = Predictor.load(tmp_path / "run").predict(TEXTS[:1])
+    with torch.no_grad():
+        logits = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0]
+    if count == 1:
+        assert row["value"] == pytest.approx(logits.tolist(), abs=1e-4)
+    else:
+        assert row["probabilities"] == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)
+        assert row["names"] == [names[k] for k in range(3) if logits[k] > 0]
+
+
+def test_a_next_sentence_head_is_berts(tmp_path):
+    """Class 0 goes on, in transformers' documents and here; runs of which class 1 did are turned round."""
+    config = tiny("bert", seq_len=16)
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(32, 2)).astype(np.float32), np.array([1, 2], np.float32)
+    new, old = (layouts.of(config_lib.override(config, {"task.goes_on": k})) for k in (0, 1))
+    written = []
+    for layout in (new, old):
+        assert layout is not None
+        forms = {ours: form for ours, _, _, form in layout.expand() if "next_sentence" in ours}
+        pair = forms["next_sentence/kernel"].write(kernel), forms["next_sentence/bias"].write(bias)
+        written.append(pair)
+        np.testing.assert_array_equal(forms["next_sentence/kernel"].read(written[-1][0]), kernel)
+    np.testing.assert_array_equal(written[0][0], kernel.T)
+    for a, b in zip(*written, strict=True):
+        np.testing.assert_array_equal(a[::-1], b)
+    workdir.write_config(tmp_path, config)
+    assert workdir.read_config(tmp_path).task.goes_on == 0
+    tree = json.loads((tmp_path / "config.json").read_text())
+    del tree["task"]["goes_on"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert workdir.read_config(tmp_path).task.goes_on == 1
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},
+            "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    "vit of old": {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "do_normalize": False,
+                   "resample": 3},
+    "convnext": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32},
+                 "crop_pct": 0.875},
+    "bit": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 40},
+            "crop_size": {"height": 32, "width": 32}, "resample": 2, "rescale_factor": 1 / 127.5},
+    "deit": {"image_processor_type": "DeiTImageProcessor", "size": 40, "crop_size": 32, "do_rescale": False,
+             "image_mean": [100, 120, 130], "image_std": [50, 60, 70]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_are_classified_as_transformers_does(name, tmp_path):
+    t = oracle()
+    import torch
+
+    torch.manual_seed(0)
+    if name.startswith("vit"):
+        sizes = {"image_size": 32, "patch_size": 8, "intermediate_size": 64}
+        model = t.ViTForImageClassification(t.ViTConfig(**SIZES, **sizes, **CLASSES)).eval()
+    else:
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+        model = t.ResNetForImageClassification(t.ResNetConfig(**sizes, layer_type="basic", **CLASSES)).eval()
+    model.save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[name]))
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
+    predictor = Predictor.load(tmp_path / "run")
+    processor = t.AutoImageProcessor.from_pretrained(tmp_path / "in")
+    rng = np.random.default_rng(0)
+    for shape in ((32, 32), (50, 71), (90, 37), (17, 20)):
+        image = cv2.resize(rng.integers(0, 256, (9, 9, 3), np.uint8), shape[::-1])
+        pixels = processor(image, return_tensors="pt", input_data_format="channels_last")
+        with torch.no_grad():
+            shares = model(**pixels).logits.softmax(-1)[0].numpy()
+        (row,), _ = predictor.predict([image.tolist()])
+        assert row["top"] == pytest.approx({NAMES[k]: shares[k] for k in range(3)}, abs=2e-5), shape
+
+
+BAD_PICTURES = {
+    "a processor": ({"image_processor_type": "PerceiverImageProcessor"}, ["PerceiverImageProcessor"]),
+    "a key": ({"do_reduce_labels": True}, ["do_reduce_labels"]),
+    "another size": ({"size": 64}, ["64", "image_size=32"]),
+    "no square": ({"size": {"height": 32, "width": 16}}, ["size"]),
+    "a filter": ({"resample": 9}, ["resample=9"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_processors_that_are_not_followed_are_refused(name, tmp_path):
+    keys, words = BAD_PICTURES[name]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(keys))
+    with pytest.raises(InputError) as caught:
+        processors.read(tmp_path, "vit", 32, 3)
+    assert all(word in str(caught.value) for word in words), caught.value
