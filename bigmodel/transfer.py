@@ -300,8 +300,14 @@ def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathL
     origin = path / ORIGIN if (path / ORIGIN / "config.json").is_file() else None
     with huggingface.new_directory(target, "--out") as out:
         if origin is not None:
-            tensors = huggingface.as_imported(origin, tensors, config)
             tokenizer_files.keep(origin, out, ORIGIN_FILES)
+        if origin is not None and huggingface.describes(origin, config):
+            tensors = huggingface.as_imported(origin, tensors, config)
+        elif origin is not None and layout is not None:  # parts were taken out: config.json is another
+            tree = huggingface.write_config(config, layout, arrays, _names(path, config))
+            there = tokenizer_files.json_object(origin / "config.json")
+            tree |= {key: there[key] for key in there if key.endswith("_token_id")}
+            huggingface.companions.write(out, {"config.json": tree})
         elif layout is not None:
             huggingface.companions.write(out, _files(path, config, layout, arrays))
         elif (path / TOKENIZER).is_file():
@@ -317,17 +323,20 @@ def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathL
     return [layout.architecture if layout else "names of this package", *files]
 
 
-def _files(path: pathlib.Path, config: Config, layout: Layout, arrays: Arrays) -> dict[str, dict[str, Any]]:
-    """File name -> its JSON, of a model that was trained here, in the workdir `path`."""
+def _names(path: pathlib.Path, config: Config) -> tuple[str, ...]:
+    """The classes' names; () where there are none, or none are known."""
     names: tuple[str, ...] = ()
     if config.task.name in families.IMAGE_TASKS:
         try:
             names = data.class_names(config, path)
         except InputError as error:
             log.warning("the names of the classes are not known, LABEL_0 and so on stand for them: %s", error)
-    if len(names) != getattr(config.model, "num_classes", 0):
-        names = ()
-    tree = huggingface.write_config(config, layout, arrays, names)
+    return names if len(names) == getattr(config.model, "num_classes", 0) else ()
+
+
+def _files(path: pathlib.Path, config: Config, layout: Layout, arrays: Arrays) -> dict[str, dict[str, Any]]:
+    """File name -> its JSON, of a model that was trained here, in the workdir `path`."""
+    tree = huggingface.write_config(config, layout, arrays, _names(path, config))
     if hasattr(config.model, "vocab_size"):
         tokenizer = data.get_tokenizer(config, path)
         tree |= huggingface.companions.ids(config, tokenizer)

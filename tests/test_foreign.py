@@ -14,10 +14,12 @@ import cv2
 import numpy as np
 import pytest
 from conftest import tiny
+from test_finetune import save_run
 from test_tokenizers import MAKERS, oracle
 
 from bigmodel import config as config_lib
 from bigmodel import infer, transfer, workdir
+from bigmodel.compress import recipe, stages
 from bigmodel.config import InputError
 from bigmodel.huggingface import layouts, processors
 from bigmodel.predict import Predictor
@@ -213,3 +215,82 @@ def test_processors_that_are_not_followed_are_refused(name, tmp_path):
     with pytest.raises(InputError) as caught:
         processors.read(tmp_path, "vit", 32, 3)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+# ----------------------------------------------------------------------------------------------------- back
+
+
+def exported(config: Any, directory: pathlib.Path) -> None:
+    """A run of ours with random parameters, as it would be trained, in Hugging Face's layout."""
+    save_run(config, directory / "run")
+    transfer.export_safetensors(directory / "run", directory / "out")
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (directory / "out").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "hf"])
+def test_transformers_continues_our_texts(tokenizer, tmp_path):
+    t = oracle()
+    if tokenizer == "hf":
+        MAKERS["byte-level with ends"][1](t).save_pretrained(tmp_path / "tokenizer")
+        tokenizer = f"hf:{tmp_path}/tokenizer"
+    size = 257 if tokenizer == "bytes" else 322
+    exported(tiny("gpt", data__tokenizer=tokenizer, model__vocab_size=size, seq_len=48), tmp_path)
+    model = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    theirs = t.AutoTokenizer.from_pretrained(tmp_path / "out")
+    writer = infer.Writer.load(tmp_path / "run")
+    assert model.generation_config.eos_token_id == writer.decoder.end
+    for text in TEXTS[:2]:
+        assert writer.encode(text).tolist() == theirs(text)["input_ids"]
+        ids, _ = theirs_write(model, theirs, text, 8)
+        (got,) = infer.generate(writer.decoder, [writer.encode(text)], 8)
+        assert got.tolist() == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == writer.decode(got)[0]
+
+
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+def test_transformers_classifies_our_texts(family, tmp_path):
+    t = oracle()
+    import torch
+
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"a {n} film,{n}\n" for n in NAMES.values()))
+    keys = {"task__name": "classify", "model__num_classes": 3, "model__vocab_size": 264, "seq_len": 48}
+    keys |= {"task__next_sentence": False} if family == "bert" else {}
+    exported(tiny(family, data__name=f"table:{tmp_path}/t.csv", **keys), tmp_path)
+    model = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "out")
+    rows, _ = Predictor.load(tmp_path / "run").predict(TEXTS)
+    for text, row in zip(TEXTS, rows, strict=True):
+        with torch.no_grad():
+            shares = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].numpy()
+        assert row["top"] == pytest.approx({model.config.id2label[k]: shares[k] for k in range(3)}, abs=2e-5)
+    assert model.config.id2label == dict(enumerate(sorted(NAMES.values())))
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_transformers_classifies_our_pictures(family, tmp_path):
+    t = oracle()
+    import torch
+
+    keys = {"model__stem": "imagenet"} if family == "resnet" else {}
+    exported(tiny(family, data__image_size=8, data__mean=(0.4,), data__eval_crop=0.8, **keys), tmp_path)
+    model = t.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    processor = t.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    predictor = Predictor.load(tmp_path / "run")
+    channels = predictor.program.batch_spec["image"].shape[-1]
+    image = np.random.default_rng(0).integers(0, 256, (10, 10, channels), np.uint8)  # of 8 / 0.8: only cut
+    (row,), _ = predictor.predict([image.tolist()])
+    with torch.no_grad():
+        pixels = processor(image, return_tensors="pt", input_data_format="channels_last")
+        shares = model(**pixels).logits.softmax(-1)[0].numpy()
+    wanted = {model.config.id2label[k]: shares[k] for k in range(len(shares))}
+    assert row["top"] == pytest.approx({name: wanted[name] for name in row["top"]}, abs=2e-5)
+
+
+def test_a_compressed_import_reads_as_it_did(tmp_path):
+    saved(tmp_path / "in", "llama")
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
+    before = infer.Writer.load(tmp_path / "run")
+    stages.run(tmp_path / "run", recipe.parse("quantize:int8"), tmp_path / "small")
+    after = infer.Writer.load(tmp_path / "small")
+    assert after.encode("hello world").tolist() == before.encode("hello world").tolist()
+    assert after.decoder.ends == before.decoder.ends

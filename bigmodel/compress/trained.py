@@ -14,6 +14,7 @@ from bigmodel import config as config_lib
 from bigmodel import data, fingerprint, infer, log, mesh, program, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import Config, InputError
+from bigmodel.data import tokenizer_files
 from bigmodel.program import Program
 
 # What `train` and `evaluate` make of a run; every other file of a workdir (a tokenizer) goes with the model.
@@ -79,6 +80,8 @@ def save(model: Trained, directory: pathlib.Path) -> None:
     for path in model.source.iterdir():
         if path.is_file() and path.name.partition(".damaged-")[0] not in MADE:
             shutil.copyfile(path, directory / path.name)
+    if (origin := model.source / tokenizer_files.ORIGIN).is_dir():  # how an imported model reads its inputs
+        shutil.copytree(origin, directory / tokenizer_files.ORIGIN, dirs_exist_ok=True)
     workdir.write_config(directory, model.config)
     meta = _meta(model, directory)
     state = model.state

@@ -201,15 +201,16 @@ class Pretrained:
         """A text that an answer continues -> transformers' ids; of a model that was trained here, with what
         stood before a document in training. `plain`: special tokens' names in it are text."""
         reader = self.model if plain else self._reader
-        ids = reader.encode(_checked(text), add_special_tokens=self._follows_files).ids
-        lacks = not (self._front and self._follows_files) and (not self.imported or not ids)
-        return np.array([*([self._start_of_nothing()] if lacks else []), *ids], np.int32)
+        ids = reader.encode(_checked(text), add_special_tokens=self.imported).ids
+        if not self.imported:
+            return np.array([self.first, *ids], np.int32)
+        return np.array(ids or [self._start_of_nothing()], np.int32)
 
     def _start_of_nothing(self) -> int:
         """What transformers' generate starts an empty prompt with: bos, else the separator."""
         sources = (self.files.generation, self.files.model)
         ids = [source["bos_token_id"] for source in sources if isinstance(source.get("bos_token_id"), int)]
-        return ids[0] if ids and self.imported else self.separator
+        return ids[0] if ids else self.separator
 
     def texts(self, texts: Sequence[str | bytes | np.ndarray], length: int) -> list[np.ndarray]:
         """Texts that stand alone, or the ids inside of them -> transformers' ids, cut to `length`."""

@@ -29,6 +29,7 @@ __all__ = [
     "Pretrained",
     "as_imported",
     "companions",
+    "describes",
     "image_of",
     "names",
     "new_directory",
@@ -227,6 +228,14 @@ def write_unused(pretrained: Pretrained, directory: pathlib.Path) -> None:
     (directory / NAMES).write_text(json.dumps({"param_dtype": pretrained.config.param_dtype, "names": names}))
     if unused := pretrained.unused():
         save_file(unused, directory / UNUSED, metadata={"format": "pt"})
+
+
+def describes(directory: pathlib.Path, config: Config) -> bool:
+    """Whether the config.json that came with an import still says what its model is."""
+    stored, hf = read_json(directory / NAMES), read_json(directory / "config.json")
+    tensors = {name for name, _, _ in stored["names"].values()}
+    tree = configs.read(hf, tensors | stored["names"].keys(), str(directory / "config.json"))
+    return config_lib.from_dict(tree).model == config.model
 
 
 def as_imported(directory: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Config) -> Arrays:
