@@ -81,7 +81,11 @@ def theirs_write(model: Any, tokenizer: Any, text: str, length: int) -> tuple[li
     return out[at:], whole[len(before) :]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama 3", "mixtral", "t5"])
+def some(fast: list[str], slow: list[str]) -> Any:
+    return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
+@pytest.mark.parametrize("kind", some(["llama", "t5"], ["gpt2", "llama 3", "mixtral"]))
 def test_texts_are_continued_as_transformers_does(kind, tmp_path):
     model, tokenizer = saved(tmp_path / "in", kind)
     transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
@@ -98,7 +102,7 @@ def test_texts_are_continued_as_transformers_does(kind, tmp_path):
         assert file.suffix == ".safetensors" or other.read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.parametrize("kind", ["gpt2 classifier", "llama classifier", "bert classifier"])
+@pytest.mark.parametrize("kind", some(["gpt2 classifier", "bert classifier"], ["llama classifier"]))
 def test_texts_are_classified_as_transformers_does(kind, tmp_path):
     model, tokenizer = saved(tmp_path / "in", kind, **CLASSES)
     import torch
@@ -114,7 +118,7 @@ def test_texts_are_classified_as_transformers_does(kind, tmp_path):
         assert row["name"] == max(wanted, key=wanted.__getitem__)
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+@pytest.mark.parametrize("problem", some([], ["regression", "multi_label_classification"]))
 def test_other_outputs(problem, tmp_path):
     count = 1 if problem == "regression" else 3
     names = {k: f"n{k}" for k in range(count)}
@@ -172,7 +176,7 @@ PROCESSORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", some(["vit", "bit"], ["vit of old", "convnext", "deit"]))
 def test_pictures_are_classified_as_transformers_does(name, tmp_path):
     t = oracle()
     import torch
@@ -227,7 +231,7 @@ def exported(config: Any, directory: pathlib.Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in (directory / "out").iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "hf"])
+@pytest.mark.parametrize("tokenizer", some(["hf"], ["bytes"]))
 def test_transformers_continues_our_texts(tokenizer, tmp_path):
     t = oracle()
     if tokenizer == "hf":
@@ -247,7 +251,7 @@ def test_transformers_continues_our_texts(tokenizer, tmp_path):
         assert theirs.decode(ids, skip_special_tokens=True) == writer.decode(got)[0]
 
 
-@pytest.mark.parametrize("family", ["gpt", "bert"])
+@pytest.mark.parametrize("family", some(["bert"], ["gpt"]))
 def test_transformers_classifies_our_texts(family, tmp_path):
     t = oracle()
     import torch
@@ -266,7 +270,7 @@ def test_transformers_classifies_our_texts(family, tmp_path):
     assert model.config.id2label == dict(enumerate(sorted(NAMES.values())))
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("family", some(["vit"], ["resnet"]))
 def test_transformers_classifies_our_pictures(family, tmp_path):
     t = oracle()
     import torch
@@ -286,6 +290,7 @@ def test_transformers_classifies_our_pictures(family, tmp_path):
     assert row["top"] == pytest.approx({name: wanted[name] for name in row["top"]}, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_compressed_import_reads_as_it_did(tmp_path):
     saved(tmp_path / "in", "llama")
     transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
