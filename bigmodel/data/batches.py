@@ -301,7 +301,9 @@ def whole_texts(
     )
 
     def encoded(texts: Sequence[bytes | np.ndarray]) -> transforms.Batch:
-        plain = iter(tokenizer.encode_all([x for x in texts if isinstance(x, bytes)]))
+        given = [x for x in texts if isinstance(x, bytes)]
+        one = len(given) == 1  # as in predictions, where a batch's threads cost more than they bring
+        plain = iter([tokenizer.encode(given[0].decode())] if one else tokenizer.encode_all(given))
         return arrange([next(plain) if isinstance(x, bytes) else x for x in texts])
 
     return encoded
