@@ -99,10 +99,11 @@ class Gate:
         return found.index(True)
 
     def _is_here(self, host: str) -> bool:
-        """Whether a Host is an address, which no foreign name leads to, or one of the server's names."""
+        """Whether a Host is an address, a name without a dot, or one of the server's: no name on the
+        internet, which a foreign page could have made to lead here."""
         name = host.lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-        if name in self.hosts or name == "localhost":
+        if name in self.hosts or ("." not in name.strip(".") and ":" not in name):
             return True
         try:
             ipaddress.ip_address(name)

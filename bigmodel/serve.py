@@ -41,8 +41,8 @@ def app(service: Service, key: str = "", hosts: Sequence[str] = ()) -> FastAPI:
 
     Args:
         key: what clients must send as a bearer token, or several with commas between; "": nothing.
-        hosts: names that a request's Host may have beside addresses and localhost; none: any. A page of
-            another site could otherwise reach a server on loopback by a name that it controls.
+        hosts: names with a dot that a request's Host may have; none: any. A page of another site could
+            otherwise reach a server on loopback by a name that it controls.
     """
 
     @contextlib.asynccontextmanager

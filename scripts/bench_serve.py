@@ -166,7 +166,8 @@ async def post(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], bo
     """
     reader, writer = connection
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
     answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     said = await reader.readexactly(int(answer.split("content-length:")[1].split()[0]))

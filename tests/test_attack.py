@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import time
+import types
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,10 @@ import httpx
 import numpy as np
 import pytest
 from conftest import finish, saved, tiny
+from fastapi.testclient import TestClient
 from test_serve import BEARER, CONTEXT, Server, memory_kb, post, served
+
+from bigmodel.access import Gate
 
 GOOD = {"prompt": "a", "max_tokens": 2}
 LINE = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sesame\r\n"
@@ -272,3 +276,27 @@ def test_pictures_are_measured_before_they_are_decoded(tmp_path: pathlib.Path):
     assert memory_kb(it.process) - before < 60_000
     it.process.send_signal(signal.SIGTERM)
     assert finish(it.process)[::2] == (0, "")
+
+
+def test_a_foreign_name_of_this_address_is_refused_without_a_key():
+    async def passed(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    class Nothing:
+        class requests:
+            @staticmethod
+            def labels(*names: Any) -> Any:
+                return types.SimpleNamespace(inc=lambda: None, observe=lambda seconds: None)
+
+        seconds = requests
+
+    def status(host: str, keys: tuple[str, ...] = ()) -> int:
+        gate = Gate(passed, Nothing(), keys, ("node.example",))  # type: ignore[arg-type]
+        return TestClient(gate).get("/", headers={"Host": host}).status_code
+
+    for host in ("127.0.0.1:80", "[::1]:8000", "localhost", "a-service:80", "NODE.example:1"):
+        assert status(host) == 200, host
+    for host in ("other.example:8000", "127.0.0.1.other.example", "other.example."):
+        assert status(host) == 403, host
+        assert status(host, keys=("sesame",)) == 200
