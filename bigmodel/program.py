@@ -224,7 +224,10 @@ def update(
         d = config.optim.ema_decay
         new["ema"] = jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], trained)
     grad_norm = optim.norm(grads)
-    metrics = {name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in terms.items()}
+    metrics = {
+        name: jnp.where((weight > 0) | (name == "loss"), total / jnp.maximum(weight, 1e-9), jnp.nan)
+        for name, (total, weight) in terms.items()
+    }  # without weight a metric has no value; a loss is then 0, for it has no gradient
     metrics |= {"grad_norm": grad_norm, **optim.learning_rates(config, optim.updates(state["opt"]))}
     if scale is not None:  # float16: an overflow skips the update and halves the scale
         finite = jnp.isfinite(grad_norm)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import build, random_batch, start, steps, tiny
 from sklearn import metrics as sk
 
 from bigmodel import evaluate, metrics, pictures, tasks
@@ -257,3 +258,13 @@ def test_a_nan_leaves_the_pictures_readable(tmp_path):
     label = np.arange(20) % 3
     report = metrics.classification(score, label)
     assert len(pictures.draw(tmp_path, np.eye(3, dtype=bool)[label], score, report, "abc")) == 4
+
+
+def test_a_training_metric_without_weight_is_no_number():
+    built = build(tiny("gpt"))
+    batch = random_batch(built.config)
+    for bytes_each in (0, 1):
+        batch["target_bytes"] = np.full_like(batch["target_bytes"], bytes_each)
+        _, rows = steps(built, start(built), 1, [batch])
+        assert np.isfinite(rows["loss"]).all()
+        assert np.isfinite(rows["bits_per_byte"]).all() == bool(bytes_each)
