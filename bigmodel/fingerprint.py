@@ -100,10 +100,14 @@ def refuse_other_config(
     """
     found = changes(was, now)
     if refused := {key: pair for key, pair in found.items() if not may_change(key, pair[1], also)}:
+        takes = (
+            ""
+            if any(key.startswith("model.") for key in refused)
+            else (f" (init.from={path} takes over its parameters)")
+        )
         raise InputError(
             f"--workdir={path} was trained with other settings, under which its arrays mean something else: "
-            f"{_listed(refused)}; set them back, or use a new --workdir (init.from={path} takes over its "
-            "parameters)"
+            f"{_listed(refused)}; set them back, or use a new --workdir{takes}"
         )
     return found
 
