@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 from test_finetune import save_run
-from test_tokenizers import MAKERS, oracle
+from test_tokenizers import CHATML, CHATS, MAKERS, bpe, generic, oracle
 
 from bigmodel import config as config_lib
 from bigmodel import infer, transfer, workdir
@@ -299,3 +299,44 @@ def test_a_compressed_import_reads_as_it_did(tmp_path):
     after = infer.Writer.load(tmp_path / "small")
     assert after.encode("hello world").tolist() == before.encode("hello world").tolist()
     assert after.decoder.ends == before.decoder.ends
+
+
+@pytest.mark.slow
+def test_a_server_chats_by_the_models_template(tmp_path):
+    t = oracle()
+    import torch
+
+    pytest.importorskip("fastapi", reason="the server is in '.[serve]'")
+    from fastapi.testclient import TestClient
+
+    from bigmodel import serve
+    from bigmodel.service import Limits
+
+    tokenizer = generic(t, bpe(), eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    torch.manual_seed(0)
+    sizes = LLAMA | {"max_position_embeddings": 128, "vocab_size": len(tokenizer)}
+    model = t.LlamaForCausalLM(t.LlamaConfig(**sizes, eos_token_id=[tokenizer.eos_token_id])).eval()
+    model.generation_config.update(do_sample=True, temperature=0.5, top_k=7, max_new_tokens=9)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "in")
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run", ["batch_size=2"])
+    service = serve.load(tmp_path / "run", name="m", limits=Limits(), slots=2, cache_dtype="")
+    assert service.drawing == {"temperature": 0.5, "top_k": 7, "max_new_tokens": 9}
+    with TestClient(serve.app(service)) as client:
+        for chat in CHATS[:3]:
+            body = {"messages": chat, "max_tokens": 8, "temperature": 0}
+            answer = client.post("/v1/chat/completions", json=body).json()
+            ids = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+            )
+            given = {"max_new_tokens": 8, "do_sample": False, "temperature": None, "top_k": None}
+            out = model.generate(torch.tensor([ids]), **given)[0].tolist()[len(ids) :]
+            assert answer["usage"]["prompt_tokens"] == len(ids)
+            said = answer["choices"][0]["message"]["content"]
+            assert said == tokenizer.decode(out, skip_special_tokens=True)
+        refused = client.post("/v1/chat/completions", json={"messages": [{"role": "tool", "content": "x"}]})
+        assert (refused.status_code, "no tools" in refused.text) == (400, True)
+        usual = client.post("/v1/chat/completions", json={"messages": CHATS[0]}).json()
+        assert usual["usage"]["completion_tokens"] <= 9

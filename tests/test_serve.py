@@ -398,6 +398,9 @@ def test_an_encoder_embeds_and_a_classifier_predicts():
         def encode(self, text: str) -> np.ndarray:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
+        def encode_all(self, texts: list[bytes]) -> list[np.ndarray]:
+            return [self.encode(text.decode()) for text in texts]
+
     state = start(bert)
     predictor = Predictor(bert, state, tokenizer=Bytes())  # type: ignore[arg-type]
     vectors, count = predictor.embed(["one", "two and more", *["x"] * 8])
