@@ -169,6 +169,12 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Check:
+    # Before its first step a run compares its gradient with the loss, and its outputs over the order of rows.
+    gradient: Literal["auto", "always", "never"] = "auto"  # auto: where two or more mesh axes are above 1
+
+
+@dataclass(frozen=True)
 class Eval:
     every_steps: int = 1000  # the last step is always evaluated
     batches: int = -1  # -1: the whole split
@@ -205,6 +211,7 @@ class Config:
     init: Init = field(default_factory=Init)
     mesh: Mesh = Mesh()
     checkpoint: Checkpoint = Checkpoint()
+    check: Check = Check()
     eval: Eval = Eval()
     log: Log = Log()
 

@@ -24,7 +24,7 @@ from bigmodel.models import cache as cache_lib
 from bigmodel.models import module
 from bigmodel.models.module import Definition
 from bigmodel.models.weights import InBlocks, Quantized
-from bigmodel.program import Program, State
+from bigmodel.program import Program, State, on_mesh
 from bigmodel.sampling import Sampling
 
 CHUNK = 16  # tokens decoded in one compiled loop, between looks at what has ended
@@ -103,12 +103,7 @@ class Decoder:
 
     def jit(self, function: Callable[..., Any], donate: tuple[int, ...] = ()) -> Any:
         """`jax.jit` of a function that calls `apply`, on the program's mesh."""
-
-        def on_mesh(*args: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
-                return function(*args)
-
-        return jax.jit(on_mesh, donate_argnums=donate)
+        return jax.jit(on_mesh(self.program.mesh, function), donate_argnums=donate)
 
     def empty_cache(self, rows: int, slots: int | None = None, paged: bool = False) -> Any:
         """Zeros, over the mesh: rows over the batch axes (unless they are pages), heads over tensor."""
@@ -153,7 +148,7 @@ class Decoder:
         """-> (the state before anything is read, the prompts padded [B, L])."""
         rows, longest = len(prompts), max(map(len, prompts))
         tokens_BL = np.zeros((rows, min(_padded(longest), self.program.config.seq_len)), np.int32)
-        seen_BV = np.zeros((rows, self._vocabulary), bool)
+        seen_BV = np.zeros((rows, self.vocabulary), bool)
         for row, ids in enumerate(prompts):
             tokens_BL[row, : len(ids)] = ids
             seen_BV[row, ids] = True
@@ -186,7 +181,7 @@ class Decoder:
         return self._decode(self.params, self.rest, state, np.int32(steps))
 
     @property
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> int:
         model: Any = self.program.config.model
         return model.vocab_size
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import data, fingerprint, mesh, parameters, program, stops, workdir
+from bigmodel import data, fingerprint, mesh, parameters, program, selfcheck, stops, workdir
 from bigmodel.checkpoint import Checkpoints
 from bigmodel.config import InputError, Mesh
 from bigmodel.data.pretrained import Pretrained
@@ -34,6 +34,7 @@ def load(
 
     Raises:
         InputError: no run or no checkpoint there.
+        WrongProgram: on this mesh the model gives rows other outputs in another order (`selfcheck`).
     """
     path = workdir.local(directory)
     config = workdir.read_config(path).replace(mesh=axes or Mesh())
@@ -48,7 +49,9 @@ def load(
             fingerprint.refuse_other_config(meta["config"], built.config, path / "config.json", free)
         params, step = parameters.restore(checkpoints, config, built.state_spec["params"], step)
         rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
-    return built, {"params": params, "rest": rest}
+    state = {"params": params, "rest": rest}
+    selfcheck.check_outputs(built, state)
+    return built, state
 
 
 def generate(
@@ -103,6 +106,28 @@ def generate(
     return [np.asarray(ids, np.int32) for ids in answers]
 
 
+def check_decoding(decoder: Decoder) -> None:
+    """On a mesh of two or more axes, compares the logits of made-up prompts, and of what follows them, with
+    those of the same prompts in another order. Raises WrongProgram where they differ."""
+    built = decoder.program
+    if not selfcheck.is_due(built.config, built.mesh):
+        return
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, decoder.vocabulary, (2 * mesh.batch_ways(built.mesh), 8))
+    order = rng.permutation(len(prompts))
+    read, follow = decoder.jit(decoder.read), decoder.jit(decoder.logits)
+
+    def logits(prompts: np.ndarray) -> np.ndarray:
+        state, tokens_BL = decoder.fresh(prompts.tolist(), [2] * len(prompts), [GREEDY] * len(prompts))
+        first, state = jax.block_until_ready(read(decoder.params, decoder.rest, state, tokens_BL))
+        second, _ = follow(decoder.params, decoder.rest, {**state, "token": prompts[:, 0].astype(np.int32)})
+        return np.stack([np.asarray(first, np.float32), np.asarray(second, np.float32)], 1)
+
+    straight, mixed = logits(prompts)[order], logits(prompts[order])
+    off = float(np.abs(straight - mixed).max() / max(np.abs(straight).max(), 1e-30))
+    selfcheck.refuse_wrong(selfcheck.Check(None, None, off), built.config)
+
+
 class Writer:
     """A decoder and its tokenizer: text in, text out."""
 
@@ -120,7 +145,9 @@ class Writer:
         """A run that is loaded already, with its directory's tokenizer."""
         tokenizer = data.get_tokenizer(built.config, pathlib.Path(directory))
         start = special_id(tokenizer, getattr(built.config.model, "vocab_size", 0), "start")
-        return cls(Decoder(built, state, end=tokenizer.ends, start=start, **options), tokenizer)
+        decoder = Decoder(built, state, end=tokenizer.ends, start=start, **options)
+        check_decoding(decoder)
+        return cls(decoder, tokenizer)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
         """Messages (dicts of `role`, `content`) -> the ids of the prompt that the model's own chat template

@@ -1,7 +1,10 @@
 """The device mesh: its axes, where every array of a run lies on it, and joining a multi-host job.
 
-Axis type is `Auto`, stated once here: models are written as if for one device, XLA partitions them, and
-`shard` pins the few activations where it should not have to guess.
+Axis type is `Auto`: models are written as if for one device, and XLA partitions them. Its partitioner
+computes other functions, without a word, where it has to guess how weights over fsdp and tensor meet
+activations (see `tests/test_partitioner.py`). So layouts are stated: `RULES` say where a weight is stored,
+`gather` brings it together over fsdp where it is used, and `models.ops.dense` pins the inputs, the output and
+the gradients of every product.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -174,6 +178,27 @@ def shard(x: jax.Array, *axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
 
 
+def is_split() -> bool:
+    """Whether the code being traced is partitioned over several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not (mesh.empty or mesh.size == 1 or _plain.get())
+
+
+def used(axes: tuple[Axes, ...]) -> tuple[Axes, ...]:
+    """The layout in which a weight stored over `axes` is multiplied: whole over fsdp."""
+    return tuple(None if axis == "fsdp" else axis for axis in axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gather(axes: tuple[Axes, ...], w: jax.Array) -> jax.Array:
+    """A weight whose last dimensions are stored over `axes`, gathered over fsdp; its gradient is scattered
+    back to where it is stored."""
+    return shard(w, *_padded(used(axes), w.ndim))
+
+
+gather.defvjp(lambda axes, w: (gather(axes, w), None), lambda axes, _, g: (shard(g, *_padded(axes, g.ndim)),))
+
+
 def sharding(mesh: Mesh, shape: tuple[int, ...], *axes: Axes) -> NamedSharding:
     """Where an array that `shard` would pin lies on `mesh`."""
     return NamedSharding(mesh, _fit(axes, shape, mesh))
@@ -211,9 +236,16 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
 
     An axis that does not divide its dimension is left out there: the array is then replicated over it.
     """
-    axes = next(axes for pattern, axes in RULES if re.search(pattern, "/" + path))
-    axes = ((None,) * (len(shape) - len(axes)) + axes)[-len(shape) :] if shape else ()
-    return NamedSharding(mesh, _fit(axes, shape, mesh))
+    return NamedSharding(mesh, _fit(_padded(rule(path), len(shape)), shape, mesh))
+
+
+def rule(path: str) -> tuple[Axes, ...]:
+    """The mesh axes of the parameter's last dimensions, by the first rule that matches."""
+    return next(axes for pattern, axes in RULES if re.search(pattern, "/" + path))
+
+
+def _padded(axes: tuple[Axes, ...], ndim: int) -> tuple[Axes, ...]:
+    return ((None,) * (ndim - len(axes)) + axes)[-ndim:] if ndim else ()
 
 
 def _fit(axes: Sequence[Axes], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:

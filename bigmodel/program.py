@@ -77,17 +77,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     model = models.define(config, batch_spec)
     task, tx = tasks.make(config), optimizer(config, model)
 
-    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Lets the function's `shard` and `attend` see the mesh, wherever it is traced from."""
-
-        def wrapped(*args: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return function(*args)
-
-        wrapped.__name__ = function.__name__
-        return wrapped
-
-    init = on_mesh(lambda key: init_state(config, model, tx, key))
+    init = on_mesh(mesh, lambda key: init_state(config, model, tx, key))
     spec = jax.eval_shape(init, jax.random.key(0))
     state_spec = place(spec, mesh)
     state_sharding = jax.tree.map(lambda s: s.sharding, state_spec)
@@ -115,14 +105,25 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         batch_spec=batch_spec,
         init=jax.jit(init, out_shardings=state_sharding),
         train_step=jax.jit(
-            on_mesh(train_step),
+            on_mesh(mesh, train_step),
             in_shardings=(state_sharding, batch_sharding),
             out_shardings=(state_sharding, everywhere),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(on_mesh(eval_step), in_shardings=(None, sharding), out_shardings=everywhere),
-        predict=jax.jit(on_mesh(predict), in_shardings=(None, sharding), out_shardings=everywhere),
+        eval_step=jax.jit(on_mesh(mesh, eval_step), in_shardings=(None, sharding), out_shardings=everywhere),
+        predict=jax.jit(on_mesh(mesh, predict), in_shardings=(None, sharding), out_shardings=everywhere),
     )
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the function's `shard` and `attend` see the mesh, wherever it is traced from."""
+
+    def wrapped(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    wrapped.__name__ = function.__name__
+    return wrapped
 
 
 def microbatches(config: Config, mesh: Mesh) -> int:
@@ -254,21 +255,12 @@ def gradients(
 
     The loss is divided by the whole batch's weight, so that cutting it into pieces changes only rounding.
     """
-    total = jnp.maximum(task.weight(batch), 1e-9)
-    step_key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-
-    def loss(trained: Any, rest: Any, piece: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        outputs, rest = model.apply(optim.join(trained, frozen), rest, piece, key=key, train=True)
-        terms = task.terms(outputs, piece, True)
-        value = terms["loss"][0] / total
-        return value if scale is None else value * scale, (rest, terms)
-
-    grad = jax.grad(loss, has_aux=True)
+    grad = jax.grad(objective(model, task, scale, batch, frozen), has_aux=True)
     if pieces == 1:
-        grads, (rest, terms) = grad(trained, state["rest"], batch, step_key)
+        grads, (rest, terms) = grad(trained, state["rest"], batch, step_key(state))
         return _unscale(grads, scale), rest, terms
 
-    xs = (jax.tree.map(lambda x: _cut(x, pieces), dict(batch)), jax.random.split(step_key, pieces))
+    xs = cut(state, batch, pieces)
 
     def piece(index: jax.Array | int) -> tuple[Batch, jax.Array]:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), xs)
@@ -284,6 +276,35 @@ def gradients(
     start = (zeros[0], state["rest"], zeros[1], piece(0))
     (grads, rest, terms, _), _ = jax.lax.scan(body, start, jnp.arange(pieces))
     return _unscale(grads, scale), rest, terms
+
+
+Objective = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[Any, Metrics]]]
+
+
+def objective(
+    model: Definition, task: tasks.Task, scale: jax.Array | None, batch: Batch, frozen: Any
+) -> Objective:
+    """What training minimizes: (trained parameters, rest, a microbatch, key) -> (its part of the mean loss of
+    `batch`, times `scale` if there is one; (rest, metric sums))."""
+    total = jnp.maximum(task.weight(batch), 1e-9)
+
+    def loss(trained: Any, rest: Any, piece: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        outputs, rest = model.apply(optim.join(trained, frozen), rest, piece, key=key, train=True)
+        terms = task.terms(outputs, piece, True)
+        value = terms["loss"][0] / total
+        return value if scale is None else value * scale, (rest, terms)
+
+    return loss
+
+
+def step_key(state: State) -> jax.Array:
+    """The key of what is random in this state's next step."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+
+
+def cut(state: State, batch: Batch, pieces: int) -> tuple[Batch, jax.Array]:
+    """A batch -> its microbatches and their keys, stacked: [pieces, B / pieces, ...]."""
+    return jax.tree.map(lambda x: _cut(x, pieces), dict(batch)), jax.random.split(step_key(state), pieces)
 
 
 def _cut(x: jax.Array, pieces: int) -> jax.Array:

@@ -4,6 +4,7 @@ Exit codes (`Result.exit_code`, and what scripts/train.py exits with):
     0   done: `steps` steps are trained and saved
     2   bad input (InputError); nothing was overwritten
     3   the loss or the gradient is not finite (NotFinite); the last good checkpoint stays the newest
+    4   the program compiled for this mesh is wrong (selfcheck.WrongProgram); no step was trained
     75  SIGTERM: the step was finished and saved; the same command resumes (EX_TEMPFAIL)
     130 Ctrl-C, likewise
 """
@@ -11,6 +12,7 @@ Exit codes (`Result.exit_code`, and what scripts/train.py exits with):
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -33,6 +35,7 @@ from bigmodel import (
     log,
     mesh,
     optim,
+    selfcheck,
     start,
     workdir,
 )
@@ -44,7 +47,8 @@ from bigmodel.plan import estimate, fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State, steps_left
 
-DONE, BAD_INPUT, NOT_FINITE, PREEMPTED, INTERRUPTED = 0, 2, 3, ending.STOPPED, ending.INTERRUPTED
+DONE, BAD_INPUT, NOT_FINITE, WRONG_PROGRAM = 0, 2, 3, 4
+PREEMPTED, INTERRUPTED = ending.STOPPED, ending.INTERRUPTED
 WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
 
 
@@ -84,6 +88,7 @@ def run(
     Raises:
         InputError: the config, the data, the devices and the directory do not fit together.
         NotFinite: training diverged.
+        WrongProgram: the program compiled for this mesh computes another function than the model does.
     """
     spent = Ledger()
     log.show_logging()
@@ -142,7 +147,10 @@ class Run:
         compiled = compiled or self._compile()
         receipt = planner.of_run(self.program, compiled, left)
         log.say("\n".join(receipts.table(receipt)))
+        found = self._check_gradient(state, receipt, first_step)
         before = self._write_start(receipt, first_step)
+        if found is not None:
+            selfcheck.refuse_wrong(found, config)
         writer = stack.enter_context(
             log.Writer(self.path, first_step=first_step, tensorboard=config.log.tensorboard)
         )
@@ -160,6 +168,18 @@ class Run:
         if not self.force:
             fits.check_step(self.program, compiled)
         return compiled
+
+    def _check_gradient(
+        self, state: State, receipt: receipts.Receipt, first_step: int
+    ) -> selfcheck.Check | None:
+        """Checks the gradient on this mesh, where that is due; the plan keeps what was found."""
+        if not selfcheck.is_due(self.program.config, self.program.mesh):
+            return None
+        with self.ledger.timing("check"):
+            found = selfcheck.check(self.program, state, self.train_data[first_step])
+        log.say(found.line())
+        receipt["gradient_check"] = dataclasses.asdict(found)
+        return found
 
     def _write_start(self, receipt: receipts.Receipt, first_step: int) -> dict[str, Any]:
         """Writes the config and the plan. -> the ledger of the sessions before this one."""

@@ -3,8 +3,9 @@
     python scripts/train.py --config=configs/gpt.py:size=124m,seq_len=1024 --config.optim.lr=3e-4 \\
         --workdir=DIR
 
-Exit codes: 0 done; 2 bad input, no memory or no room; 3 the loss is not finite; 75 stopped by SIGTERM, run
-again to resume; 130 stopped by Ctrl-C, likewise.
+Exit codes: 0 done; 2 bad input, no memory or no room; 3 the loss is not finite; 4 the program compiled for
+this mesh is wrong (see config.check.gradient); 75 stopped by SIGTERM, run again to resume; 130 stopped by
+Ctrl-C, likewise.
 
 Before the first step a signal ends the run at once. Then the step is ended and saved, an evaluation given up,
 and a read waited for 5 s more. A step that has not ended a minute and twice the longest step after the signal
@@ -36,13 +37,15 @@ def main() -> int:
     flags.add_argument("--verbose", action="store_true", help="show the libraries' own messages too")
     args, overrides = cli.parse(flags)
     config = config_lib.load(args.config, overrides)
-    from bigmodel import log, train  # JAX, Flax and Orbax: only for a config that is sound
+    from bigmodel import log, selfcheck, train  # JAX, Flax and Orbax: only for a config that is sound
 
     log.show_libraries(args.verbose)
     try:
         return train.run(config, args.workdir, args.resume, force=args.force, end=end).exit_code
     except train.NotFinite as error:
         return cli.fail(error, train.NOT_FINITE)
+    except selfcheck.WrongProgram as error:
+        return cli.fail(error, train.WRONG_PROGRAM)
 
 
 if __name__ == "__main__":

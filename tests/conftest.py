@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_FLAGS = {"xla_force_host_platform_device_count": 8}
+_FLAGS = {"xla_force_host_platform_device_count": int(os.environ.get("BIGMODEL_TEST_DEVICES", 8))}
 _CPU_FLAGS = _FLAGS | {"xla_backend_optimization_level": 0}  # on a GPU it is the kernels that are tested
 _SCRATCH = tempfile.TemporaryDirectory(prefix="bigmodel-tests-")
 _SHARED = os.environ.setdefault("BIGMODEL_TESTS_SHARED", _SCRATCH.name)  # by the workers of one session

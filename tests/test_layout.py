@@ -40,8 +40,9 @@ ORDER = """
     data/batches
     data/pipeline
     data/__init__
-    models/module | models/ops
+    models/ops
     models/weights
+    models/module
     models/layers | models/attention | models/cache | models/held | models/embedding
     models/lora | models/distilled
     models/moe | models/recommender | models/vision | models/resnet | models/gan | models/recurrent
@@ -53,6 +54,7 @@ ORDER = """
     tasks
     optim | sparsity
     program
+    selfcheck
     digests
     manifest
     checkpoint

@@ -14,9 +14,6 @@ from bigmodel.families.checks import IMAGE_TASKS, above_0, at_least_0, positive,
 class Transformer:
     """A stack of Transformer blocks, as every family below shapes it; zeros mean "derived"."""
 
-    # The residual stream's width over mesh.tensor, too: in GPT alone. In the others XLA (jax 0.10.2) computes
-    # wrong gradients then on data x fsdp x tensor, off by percents, without a word; a test holds this.
-    STREAM_OVER_TENSOR: ClassVar[bool] = False
     INPUTS: ClassVar[tuple[str, ...]] = ("text",)
     STARTS: ClassVar[str] = (
         "separator"  # what stands before a whole text, as the family learnt it: cls, or ""
@@ -104,7 +101,6 @@ class GPT(Transformer):
     """Decoder-only language model; GPT-2, Llama and Mixtral are settings of it."""
 
     TASKS = ("lm", *IMAGE_TASKS)
-    STREAM_OVER_TENSOR = True
     name: str = "gpt"
     vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
     position: Literal["learned", "rope"] = "learned"

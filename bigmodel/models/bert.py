@@ -82,8 +82,6 @@ class BERT(nnx.Module):
         assert self.transform_norm is not None
         assert self.head_bias is not None
         c = transformer.transformer(self.config)
-        x_BMD = jnp.take_along_axis(x_BLD, at_BM[..., None], axis=1)
-        x_BMD = layers.shard_width(x_BMD, c.STREAM_OVER_TENSOR)
+        x_BMD = layers.shard_stream(jnp.take_along_axis(x_BLD, at_BM[..., None], axis=1))
         x_BMD = self.transform_norm(transformer.ACTIVATIONS[c.mlp](self.transform(x_BMD)))
-        logits_BMV = self.embed.attend(x_BMD) + self.head_bias[...].astype(x_BMD.dtype)
-        return layers.shard_hidden(logits_BMV)
+        return self.embed.attend(x_BMD) + self.head_bias[...].astype(x_BMD.dtype)

@@ -74,4 +74,4 @@ class GPT(nnx.Module):
         return {"logits": self._logits(x_BLD), "cache": cache}
 
     def _logits(self, x_BLD: jax.Array) -> jax.Array:
-        return layers.shard_hidden(self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD))
+        return self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)

@@ -5,6 +5,7 @@ Legend: B batch, L length, D width, I inputs, O outputs, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -18,7 +19,7 @@ Sums = dict[str, tuple[int, ...]]  # of a layer's weights: the axes, from the en
 
 
 class Dense(nnx.Module):
-    """x [..., I] -> x @ kernel [I, O] (+ bias [O])."""
+    """x [..., I] -> x @ kernel [I, O] (+ bias [O]); `inputs` and `outputs` as in `ops.dense`."""
 
     SUMS: ClassVar[Sums] = {"kernel": (-2,)}
 
@@ -26,9 +27,12 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (i, o), dtype))
         self.bias = nnx.Param(jnp.zeros((o,), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = weights.product(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, inputs: Sequence[int] = (), outputs: Sequence[int] = ()) -> jax.Array:
+        y = weights.product(x, self.kernel[...], inputs, outputs)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(x.dtype)
+        return y + (bias.reshape(outputs) if outputs else bias)
 
 
 class Embed(nnx.Module):
@@ -100,15 +104,10 @@ def rope(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
 
-def shard_hidden(x_BLF: jax.Array) -> jax.Array:
-    """Hidden units over the tensor axis, examples over the batch axes."""
-    return mesh.shard(x_BLF, mesh.BATCH, None, "tensor")
-
-
-def shard_width(x_BLD: jax.Array, over_tensor: bool = True) -> jax.Array:
-    """The residual stream: examples over the batch axes, width over the tensor axis, so that what is saved
-    between layers is cut by the whole mesh (as MaxText does); a layer gathers it again. Or width whole."""
-    return mesh.shard(x_BLD, mesh.BATCH, None, "tensor" if over_tensor else None)
+def shard_stream(x_BLD: jax.Array) -> jax.Array:
+    """Pins the residual stream: examples over the batch axes, width over the tensor axis, so that what is
+    saved between layers is cut by the whole mesh (as MaxText does); a layer's products gather it again."""
+    return mesh.shard(x_BLD, mesh.BATCH, None, "tensor")
 
 
 class Conv(nnx.Module):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from bigmodel import mesh
 from bigmodel.config import InputError
-from bigmodel.models import ops, weights
+from bigmodel.models import weights
 from bigmodel.models.module import Definition, Tree
 from bigmodel.tuning import Lora
 
@@ -49,10 +49,11 @@ class Adapted:
 
     def astype(self, dtype: Any) -> jax.Array:
         """The sum, for layers that need the weight itself, and for an export."""
-        return (self.base.astype(jnp.float32) + self.scale * (self.a @ self.b)).astype(dtype)
+        low = self.a.astype(jnp.float32) @ self.b.astype(jnp.float32)
+        return (self.base.astype(jnp.float32) + self.scale * low).astype(dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
-        low = ops.dense(ops.dense(x, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        low = weights.product(weights.product(x, self.a), self.b)
         return weights.product(x, self.base) + low * jnp.asarray(self.scale, x.dtype)
 
 

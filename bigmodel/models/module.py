@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from bigmodel.models import weights
+
 Tree = dict[str, Any]  # nested dict of arrays, or of ShapeDtypeStructs
 
 
@@ -60,7 +62,7 @@ class Definition:
         """-> (the module, the parts of `rest` that are not its own)."""
         held = {part: rest[part] for part in self.held}
         rest = {part: value for part, value in rest.items() if part not in held}
-        return nnx.merge(self.graph, self.unpack(params, held), rest), held
+        return nnx.merge(self.graph, weights.lay_out(self.unpack(params, held)), rest), held
 
 
 def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigmodel import mesh
 from bigmodel.families import Transformer
-from bigmodel.models import layers
+from bigmodel.models import layers, weights
 
 LOSSES = ("balance", "router_z")
 Losses = dict[str, jax.Array]  # name -> [B, L], to be added to a token's own loss
@@ -36,7 +36,7 @@ class ExpertDense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((e, o), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("BECI,EIO->BECO", x, self.kernel[...].astype(x.dtype))
+        y = weights.product_of_experts(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, :, None]
 
 
@@ -97,7 +97,7 @@ class MoE(nnx.Module):
         picked_BTD = jnp.take_along_axis(y_BSD, slot_BT[..., None], 1, mode="fill", fill_value=0)
         picked_BLKD = picked_BTD.reshape(b, length, -1, width)
         y_BLD = (picked_BLKD * weight_BLK[..., None].astype(x_BLD.dtype)).sum(2)
-        return layers.shard_width(y_BLD, self.c.STREAM_OVER_TENSOR), losses(self.c, logits_BLE, real_BL)
+        return layers.shard_stream(y_BLD), losses(self.c, logits_BLE, real_BL)
 
 
 def capacity(c: Transformer, length: int) -> int:

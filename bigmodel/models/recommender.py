@@ -41,8 +41,6 @@ class Tower(nnx.Module):
             x = dense(x)
             if index + 1 < len(self.layers) or not self.bare:
                 x = jax.nn.relu(x)
-            # Left to itself on data x fsdp x tensor, XLA (jax 0.10.2) computes wrong gradients, as in a Conv.
-            x = mesh.shard(x, mesh.BATCH, *(None,) * (x.ndim - 1))
         return x
 
 

@@ -189,4 +189,4 @@ class RNN(nnx.Module):
             assert self.head is not None
             return self.head(layers.read(x_BLD, batch["segments"], "last"))
         x_BLD = x_BLD if self.out is None else self.out(x_BLD)
-        return layers.shard_hidden(self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD))
+        return self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)

@@ -104,7 +104,7 @@ class T5(nnx.Module):
 
     def _logits(self, y_BMD: jax.Array) -> jax.Array:
         if self.head is not None:
-            return layers.shard_hidden(self.head(y_BMD))
+            return self.head(y_BMD)
         # A tied table is scaled for the input: the output undoes that.
         y_BMD = y_BMD * y_BMD.shape[-1] ** -0.5 if self.scale_output else y_BMD
-        return layers.shard_hidden(self.embed.attend(y_BMD))
+        return self.embed.attend(y_BMD)

@@ -137,7 +137,7 @@ def _run(
     (x_BLD, losses, last), cache = module.scan(
         blocks,
         call,
-        (layers.shard_width(x_BLD, c.STREAM_OVER_TENSOR), losses, last),
+        (layers.shard_stream(x_BLD), losses, last),
         (keys, cache),
         wrap=_remat(config.remat),
         unroll=not c.scan or (mesh.platform() == "cpu" and depth <= UNROLLED_ON_CPU),
@@ -214,7 +214,7 @@ class Block(nnx.Module):
         pre = self.c.norm_order == "pre"
         y_BLD = layers.dropout(f(norm(x_BLD) if pre else x_BLD), self.c.dropout, key)
         x_BLD = x_BLD + y_BLD if pre else norm(x_BLD + y_BLD)
-        return layers.shard_width(x_BLD, self.c.STREAM_OVER_TENSOR)
+        return layers.shard_stream(x_BLD)
 
 
 class Attention(nnx.Module):
@@ -276,18 +276,17 @@ class Attention(nnx.Module):
 
     def keys(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """-> keys and values [B, S, G, K]."""
-        k_BSGK = self._heads(checkpoint_name(self.k(x_BSD), "k"), self.c.kv_heads)
-        v_BSGK = self._heads(checkpoint_name(self.v(x_BSD), "v"), self.c.kv_heads)
+        k_BSGK = self._heads(checkpoint_name(self.k(x_BSD, outputs=(self.c.kv_heads, self.c.head_dim)), "k"))
+        v_BSGK = self._heads(checkpoint_name(self.v(x_BSD, outputs=(self.c.kv_heads, self.c.head_dim)), "v"))
         return k_BSGK, v_BSGK
 
     def _queries(self, x_BLD: jax.Array) -> jax.Array:
-        return self._heads(checkpoint_name(self.q(x_BLD), "q"), self.c.heads)
+        return self._heads(checkpoint_name(self.q(x_BLD, outputs=(self.c.heads, self.c.head_dim)), "q"))
 
     def _merge(self, y_BLHK: jax.Array) -> jax.Array:
-        return checkpoint_name(self.out(y_BLHK.reshape(*y_BLHK.shape[:2], -1)), "attention_out")
+        return checkpoint_name(self.out(y_BLHK, inputs=(self.c.heads, self.c.head_dim)), "attention_out")
 
-    def _heads(self, x_BLD: jax.Array, heads: int) -> jax.Array:
-        x_BLHK = x_BLD.reshape(*x_BLD.shape[:2], heads, self.c.head_dim)
+    def _heads(self, x_BLHK: jax.Array) -> jax.Array:
         return mesh.shard(x_BLHK, mesh.BATCH, None, "tensor", None)
 
 
@@ -303,11 +302,11 @@ class MLP(nnx.Module):
         self.down = dense(c.mlp_width, c.width, std=_last(c))
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLF = layers.shard_hidden(checkpoint_name(self.up(x_BLD), "up"))
+        h_BLF = checkpoint_name(self.up(x_BLD), "up")
         if self.gate is None:
             h_BLF = self.activation(h_BLF)
         else:
-            h_BLF = h_BLF * self.activation(layers.shard_hidden(checkpoint_name(self.gate(x_BLD), "gate")))
+            h_BLF = h_BLF * self.activation(checkpoint_name(self.gate(x_BLD), "gate"))
         return checkpoint_name(self.down(h_BLF), "mlp_out")
 
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigmodel import mesh
 from bigmodel.config import Config, InputError
 from bigmodel.families import CNN as CNNConfig
 from bigmodel.families import MLP as MLPConfig
@@ -89,8 +88,6 @@ class Classifier(nnx.Module):
                 layers.dropout, rate=self.rate, key=None if key is None else jax.random.fold_in(key, index)
             )
             x_BD = jax.nn.relu(dense(drop(x_BD))) if self.first else drop(jax.nn.relu(dense(x_BD)))
-            # Left to itself on data x fsdp x tensor, XLA (jax 0.10.2) computes wrong gradients, as in a Conv.
-            x_BD = mesh.shard(x_BD, mesh.BATCH, None)
         return self.head(x_BD)
 
 

@@ -1,7 +1,9 @@
-"""Weights that are no plain arrays: quantized ones, and those that are quantized in training or observed.
+"""Weights that are no plain arrays: cut over a mesh, quantized, quantized in training, or observed.
 
 A layer asks for `product(x, w)`, `rows(w, ids)` or `w.astype(dtype)` of whatever its parameter holds. So a
 quantized model is dequantized where it is used, inside the scanned block, and never as a whole.
+
+`lay_out` tells each of them over which mesh axes it is stored, and with that how its products are laid out.
 
 int4 is packed here, two codes a byte: `jnp.int4` (and with it qwix's QArray, whose way of giving a scale to
 a group of inputs this follows) takes a byte for each number, in memory and on disk.
@@ -12,6 +14,7 @@ Legend: I inputs, O outputs, G groups of inputs that share a scale.
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -28,23 +31,45 @@ STORED = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))  # of the largest weight: where clipping is tried
 
 
-class _Whole(abc.ABC):
-    """What a layer asks of an array beside its products; `w[...]`, as an nnx.Param has it, is the weight."""
+Axes = tuple[mesh.Axes, ...] | None  # where a weight's last dimensions are stored; None: on one device
+
+
+class Weight(abc.ABC):
+    """What layers read in place of an array; `w[...]`, as an nnx.Param has it, is the weight itself."""
+
+    axes: Axes = None
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]: ...
 
     @abc.abstractmethod
-    def astype(self, dtype: Any) -> jax.Array: ...
+    def stored(self, dtype: Any) -> jax.Array:
+        """The weight as floats, cut over the mesh as it is stored."""
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
 
+    def astype(self, dtype: Any) -> jax.Array:
+        """The weight as floats, gathered over fsdp."""
+        return self.stored(dtype) if self.axes is None else mesh.gather(self.axes, self.stored(dtype))
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [..., I] @ this [I, O] -> [..., O]."""
+        return ops.dense(x, self.stored(x.dtype), self.axes)
+
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] @ this [V, D] transposed -> [..., V]."""
-        return ops.dense(x, self.astype(x.dtype).T)
+        return ops.dense(x, self.stored(x.dtype).T, _turned(self.axes))
+
+    def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
+        """x [B, H, W, I] * this [h, w, I, O] -> [B, H', W', O]."""
+        return conv(x, self.stored(x.dtype), strides, padding)
+
+    def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        """Rows of this [V, D] at `ids` [...] -> [..., D]."""
+        return rows(self.stored(dtype), ids, dtype)
 
     def __getitem__(self, index: Any) -> Self:
         assert index is ...
@@ -52,10 +77,11 @@ class _Whole(abc.ABC):
 
 
 @dataclass(frozen=True)
-class _OfFloats(_Whole):
+class _OfFloats(Weight):
     """A weight that holds another one as it is."""
 
     value: Any
+    axes: Axes = field(default=None, kw_only=True, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,7 +90,7 @@ class _OfFloats(_Whole):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Quantized(_Whole):
+class Quantized(Weight):
     """codes x scale; `scale` has the codes' rank, and along each axis their size, or G of it, or 1.
 
     `activation`, if there is one, is the scale of the layer's inputs, which are then quantized too.
@@ -75,12 +101,13 @@ class Quantized(_Whole):
     activation: jax.Array | None
     kind: str = field(metadata={"static": True})
     size: int = field(metadata={"static": True})  # of the last axis, which int4 halves
+    axes: Axes = field(default=None, kw_only=True, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-1], self.size)
 
-    def astype(self, dtype: Any) -> jax.Array:
+    def stored(self, dtype: Any) -> jax.Array:
         codes = self._numbers(jnp.float32)
         return (codes * spread(self.scale, codes.shape)).astype(dtype)
 
@@ -92,40 +119,37 @@ class Quantized(_Whole):
         """x [..., I] @ w [I, O]; of int8 or float8 operands where the inputs have a scale."""
         if self.activation is None:
             if self.scale.shape[-2] > 1:
-                return ops.dense(x, self.astype(x.dtype))
-            return _scaled(ops.dense(x, self._numbers(x.dtype)), self.scale[0], x.dtype)
+                return super().product(x)
+            return _scaled(ops.dense(x, self._numbers(x.dtype), self.axes), self.scale[0], x.dtype)
         x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
-        exact = jnp.int32 if self.kind == "int8" else jnp.float32
-        y = jax.lax.dot_general(
-            x_q, self.codes, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=exact
-        )
+        y = ops.dense_exact(x_q, self.codes, self.axes)
         return _scaled(y, self.activation * self.scale[0], x.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         if self.scale.shape[-1] > 1:
             return super().attend(x)
-        return _scaled(ops.dense(x, self._numbers(x.dtype).T), self.scale[:, 0], x.dtype)
+        return _scaled(ops.dense(x, self._numbers(x.dtype).T, _turned(self.axes)), self.scale[:, 0], x.dtype)
 
     def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
-        """x [B, H, W, I] * w [h, w, I, O], as `product`."""
+        """As `product`."""
         if self.activation is None:
-            return conv(x, self.astype(x.dtype), strides, padding)
+            return super().conv(x, strides, padding)
         x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
         exact = jnp.int32 if self.kind == "int8" else jnp.float32
         y = jax.lax.conv_general_dilated(
-            x_q, self.codes, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x_q, _kernel(self.codes), strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
             preferred_element_type=exact,
         )  # fmt: skip
         return _scaled(y, self.activation * self.scale[0, 0, 0], x.dtype)
 
     def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        taken = replace(self, codes=_whole_rows(self.codes)[ids], scale=_whole_rows(self.scale)[ids])
-        return taken.astype(dtype)
+        taken = replace(self, codes=_rows(self.codes)[ids], scale=_rows(self.scale)[ids], axes=None)
+        return taken.stored(dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class InBlocks(_Whole):
+class InBlocks(Weight):
     """A quantized weight for decoding on a CPU: it becomes floats a block of outputs at a time, in its cache.
 
     As a whole it would be written to memory as floats and read again, or, since a loop over tokens does not
@@ -156,8 +180,8 @@ class InBlocks(_Whole):
         shape = self.turned.shape
         return shape if self.table else (*shape[:-2], *shape[:-3:-1])
 
-    def astype(self, dtype: Any) -> jax.Array:
-        whole = self.turned.astype(dtype)
+    def stored(self, dtype: Any) -> jax.Array:
+        whole = self.turned.stored(dtype)
         return whole if self.table else whole.swapaxes(-1, -2)
 
     def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
@@ -188,6 +212,15 @@ def _scaled(y: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Sharded(_OfFloats):
+    """Floats that are cut over a mesh, and gathered over fsdp in the dtype of whatever uses them."""
+
+    def stored(self, dtype: Any) -> jax.Array:
+        return self.value.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Rounded(_OfFloats):
     """Floats that are rounded to what `quantize` would keep of them, wherever they are used; the gradient
     passes straight through (Bengio et al. 2013; Jacob et al. 2018)."""
@@ -196,19 +229,10 @@ class Rounded(_OfFloats):
     kind: str = field(metadata={"static": True})
     group: int = field(metadata={"static": True})
 
-    def astype(self, dtype: Any) -> jax.Array:
+    def stored(self, dtype: Any) -> jax.Array:
         held = quantize(jax.lax.stop_gradient(self.value), self.sums, self.kind, self.group)
         off = held.astype(self.value.dtype) - jax.lax.stop_gradient(self.value)
         return (self.value + off).astype(dtype)
-
-    def product(self, x: jax.Array) -> jax.Array:
-        return ops.dense(x, self.astype(x.dtype))
-
-    def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
-        return conv(x, self.astype(x.dtype), strides, padding)
-
-    def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        return _whole_rows(self.astype(dtype))[ids]
 
 
 @jax.tree_util.register_dataclass
@@ -222,17 +246,14 @@ class Observed(_OfFloats):
 
     probe: dict[str, jax.Array]
 
-    def astype(self, dtype: Any) -> jax.Array:
+    def stored(self, dtype: Any) -> jax.Array:
         return self.value.astype(dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
-        return ops.dense(_tap(x, self.probe), self.astype(x.dtype))
+        return super().product(_tap(x, self.probe))
 
     def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
-        return conv(_tap(x, self.probe), self.astype(x.dtype), strides, padding)
-
-    def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        return rows(self.value, ids, dtype)
+        return super().conv(_tap(x, self.probe), strides, padding)
 
 
 @dataclass(frozen=True)
@@ -241,19 +262,16 @@ class Watched(_OfFloats):
 
     seen: list[jax.Array]
 
-    def astype(self, dtype: Any) -> jax.Array:
+    def stored(self, dtype: Any) -> jax.Array:
         return self.value.astype(dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
         self.seen.append(x)
-        return product(x, self.value)
+        return super().product(x)
 
     def attend(self, x: jax.Array) -> jax.Array:
         self.seen.append(x)
-        return attend(x, self.value)
-
-    def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        return rows(self.value, ids, dtype)
+        return super().attend(x)
 
 
 @jax.custom_vjp
@@ -271,9 +289,21 @@ def _tap_bwd(residuals: tuple[jax.Array, Any], g: jax.Array) -> tuple[jax.Array,
 _tap.defvjp(lambda x, probe: (x, (x, probe)), _tap_bwd)
 
 
-def product(x: jax.Array, w: Any) -> jax.Array:
-    """x [..., I] @ w [I, O] -> [..., O] in x's dtype."""
-    return ops.dense(x, w.astype(x.dtype)) if isinstance(w, jax.Array) else w.product(x)
+def product(x: jax.Array, w: Any, inputs: Sequence[int] = (), outputs: Sequence[int] = ()) -> jax.Array:
+    """x [..., I] @ w [I, O] -> [..., O] in x's dtype; `inputs` and `outputs` as in `ops.dense`."""
+    if isinstance(w, jax.Array):
+        return ops.dense(x, w.astype(x.dtype), None, inputs, outputs)
+    if isinstance(w, Sharded):
+        return ops.dense(x, w.stored(x.dtype), w.axes, inputs, outputs)
+    y = w.product(x.reshape(*x.shape[: x.ndim - len(inputs)], -1) if inputs else x)
+    return y.reshape(*y.shape[:-1], *outputs) if outputs else y
+
+
+def product_of_experts(x: jax.Array, w: Any) -> jax.Array:
+    """x [B, E, C, I], w [E, I, O] -> [B, E, C, O] in x's dtype, each expert's places by its own weight."""
+    if isinstance(w, Weight):
+        return ops.dense_of_experts(x, w.stored(x.dtype), w.axes)
+    return ops.dense_of_experts(x, w.astype(x.dtype), None)
 
 
 def attend(x: jax.Array, table: Any) -> jax.Array:
@@ -285,22 +315,50 @@ def conv(x: jax.Array, w: Any, strides: tuple[int, int], padding: ops.Padding) -
     """x [B, H, W, I] * w [h, w, I, O] -> [B, H', W', O] in x's dtype."""
     if not isinstance(w, jax.Array):
         return w.conv(x, strides, padding)
-    # Kernels whole, examples split. Left to itself on data x fsdp x tensor, XLA (jax 0.10.2) cuts the
-    # backward convolutions so that the gradient is wrong by 0.3 %, without a word; a test holds this.
-    kernel = mesh.shard(w.astype(x.dtype), None, None, None, None)
-    return ops.conv(x, kernel, strides, padding, mesh.platform())
+    return ops.conv(x, _kernel(w.astype(x.dtype)), strides, padding, mesh.platform())
+
+
+def _kernel(w: jax.Array) -> jax.Array:
+    """A convolution's kernel, whole: only its examples are split. Left to itself on data x fsdp x tensor, XLA
+    cuts the backward convolutions so that the gradient is wrong; a test holds this."""
+    return mesh.shard(w, None, None, None, None)
 
 
 def rows(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a table [V, D] at `ids` [...] -> [..., D]."""
     if isinstance(table, jax.Array):
-        return _whole_rows(table.astype(dtype))[ids]
+        return _rows(table.astype(dtype))[ids]
     return table.rows(ids, dtype)
 
 
-def _whole_rows(table_VD: jax.Array) -> jax.Array:
-    """Rows whole before a lookup: XLA cannot cut a gather's result by width and by batch at once."""
+def _rows(table_VD: jax.Array) -> jax.Array:
+    """A table whose rows are whole, for a lookup: XLA cannot cut a gather's result by width and by batch."""
     return mesh.shard(table_VD, "tensor", None)
+
+
+def _turned(axes: Axes) -> Any:
+    return None if axes is None else axes[::-1]
+
+
+def lay_out(params: Any) -> Any:
+    """A model's parameters, each telling its layers where it is stored; on one device as they are.
+
+    Args:
+        params: nested dicts of arrays and Weights, as `mesh.RULES` lay them out.
+    """
+    if not mesh.is_split():
+        return params
+
+    def leaf(path: Any, w: Any) -> Any:
+        name = re.sub(r"(/\d+|/base)+$", "", mesh.path_str(path))  # a layer of a stack, what an adapter is on
+        axes = mesh.rule(name)
+        if "fsdp" not in axes or isinstance(w, InBlocks):
+            return w
+        if isinstance(w, Weight):
+            return replace(w, axes=axes)  # type: ignore[type-var]
+        return Sharded(w, axes=axes)
+
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda x: isinstance(x, Weight))
 
 
 def quantize(w: jax.Array, sums: Sequence[int], kind: str, group: int = 0, search: bool = False) -> Quantized:
