@@ -3,8 +3,8 @@
 Axis type is `Auto`: models are written as if for one device, and XLA partitions them. Its partitioner
 computes other functions, without a word, where it has to guess how weights over fsdp and tensor meet
 activations (see `tests/test_partitioner.py`). So layouts are stated: `RULES` say where a weight is stored,
-`gather` brings it together over fsdp where it is used, and `models.ops.dense` pins the inputs, the output and
-the gradients of every product.
+`gather` brings it together over fsdp where it is used, and `models.products.dense` pins the inputs, the
+output and the gradients of every product.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ ORDER = """
     data/batches
     data/pipeline
     data/__init__
+    models/products
     models/ops
     models/weights
     models/module

@@ -18,7 +18,7 @@ from conftest import ROOT, batch_spec, build, by_path, random_batch, sized, step
 from bigmodel import config as config_lib
 from bigmodel import models, tasks
 from bigmodel.config import Config
-from bigmodel.models import attention, layers, ops
+from bigmodel.models import attention, layers
 from bigmodel.plan import estimate, flops, planner
 
 LLAMA = {
@@ -238,7 +238,7 @@ def test_a_products_gradients_are_those_of_jax(rows, size):
     def grads(product: Callable[..., jax.Array]) -> list[np.ndarray]:
         return jax.jit(jax.grad(lambda x, w: (product(x, w) * weights).sum(), argnums=(0, 1)))(x, w)
 
-    for a, b in zip(grads(ops.dense), grads(jnp.matmul), strict=True):
+    for a, b in zip(grads(products.dense), grads(jnp.matmul), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -3,7 +3,7 @@
 Two dense layers of plain JAX. The batch lies over ("data", "fsdp"), each kernel over ("fsdp", "tensor"). With
 data > 1 and fsdp = tensor > 1, and rows between the hidden width and data times it, the gradient is wrong by
 its own size, with Shardy and with GSPMD, in jax 0.10.2 to 0.12.0.1. It is right where each kernel is gathered
-over fsdp before its product, which is what `bigmodel.models.ops.dense` states.
+over fsdp before its product, which is what `bigmodel.models.products.dense` states.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Sums = dict[str, tuple[int, ...]]  # of a layer's weights: the axes, from the en
 
 
 class Dense(nnx.Module):
-    """x [..., I] -> x @ kernel [I, O] (+ bias [O]); `inputs` and `outputs` as in `ops.dense`."""
+    """x [..., I] -> x @ kernel [I, O] (+ bias [O]); `inputs` and `outputs` as in `products.dense`."""
 
     SUMS: ClassVar[Sums] = {"kernel": (-2,)}
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from bigmodel import families, mesh
 from bigmodel.config import Config
-from bigmodel.models import layers, ops
+from bigmodel.models import layers, products
 
 # (state, the gates' sums [B, G, H], what of the input stays apart [B, H] or None) -> state; state[0] is h.
 State = tuple[jax.Array, ...]
@@ -91,7 +91,7 @@ def _bias(part: Gates, dtype: Any) -> jax.Array:
 def project(x: jax.Array, kernel_IGH: jax.Array) -> jax.Array:
     """x [..., I] -> [..., G, H]. Flat where nothing cuts H: a CPU multiplies matrices fastest."""
     if _is_whole():
-        flat = ops.dense(x, kernel_IGH.reshape(len(kernel_IGH), -1))
+        flat = products.dense(x, kernel_IGH.reshape(len(kernel_IGH), -1))
         return flat.reshape(*x.shape[:-1], *kernel_IGH.shape[1:])
     return jax.lax.dot_general(x, kernel_IGH, (((x.ndim - 1,), (0,)), ((), ())))
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel import mesh
-from bigmodel.models import ops
+from bigmodel.models import ops, products
 
 # By kind: the largest code (they are symmetric, so zero stays zero), and the dtype that is stored.
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
@@ -57,11 +57,11 @@ class Weight(abc.ABC):
 
     def product(self, x: jax.Array) -> jax.Array:
         """x [..., I] @ this [I, O] -> [..., O]."""
-        return ops.dense(x, self.stored(x.dtype), self.axes)
+        return products.dense(x, self.stored(x.dtype), self.axes)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] @ this [V, D] transposed -> [..., V]."""
-        return ops.dense(x, self.stored(x.dtype).T, _turned(self.axes))
+        return products.dense(x, self.stored(x.dtype).T, _turned(self.axes))
 
     def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
         """x [B, H, W, I] * this [h, w, I, O] -> [B, H', W', O]."""
@@ -120,15 +120,17 @@ class Quantized(Weight):
         if self.activation is None:
             if self.scale.shape[-2] > 1:
                 return super().product(x)
-            return _scaled(ops.dense(x, self._numbers(x.dtype), self.axes), self.scale[0], x.dtype)
+            return _scaled(products.dense(x, self._numbers(x.dtype), self.axes), self.scale[0], x.dtype)
         x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
-        y = ops.dense_exact(x_q, self.codes, self.axes)
+        y = products.dense_exact(x_q, self.codes, self.axes)
         return _scaled(y, self.activation * self.scale[0], x.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         if self.scale.shape[-1] > 1:
             return super().attend(x)
-        return _scaled(ops.dense(x, self._numbers(x.dtype).T, _turned(self.axes)), self.scale[:, 0], x.dtype)
+        return _scaled(
+            products.dense(x, self._numbers(x.dtype).T, _turned(self.axes)), self.scale[:, 0], x.dtype
+        )
 
     def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
         """As `product`."""
@@ -290,11 +292,11 @@ _tap.defvjp(lambda x, probe: (x, (x, probe)), _tap_bwd)
 
 
 def product(x: jax.Array, w: Any, inputs: Sequence[int] = (), outputs: Sequence[int] = ()) -> jax.Array:
-    """x [..., I] @ w [I, O] -> [..., O] in x's dtype; `inputs` and `outputs` as in `ops.dense`."""
+    """x [..., I] @ w [I, O] -> [..., O] in x's dtype; `inputs` and `outputs` as in `products.dense`."""
     if isinstance(w, jax.Array):
-        return ops.dense(x, w.astype(x.dtype), None, inputs, outputs)
+        return products.dense(x, w.astype(x.dtype), None, inputs, outputs)
     if isinstance(w, Sharded):
-        return ops.dense(x, w.stored(x.dtype), w.axes, inputs, outputs)
+        return products.dense(x, w.stored(x.dtype), w.axes, inputs, outputs)
     y = w.product(x.reshape(*x.shape[: x.ndim - len(inputs)], -1) if inputs else x)
     return y.reshape(*y.shape[:-1], *outputs) if outputs else y
 
@@ -302,13 +304,13 @@ def product(x: jax.Array, w: Any, inputs: Sequence[int] = (), outputs: Sequence[
 def product_of_experts(x: jax.Array, w: Any) -> jax.Array:
     """x [B, E, C, I], w [E, I, O] -> [B, E, C, O] in x's dtype, each expert's places by its own weight."""
     if isinstance(w, Weight):
-        return ops.dense_of_experts(x, w.stored(x.dtype), w.axes)
-    return ops.dense_of_experts(x, w.astype(x.dtype), None)
+        return products.dense_of_experts(x, w.stored(x.dtype), w.axes)
+    return products.dense_of_experts(x, w.astype(x.dtype), None)
 
 
 def attend(x: jax.Array, table: Any) -> jax.Array:
     """x [..., D] @ table [V, D] transposed -> [..., V] in x's dtype."""
-    return ops.dense(x, table.astype(x.dtype).T) if isinstance(table, jax.Array) else table.attend(x)
+    return products.dense(x, table.astype(x.dtype).T) if isinstance(table, jax.Array) else table.attend(x)
 
 
 def conv(x: jax.Array, w: Any, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
