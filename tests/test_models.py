@@ -18,7 +18,7 @@ from conftest import ROOT, batch_spec, build, by_path, random_batch, sized, step
 from bigmodel import config as config_lib
 from bigmodel import models, tasks
 from bigmodel.config import Config
-from bigmodel.models import attention, layers
+from bigmodel.models import attention, layers, products
 from bigmodel.plan import estimate, flops, planner
 
 LLAMA = {
