@@ -54,6 +54,8 @@ class Check:
     gradient: float | None  # between a batch's gradient and that of the batch in another row order
     outputs: float | None  # between an example's outputs in two row orders
     left_out: str = ""
+    loss: float | None = None  # of the batch, and its gradient's norm, as the checked program has them
+    norm: float | None = None
 
     def problems(self, tolerance: Tolerance) -> list[str]:
         """What cannot be rounding, one phrase each."""
@@ -119,7 +121,7 @@ def check(program: Program, state: State, rows: Mapping[str, np.ndarray]) -> Che
         _, again = jax.block_until_ready(gradient_of(state, other))
         shift = float(_difference(grads, again)) / max(norm, 1e-30)
     outputs = rows_differ(_on(program, _digests(program)), state, rows, batch, other, program)
-    return Check(along, shift, outputs, "; ".join(left_out))
+    return Check(along, shift, outputs, "; ".join(left_out), float(loss), norm)
 
 
 def check_outputs(program: Program, state: State) -> None:
@@ -152,6 +154,21 @@ def refuse_wrong(found: Check, config: Config) -> None:
         )
 
 
+def refuse_other_step(found: Check, step: Mapping[str, float], config: Config) -> None:
+    """Raises WrongProgram where the train step, on the batch that was checked, has another loss or gradient
+    norm than the checked program: it is compiled on its own."""
+    limit = TOLERANCES[config.compute_dtype].gradient
+    for name, checked, trained in (
+        ("loss", found.loss, step["loss"]),
+        ("norm", found.norm, step["grad_norm"]),
+    ):
+        if checked is not None and not abs(trained - checked) <= limit * max(abs(checked), 1e-6):
+            raise WrongProgram(
+                f"the train step compiled for this mesh has a {name} of {trained:.6g} where the checked program "
+                f"has {checked:.6g} on the same batch; report it; config.check.gradient=never goes on all the same"
+            )
+
+
 def reordered(program: Program, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The rows in another order, each in the microbatch that it was in."""
     order = _order(program, len(next(iter(rows.values()))))
@@ -169,7 +186,7 @@ def rows_differ(
     """The largest difference between an example's digest in `batch` and in `other`, relative to the largest
     digest; `other` is `batch` as `reordered` orders this host's rows."""
     first, second = (jax.block_until_ready(digest(state, each)) for each in (batch, other))
-    return max(0.0, *(_shift(a, b, program, rows) for a, b in zip(first, second, strict=True)))
+    return float(np.max([0.0, *(_shift(a, b, program, rows) for a, b in zip(first, second, strict=True))]))
 
 
 def _order(program: Program, count: int) -> np.ndarray:
@@ -184,9 +201,10 @@ def _shift(a: jax.Array, b: jax.Array, program: Program, rows: Mapping[str, np.n
     hosts = program.config.batch_size // count
     order = np.concatenate([_order(program, count) + host * count for host in range(hosts)])
     first, second = np.asarray(a, np.float64)[order], np.asarray(b, np.float64)
-    if np.isnan(first).any() or np.isnan(second).any():
+    if (np.isnan(first) != np.isnan(second)).any():
         return math.nan
-    return float(np.abs(first - second).max(initial=0) / max(np.abs(first).max(initial=0), 1e-30))
+    off, largest = np.nan_to_num(np.abs(first - second)), np.nan_to_num(np.abs(first))
+    return float(off.max(initial=0) / max(largest.max(initial=0), 1e-30))
 
 
 def _on(program: Program, function: Callable[..., Any], **options: Any) -> Any:

@@ -155,7 +155,7 @@ class Run:
             log.Writer(self.path, first_step=first_step, tensorboard=config.log.tensorboard)
         )
         loop = Loop(self, compiled, state, checkpoints, writer, receipt, before)
-        loop.ends_at = first_step + left
+        loop.ends_at, loop.checked = first_step + left, found
         with disk.after(loop.write_ledger):
             return loop.run(first_step)
 
@@ -211,6 +211,7 @@ class Loop:
         self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
         self.config, self.ledger = run.program.config, run.ledger
         self.ends_at = self.config.steps  # or later, where float16's loss scale skips steps
+        self.checked: selfcheck.Check | None = None  # compared with the first step
         self.pending: tuple[int, Any] | None = None
         self.window, self.memory = Window(), ProcessMemory()
         self.progress = log.Progress()
@@ -297,6 +298,9 @@ class Loop:
                 f"newest checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.lr, raise "
                 "optim.warmup_steps, or set optim.clip_norm"
             )
+        if self.checked is not None:
+            selfcheck.refuse_other_step(self.checked, values, self.config)
+            self.checked = None
         if step % self.config.log.every_steps == 0 or step >= self.ends_at:
             self._log(step, values)
 

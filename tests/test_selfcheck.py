@@ -85,9 +85,30 @@ def test_what_is_not_the_slope_of_a_loss_is_said():
     assert found.problems(selfcheck.TOLERANCES["float32"]) == []
 
 
+def test_rows_that_are_swapped_are_seen(monkeypatch):
+    """Outputs of one row where another's belong, and NaN in one order alone."""
+    built = program(seq_len=8)
+    rows = random_batch(built.config)
+    batch, other = built.put(rows), built.put(selfcheck.reordered(built, rows))
+    for wrong in (lambda x: x.at[0].set(x[1]), lambda x: x.at[0].set(np.nan)):
+        digest = lambda state, each, wrong=wrong: [  # noqa: E731
+            wrong(each["tokens"].sum(1).astype("float32")) if each is other else each["tokens"].sum(1)
+        ]
+        off = selfcheck.rows_differ(digest, {}, rows, batch, other, built)
+        assert not off <= 1e-3
+
+
 def test_nan_is_a_problem():
     found = selfcheck.Check(along=np.nan, gradient=0.0, outputs=np.nan)
     assert len(found.problems(selfcheck.TOLERANCES["float32"])) == 2
+
+
+def test_the_train_step_is_compared_with_what_was_checked():
+    found = selfcheck.Check(0.0, 0.0, 0.0, loss=2.0, norm=1.0)
+    selfcheck.refuse_other_step(found, {"loss": 2.0001, "grad_norm": 1.0}, tiny("gpt"))
+    for step in ({"loss": 2.1, "grad_norm": 1.0}, {"loss": 2.0, "grad_norm": 0.9}):
+        with pytest.raises(selfcheck.WrongProgram, match="where the checked program has"):
+            selfcheck.refuse_other_step(found, step, tiny("gpt"))
 
 
 def test_a_run_says_what_it_found_and_keeps_it(corpus, tmp_path):
