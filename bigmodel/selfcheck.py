@@ -117,7 +117,7 @@ def check(program: Program, state: State, rows: Mapping[str, np.ndarray]) -> Che
     shift = None
     if _has_dropout(config):
         left_out.append("its row order not: dropout depends on it")
-    else:
+    elif math.isfinite(norm):
         _, again = jax.block_until_ready(gradient_of(state, other))
         shift = float(_difference(grads, again)) / max(norm, 1e-30)
     outputs = rows_differ(_on(program, _digests(program)), state, rows, batch, other, program)
