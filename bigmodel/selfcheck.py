@@ -166,8 +166,8 @@ def refuse_other_step(found: Check, step: Mapping[str, float], config: Config) -
             continue  # float16 may overflow at first, alike in both
         if not abs(trained - checked) <= limit * max(abs(checked), 1e-6):
             raise WrongProgram(
-                f"the train step compiled for this mesh has a {name} of {trained:.6g} where the checked program "
-                f"has {checked:.6g}, on one batch; report it; config.check.gradient=never goes on all the same"
+                f"the train step compiled for this mesh has a {name} of {trained:.6g} where the checked "
+                f"program has {checked:.6g}; report it; config.check.gradient=never goes on all the same"
             )
 
 
