@@ -25,7 +25,9 @@ def program(family: str = "gpt", **keys) -> Program:
 
 
 @pytest.mark.parametrize(
-    ("family", "keys"), [("gpt", {"seq_len": 8}), ("cnn", {"batch_size": 32})], ids=["gpt", "cnn"]
+    ("family", "keys"),
+    [pytest.param("gpt", {"seq_len": 8}, marks=pytest.mark.slow), ("cnn", {"batch_size": 32})],
+    ids=["gpt", "cnn"],
 )
 def test_layouts_that_are_left_to_the_compiler_are_refused(family, keys, monkeypatch):
     """Rows at data x width, where the partitioner is wrong by itself."""
@@ -43,7 +45,7 @@ def test_layouts_that_are_left_to_the_compiler_are_refused(family, keys, monkeyp
         selfcheck.refuse_wrong(wrong, tiny(family))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_bfloat16_does_not_trip_it(seed):
     built = program(compute_dtype="bfloat16", param_dtype="bfloat16", seq_len=8, seed=seed)
     found = selfcheck.check(built, start(built, seed), random_batch(built.config, seed))
@@ -111,6 +113,7 @@ def test_the_train_step_is_compared_with_what_was_checked():
             selfcheck.refuse_other_step(found, step, tiny("gpt"))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_found_and_keeps_it(corpus, tmp_path):
     config = tiny("gpt", **mesh_keys(THREE), data__name=corpus, steps=1, seq_len=8, model__vocab_size=384)
     ran = run_script("train.py", config_flag(config, tmp_path), f"--workdir={tmp_path / 'run'}")
