@@ -26,6 +26,7 @@ from test_serve import BEARER, CONTEXT, Server, memory_kb, post, served
 
 from bigmodel.access import Gate
 
+pytestmark = pytest.mark.fault
 GOOD = {"prompt": "a", "max_tokens": 2}
 LINE = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sesame\r\n"
 

@@ -210,7 +210,10 @@ def described(directory: pathlib.Path, config: Config) -> pathlib.Path:
 
 @pytest.mark.parametrize(
     ("name", "family", "outputs"),
-    [("digits", "cnn", ("label", "name")), ("shapes", "detector", ("labels", "names"))],
+    [
+        ("digits", "cnn", ("label", "name")),
+        pytest.param("shapes", "detector", ("labels", "names"), marks=pytest.mark.slow),
+    ],
 )
 def test_image_models_ask_no_dataset_for_names_and_shapes(tmp_path, monkeypatch, name, family, outputs):
     config = tiny(family, data__name=name, batch_size=2, mesh__data=1)

@@ -173,7 +173,7 @@ def test_the_critic_takes_more_steps_than_the_generator():
 
 MESHES = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 CASES = [
-    pytest.param(k, axes, marks=() if (k, axes) == ({}, MESHES[1]) else SLOW)
+    pytest.param(k, axes, marks=SLOW)  # by default: the sweep's first cases, tests/test_meshes.py
     for k in KINDS
     for axes in MESHES
 ]

@@ -137,6 +137,7 @@ def test_a_mesh_changes_no_token(axes):
         assert a.tolist() == b.tolist()
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_token_of_int8_weights():
     made, _, state = decoder("int8")
     sharded = build(tiny("gpt", seq_len=32, quantize__weights="int8", **mesh_keys({"data": 2, "tensor": 4})))

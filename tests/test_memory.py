@@ -35,7 +35,7 @@ def have(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     monkeypatch.setattr(memory, "room", lambda: Room(size, 2 * size, "the host's memory"))
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_that_does_not_fit_is_refused_before_the_state_is_made(tmp_path, monkeypatch, devices):
     mesh = {"mesh__data": devices} if devices > 1 else {}
     config = tiny("cnn", batch_size=64, microbatches=1, steps=2, log__tensorboard=False, **mesh)

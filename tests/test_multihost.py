@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -26,7 +27,7 @@ def config_of(corpus: str, **overrides: Any) -> Config:
     keys = {
         "data__name": corpus, "model__vocab_size": 264, "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2,
         "steps": 4, "optim__name": "sgd", "optim__schedule": "constant", "eval__batches": 2,
-        "log__every_steps": 1, "log__tensorboard": False,
+        "log__every_steps": 1, "log__tensorboard": False, "check__gradient": "never",
     }  # fmt: skip
     return tiny("gpt", **keys | overrides)
 
@@ -80,6 +81,18 @@ def test_two_processes_train_what_one_does_and_one_goes_on(corpus, tmp_path):
     for path in (pair, alone):  # now both on one process
         assert train.run(config.replace(steps=6), path, resume="must").step == 6
     np.testing.assert_allclose(losses(pair), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_check_their_gradient_together(corpus, tmp_path):
+    config = config_of(corpus, steps=1, seq_len=8, check__gradient="auto")
+    results = finish_both(two_processes(config, tmp_path, tmp_path / "run"))
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "gradient checked on this mesh: " in results[0][1] + results[0][2]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())["gradient_check"]
+    assert plan["along"] < 0.02
+    assert plan["gradient"] < 1e-4
+    assert plan["outputs"] < 1e-4
 
 
 def test_bad_input_stops_both(corpus, tmp_path):

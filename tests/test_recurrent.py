@@ -117,7 +117,7 @@ def test_documents_do_not_see_each_other_nor_the_future(cell):
 @pytest.mark.parametrize(
     ("cell", "axes"),
     [
-        ("lstm", {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param("lstm", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("gru", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("gru", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("lstm", {"data": 4, "fsdp": 2}, marks=pytest.mark.slow),

@@ -80,6 +80,7 @@ def test_when_it_is_due():
     assert selfcheck.is_due(always, build(always).mesh)
 
 
+@pytest.mark.slow
 def test_what_is_not_the_slope_of_a_loss_is_said():
     found = check(program("gan"))
     assert found.along is None

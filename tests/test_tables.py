@@ -163,6 +163,7 @@ def test_a_classifier_of_rows_learns_and_its_groups_are_compared(people, tmp_pat
     assert facts["names of town"] == ["Bern", "Oslo", "Rom"]
 
 
+@pytest.mark.slow
 def test_a_number_is_learnt_in_its_own_unit(people, tmp_path):
     keys = {"task__name": "regress", "data__label": "spent", "data__ignore": ("bought",), "steps": 150}
     c = config(people, model__num_classes=1, mesh__data=1, optim__lr=1e-2, **keys)

@@ -3,7 +3,7 @@
 A layer asks for `product(x, w)`, `rows(w, ids)` or `w.astype(dtype)` of whatever its parameter holds. So a
 quantized model is dequantized where it is used, inside the scanned block, and never as a whole.
 
-`lay_out` tells each of them over which mesh axes it is stored, and with that how its products are laid out.
+`lay_out` tells each over which mesh axes it is stored, and so how its products are laid out.
 
 int4 is packed here, two codes a byte: `jnp.int4` (and with it qwix's QArray, whose way of giving a scale to
 a group of inputs this follows) takes a byte for each number, in memory and on disk.
@@ -86,6 +86,9 @@ class _OfFloats(Weight):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
+
+    def stored(self, dtype: Any) -> jax.Array:
+        return self.value.astype(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -217,9 +220,6 @@ def _scaled(y: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
 class Sharded(_OfFloats):
     """Floats that are cut over a mesh, and gathered over fsdp in the dtype of whatever uses them."""
 
-    def stored(self, dtype: Any) -> jax.Array:
-        return self.value.astype(dtype)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -248,9 +248,6 @@ class Observed(_OfFloats):
 
     probe: dict[str, jax.Array]
 
-    def stored(self, dtype: Any) -> jax.Array:
-        return self.value.astype(dtype)
-
     def product(self, x: jax.Array) -> jax.Array:
         return super().product(_tap(x, self.probe))
 
@@ -263,9 +260,6 @@ class Watched(_OfFloats):
     """A weight outside any loop that keeps, while a step is traced, what it is multiplied with."""
 
     seen: list[jax.Array]
-
-    def stored(self, dtype: Any) -> jax.Array:
-        return self.value.astype(dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
         self.seen.append(x)
@@ -321,8 +315,7 @@ def conv(x: jax.Array, w: Any, strides: tuple[int, int], padding: ops.Padding) -
 
 
 def _kernel(w: jax.Array) -> jax.Array:
-    """A convolution's kernel, whole: only its examples are split. Left to itself on data x fsdp x tensor, XLA
-    cuts the backward convolutions so that the gradient is wrong; a test holds this."""
+    """A convolution's kernel, whole: only its examples are split, forward and backward."""
     return mesh.shard(w, None, None, None, None)
 
 
