@@ -85,7 +85,7 @@ VARIANTS: dict[str, Variant] = {
     "mlp": Variant("mlp", {}, 32),
     "cnn": Variant("cnn", {"model.width": 32}, 32),
     "alexnet": Variant("alexnet", {"model.width": 32}, 32),
-    "vgg": Variant("vgg", {"model.width": 32}, 32),
+    "vgg": Variant("vgg", {"model.width": 32}, 32, piecewise=True),  # its BatchNorm
     "resnet": Variant("resnet", {}, 16, piecewise=True),
     "inception": Variant("inception", {"model.aux": True, "model.version": "v1"}, 32, piecewise=True),
     "gan": Variant("gan", {"model.latent": 32}, 32, piecewise=True),
@@ -222,7 +222,9 @@ def start(built: Program) -> State:
 
     def parameter(path: Any, s: jax.ShapeDtypeStruct) -> np.ndarray:
         name = mesh.path_str(path)
-        x = rng.normal(size=s.shape) * (max(s.shape[-2], 1) ** -0.5 if len(s.shape) > 1 else 0.05)
+        shape = s.shape if len(s.shape) > 1 else (1, 1)
+        inputs = shape[0] if "/layers/" in f"/{name}" and len(shape) == 3 else shape[-2]  # of a gate's kernel
+        x = rng.normal(size=s.shape) * (max(inputs, 1) ** -0.5 if len(s.shape) > 1 else 0.05)
         return (x + name.endswith("scale")).astype(s.dtype)
 
     spec = built.state_spec
