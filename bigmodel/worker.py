@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bigmodel import engine
+from bigmodel import engine, memory
 from bigmodel.data.text import is_byte_level
 from bigmodel.engine import Engine, News
 from bigmodel.infer import Writer
 from bigmodel.stops import Stops
 
 CONTEXT_IDS = 16  # that are decoded again with new ones: no tokenizer's character is longer
+IDLE_S = 10.0  # after which the memory of the last requests is given back
 WINDOW_IDS = 48  # when so many are decoded each time, the first of them are let go
 
 
@@ -106,7 +107,7 @@ class Worker(threading.Thread):
         while True:
             try:
                 while not (self.batch.busy or self._waiting) or not self._inbox.empty():
-                    task = self._inbox.get()
+                    task = self._next_task()
                     if task is None:
                         return
                     task()
@@ -119,6 +120,14 @@ class Worker(threading.Thread):
                 lost = [entry.answer for line in self._waiting.values() for entry in line]
                 self.scribe.put([(answer, error) for answer in [*self._answers.values(), *lost]])
                 return
+
+    def _next_task(self) -> Callable[[], None] | None:
+        """Waits for the next task. Gives unused memory back once, if that takes long."""
+        try:
+            return self._inbox.get(timeout=IDLE_S)
+        except queue.Empty:
+            memory.give_back()
+            return self._inbox.get()
 
     def _take_turns(self) -> list[Told]:
         """Gives the engine what its free slots take, and one more, client after client -> who is too late."""

@@ -26,7 +26,8 @@ def main(path: str) -> None:
         f"`bash scripts/test.sh -m mesh`, jax {jax.__version__}, float32, {len(rows):,} programs on 8 and 16 "
         "forced CPU devices. A number is the largest relative difference (of the norm of an array) over all "
         "meshes, microbatches, shapes and remat policies; 1e-4 fails. How the shapes are chosen: "
-        "`tests/test_meshes.py`. A ranking's metrics are counts: one near tie moves them (ncf, evaluation).",
+        "`tests/test_meshes.py`. A ranking's hit rate and NDCG may differ by one example (two scores are "
+        "nearly equal).",
         "",
         f"| model | programs | {' | '.join(KINDS)} |",
         f"|---|---|{'---|' * len(KINDS)}",

@@ -180,3 +180,27 @@ def test_ulimit_is_read_and_what_it_refuses_is_not_granted():
     assert " ".join(out[2:4]) == "ulimit -v"
     assert out[4:] == ["True", "False"]
     assert resource.getrlimit(resource.RLIMIT_AS)[0] != 2**31
+
+
+KEEPS = """
+import cli
+cli.keep_memory()
+import numpy as np
+from bigmodel import memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before = resident()
+arrays = [np.ones(2**17) for _ in range(200)]
+arrays = None
+kept = resident() - before
+memory.give_back()
+print(kept, resident() - before)
+"""
+
+
+def test_an_idle_server_gives_memory_back():
+    env = {**script_env(), "PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}
+    done = subprocess.run([sys.executable, "-c", KEEPS], env=env, capture_output=True, text=True, check=True)
+    kept, left = map(float, done.stdout.split())
+    assert kept > 150
+    assert left < 50

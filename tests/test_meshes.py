@@ -36,9 +36,8 @@ SGD = {
     "optim.warmup_steps": 0, "optim.clip_norm": 0.0, "optim.weight_decay": 0.0,
 }  # fmt: skip
 LIMIT = 1e-4
-SMALL = (
-    1e-2  # a parameter's gradient of less than so much of the whole gradient counts as that; some are zero
-)
+SMALL = 1e-2  # a parameter's gradient counts as at least this share of the whole gradient; some are zero
+COUNTS = ("hr@", "ndcg@")  # metrics of a ranking that jump where two scores of an example change places
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,9 @@ def examples(axes: dict[str, int], pieces: int) -> int:
 
 
 def sweep() -> Iterator[Case]:
-    """Three axes: all rows as one microbatch, the bounds themselves as two, and one with remat. One or two
-    axes: one of the rows, as one or two microbatches. Of what is not swept whole, only the first mesh of
-    three axes so, data times the width on the others, and every third mesh of one or two axes.
+    """Every variant on every mesh. Three axes: all rows as one microbatch, the bounds themselves as two, and
+    one with remat; one or two axes: one of the rows, as one or two microbatches. Variants outside SWEPT_WHOLE
+    take all rows on the first mesh of three axes only, and data times the width on the other two.
     """
     for name, variant in VARIANTS.items():
         whole = name in SWEPT_WHOLE
@@ -155,7 +154,7 @@ def sweep() -> Iterator[Case]:
             yield from (Case(name, at, 2, rows) for rows in (variant.width, axes["data"] * variant.width))
             if variant.tokens and variant.family != "rnn":
                 yield Case(name, at, 1, variant.width, "full")
-        for index, axes in enumerate([*TWO[:: 1 if whole else 3], *of_experts]):
+        for index, axes in enumerate([*TWO, *of_experts]):
             pieces = 1 + index % 2
             rows = rows_of(variant, axes, pieces)
             yield Case(name, tuple(axes.items()), pieces, rows[index % len(rows)])
@@ -282,6 +281,10 @@ def differences(case: Case) -> dict[str, float]:
     ours, theirs = run(case, alone=False), reference(key)
     worst = {}
     for kind, arrays in theirs.items():
+        if kind == "evaluation":  # two scores of one example may be nearer than float32 tells apart
+            jumps = {name for name in arrays if name.startswith(COUNTS)}
+            assert all(abs(ours[kind][name] - arrays[name]) <= 1 for name in jumps), (str(case), arrays)
+            arrays = {name: x for name, x in arrays.items() if name not in jumps}
         least = SMALL * norm(list(arrays.values())) if kind == "gradient" else 1e-6
         worst[kind] = max(
             norm([np.float64(ours[kind][name]) - x]) / max(norm([x]), least) for name, x in arrays.items()
