@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import json
 import logging
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from bigmodel.typed import InputError
+from bigmodel.config.parsing import InputError
 
 log = logging.getLogger("bigmodel")
 
@@ -171,3 +172,17 @@ def after(write: Callable[[], object]) -> Iterator[None]:
             log.warning("%s", error)
         raise
     write()
+
+
+def cache_dir() -> pathlib.Path:
+    """$BIGMODEL_CACHE, or ~/.cache/bigmodel; without a home, a directory that this process removes."""
+    try:
+        return pathlib.Path(os.environ.get("BIGMODEL_CACHE") or "~/.cache/bigmodel").expanduser()
+    except RuntimeError:
+        return pathlib.Path(_homeless().name)
+
+
+@functools.cache
+def _homeless() -> tempfile.TemporaryDirectory[str]:
+    log.info("no home directory: nothing is kept from run to run; $BIGMODEL_CACHE names a place for it")
+    return tempfile.TemporaryDirectory(prefix="bigmodel-")

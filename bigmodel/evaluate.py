@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigmodel import decoder as decoder_lib
-from bigmodel import infer, mesh, metrics, models, pictures, tasks
+from bigmodel import mesh, metrics, models, pictures, tasks
 from bigmodel.config import Config, InputError, Task
+from bigmodel.config.families import CNN
 from bigmodel.data import Pipeline, Prefetch, open_source
+from bigmodel.data.corpus import special_id
 from bigmodel.data.sources import features_of
-from bigmodel.data.text import Tokenizer, special_id
-from bigmodel.families import CNN
+from bigmodel.data.tokenizers import Tokenizer
+from bigmodel.infer import decoder as decoder_lib
+from bigmodel.infer import generate, loading
 from bigmodel.metrics import Sums
 from bigmodel.program import Program, State
 
@@ -226,7 +228,7 @@ def classifier_features(directory: str, program: Program) -> Features:
     Raises:
         InputError: no run there, one of another task, or one for other images than the program's.
     """
-    built, state = infer.load(directory)
+    built, state = loading.load(directory)
     ours, theirs = program.config.data, built.config.data
     same = program.batch_spec["image"].shape[1:] == built.batch_spec["image"].shape[1:]
     if built.config.task.name != "classify" or not same or (ours.mean, ours.std) != (theirs.mean, theirs.std):
@@ -273,7 +275,7 @@ def bleu(program: Program, state: State, tokenizer: Tokenizer) -> dict[str, floa
     size, start = config.batch_size, special_id(tokenizer, getattr(config.model, "vocab_size", 0), "start")
     count = len(source) if config.eval.batches < 0 else min(len(source), config.eval.batches * size)
     decoder = decoder_lib.Decoder(program, state, end=tokenizer.ends, start=start)
-    writer, answers, wanted = infer.Writer(decoder, tokenizer), [], []
+    writer, answers, wanted = generate.Writer(decoder, tokenizer), [], []
     for first in range(0, count, size):
         rows = source.read(np.arange(first, min(first + size, count)))
         asked, told = ([text.decode() for text in rows[key].tolist()] for key in ("source", "target"))

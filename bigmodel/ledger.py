@@ -6,9 +6,6 @@ ledger.json adds up all sessions of a run (its first start, and each resume); `s
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import pathlib
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +13,7 @@ from typing import Any
 
 import jax
 
-from bigmodel import energy
+from bigmodel.machines import energy
 
 
 class Ledger:
@@ -126,33 +123,3 @@ class Window:
         """-> (seconds a step without input, seconds of waiting for input)."""
         steps = max(self.steps, 1)
         return max((time.perf_counter() - self.began - self.wait_s) / steps, 1e-9), self.wait_s / steps
-
-
-class ProcessMemory:
-    """By how much this process grows at most, for devices that share its memory and do not count it: CPUs.
-
-    Linux only: elsewhere it is always 0.
-    """
-
-    PROC = pathlib.Path("/proc/self")
-
-    def __init__(self) -> None:
-        self._base = self.peak_bytes = 0.0
-
-    def begin(self, held_bytes: float) -> None:
-        """Starts to count; `held_bytes` of what is to be counted are held already."""
-        with contextlib.suppress(OSError):
-            time.sleep(0.1)  # buffers of the step before are freed just after its results are there
-            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-                libc.malloc_trim(0)  # what was freed must not serve again unseen
-            (self.PROC / "clear_refs").write_text("5")  # the peak starts anew: man proc_pid_clear_refs
-            self._base = self._field("VmRSS") - held_bytes
-
-    def end(self) -> None:
-        """`peak_bytes` is what it was at most since `begin`."""
-        with contextlib.suppress(OSError):
-            self.peak_bytes = self._field("VmHWM") - self._base
-
-    def _field(self, name: str) -> float:
-        found = re.search(rf"^{name}:\s+(\d+) kB", (self.PROC / "status").read_text(), re.MULTILINE)
-        return 1024.0 * int(found.group(1)) if found else 0.0

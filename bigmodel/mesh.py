@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -254,30 +254,3 @@ def _fit(axes: Sequence[Axes], shape: tuple[int, ...], mesh: Any) -> PartitionSp
         return entry if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
     return PartitionSpec(*(fits(entry, size) for entry, size in zip(axes, shape, strict=True)))
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """{"blocks/attention/q/kernel": leaf, ...}."""
-    return {path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def with_leaves(tree: Any, changes: Mapping[str, Any]) -> Any:
-    """The tree with other leaves at the paths of `changes`."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: changes.get(path_str(path), x), tree)
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `by_path`, as nested dicts; a list's places are whole numbers."""
-    tree: dict[Any, Any] = {}
-    for path, x in flat.items():
-        *keys, last = (int(key) if key.isdigit() else key for key in path.split("/"))
-        inner = tree
-        for key in keys:
-            inner = inner.setdefault(key, {})
-        inner[last] = x
-    return tree
-
-
-def path_str(path: tuple[Any, ...]) -> str:
-    """A `jax.tree_util` key path as `blocks/attention/q/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")

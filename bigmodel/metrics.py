@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigmodel.typed import InputError
+from bigmodel.config.parsing import InputError
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigmodel import mesh
+from bigmodel import trees
 from bigmodel.config import OTHERS, Config, InputError, Optim, optim_groups
 
 Tree = Any
@@ -97,7 +97,7 @@ def group_names(patterns: Mapping[str, str], params: Tree) -> Tree:
     found: set[str] = set()
 
     def name(path: Any, _: Any) -> str:
-        where = "/" + mesh.path_str(path)
+        where = "/" + trees.path_str(path)
         names = [name for name, pattern in patterns.items() if re.search(pattern, where)]
         if len(names) > 1:
             raise InputError(f"optim.groups: {where} is in {' and in '.join(names)}; narrow one's `on`")
@@ -212,7 +212,7 @@ def _matrices(params: Tree) -> Tree:
     """
 
     def numbers(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        name = mesh.path_str(path)
+        name = trees.path_str(path)
         if not re.search("/kernel(/[ab])?$", name) or name.removeprefix("lora/").startswith("head/"):
             return None
         if re.search(r"(^|/)layers/\d+/(inputs|state)/kernel$", name):  # [inputs, gates, width]
@@ -238,7 +238,7 @@ def _mask(pattern: str) -> Any:
 
     def mask(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: bool(re.search(pattern, "/" + mesh.path_str(path))), params
+            lambda path, _: bool(re.search(pattern, "/" + trees.path_str(path))), params
         )
 
     return mask

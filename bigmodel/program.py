@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigmodel import hardware, models, optim, sparsity, tasks
 from bigmodel import mesh as mesh_lib
+from bigmodel import models, optim, sparsity, tasks, trees
 from bigmodel.config import Config, InputError
-from bigmodel.families import TOKEN_TASKS
+from bigmodel.config.families import TOKEN_TASKS
+from bigmodel.machines import chips
 from bigmodel.metrics import Metrics
 from bigmodel.models.module import Definition
 
@@ -71,7 +72,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         InputError: `microbatches` does not divide what each device gets, or its chips have no matrix units
             for `compute_dtype`.
     """
-    hardware.check_dtype(hardware.chip(mesh.devices.flat[0]), config.compute_dtype)
+    chips.check_dtype(chips.chip(mesh.devices.flat[0]), config.compute_dtype)
     sharding = mesh_lib.batch_sharding(mesh)
     batch_spec = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in batch_spec.items()}
     model = models.define(config, batch_spec)
@@ -326,5 +327,5 @@ def place(spec: State, mesh: Mesh) -> State:
 
 def _placed(mesh: Mesh, path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """A state leaf with its sharding; optimizer state and EMA follow the rule of their parameter."""
-    sharding: NamedSharding = mesh_lib.param_sharding(mesh, mesh_lib.path_str(path), s.shape)
+    sharding: NamedSharding = mesh_lib.param_sharding(mesh, trees.path_str(path), s.shape)
     return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel import mesh as mesh_lib
-from bigmodel import optim, tasks
+from bigmodel import optim, tasks, trees
 from bigmodel import program as program_lib
 from bigmodel.config import Config
 from bigmodel.program import Batch, Program, State
@@ -241,7 +241,7 @@ def _pinned(program: Program, grads: Any) -> Any:
     """Gradients, laid out as their parameters are, as the optimizer of the train step finds them."""
 
     def leaf(path: Any, g: jax.Array) -> jax.Array:
-        where = mesh_lib.param_sharding(program.mesh, mesh_lib.path_str(path), g.shape)
+        where = mesh_lib.param_sharding(program.mesh, trees.path_str(path), g.shape)
         return jax.lax.with_sharding_constraint(g, where.spec)
 
     return jax.tree_util.tree_map_with_path(leaf, grads)

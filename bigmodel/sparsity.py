@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigmodel import mesh
+from bigmodel import trees
 from bigmodel.config import InputError, Prune
 
 Tree = Any
@@ -32,7 +32,7 @@ def chosen(how: Prune, sums: Sums, params: Tree) -> dict[str, tuple[int, ...]]:
     Raises:
         InputError: `prune.on` finds none, or the pattern does not divide one's inputs.
     """
-    shapes = {name: x.shape for name, x in mesh.by_path(params).items()}
+    shapes = {name: x.shape for name, x in trees.by_path(params).items()}
     found = {name: sums[name] for name in sums if name in shapes and re.search(how.on, "/" + name)}
     if not found:
         raise InputError(
@@ -149,28 +149,28 @@ def hold(tx: optax.GradientTransformation, how: Prune, sums: Sums) -> optax.Grad
     gradual, movement = how.end_step > 0, how.end_step > 0 and how.method == "movement"
 
     def init(params: Tree) -> Held:
-        flat = mesh.by_path(params)
+        flat = trees.by_path(params)
         found = {name: flat[name] for name in chosen(how, sums, params)}
         start = {name: jnp.ones(p.shape, bool) if gradual else p != 0 for name, p in found.items()}
         scores = {name: jnp.zeros(p.shape, jnp.float32) for name, p in found.items() if movement}
-        return Held(tx.init(params), jnp.int32(0), mesh.nest(start), mesh.nest(scores))
+        return Held(tx.init(params), jnp.int32(0), trees.nest(start), trees.nest(scores))
 
     def update(grads: Tree, state: Held, params: Tree) -> tuple[Tree, Held]:
         updates, inner = tx.update(grads, state.inner, params)
-        flat, kept, moved = (mesh.by_path(tree) for tree in (params, state.masks, state.scores))
+        flat, kept, moved = (trees.by_path(tree) for tree in (params, state.masks, state.scores))
         if movement:
-            slope = mesh.by_path(grads)
+            slope = trees.by_path(grads)
             moved = {name: s - (slope[name] * flat[name]).astype(jnp.float32) for name, s in moved.items()}
         if gradual:
             scores = moved or {name: jnp.abs(flat[name]) for name in kept}
             kept = _fewer(how, {name: sums[name] for name in kept}, scores, kept, state.step)
 
         def masked(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-            mask = kept.get(mesh.path_str(path))
+            mask = kept.get(trees.path_str(path))
             return u if mask is None else jnp.where(mask, u, -p.astype(u.dtype))
 
         updates = jax.tree_util.tree_map_with_path(masked, updates, params)
-        return updates, Held(inner, state.step + 1, mesh.nest(kept), mesh.nest(moved))
+        return updates, Held(inner, state.step + 1, trees.nest(kept), trees.nest(moved))
 
     return optax.GradientTransformation(init, update)
 

@@ -24,25 +24,14 @@ from typing import Any
 
 import jax
 
-from bigmodel import (
-    data,
-    disk,
-    ending,
-    evaluate,
-    fingerprint,
-    hardware,
-    ledger,
-    log,
-    mesh,
-    optim,
-    selfcheck,
-    start,
-    workdir,
-)
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import data, disk, ending, evaluate, ledger, log, mesh, optim, selfcheck, units, workdir
+from bigmodel.checkpoint import fingerprint, start
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config
 from bigmodel.data import Pipeline, Prefetch
-from bigmodel.ledger import Ledger, ProcessMemory, Window
+from bigmodel.ledger import Ledger, Window
+from bigmodel.machines import chips
+from bigmodel.machines.memory import ProcessMemory
 from bigmodel.plan import estimate, fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State, steps_left
@@ -313,7 +302,7 @@ class Loop:
         perf[f"{unit}_per_s"] = per_s
         if (joules := self.ledger.joules()) is not None:
             perf["joules"] = joules
-        peak = hardware.peak_flops(self.run_.program.mesh.devices.flat[0], self.config.compute_dtype)
+        peak = chips.peak_flops(self.run_.program.mesh.devices.flat[0], self.config.compute_dtype)
         mfu = ""
         if peak is not None:
             perf["mfu"] = (
@@ -322,11 +311,11 @@ class Loop:
             mfu = f"  MFU {perf['mfu']:.1%}"
         train = {f"train/{name}": value for name, value in values.items()}
         self.writer.write(step, train | {f"perf/{name}": value for name, value in perf.items()})
-        eta = receipts.duration((self.ends_at - step) * whole_s)
+        eta = units.duration((self.ends_at - step) * whole_s)
         waiting = f"  input {wait_s / whole_s:.0%}" if wait_s > 0.05 * whole_s else ""
         self.progress.show(
             f"step {step:,}/{self.ends_at:,}  loss {values['loss']:.4f}  "
-            f"{receipts.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
+            f"{units.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
         )
         self.window.reset()
 
@@ -396,9 +385,7 @@ class Loop:
     def _finish(self, step: int) -> None:
         """Says what was spent beside what was planned, and draws the curve."""
         report = self.ledger.report(self.receipt["model_flops_per_step"])
-        log.say(
-            f"spent     {receipts.duration(report['total_s'])}, {report['goodput']:.0%} in training steps"
-        )
+        log.say(f"spent     {units.duration(report['total_s'])}, {report['goodput']:.0%} in training steps")
         for line in receipts.compare(self.receipt, self._measured(report)):
             log.say(f"          {line}")
         if step:

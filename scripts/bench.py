@@ -135,7 +135,7 @@ def loop(case: str, config: Config) -> turns.Rival:
     import jax
 
     from bigmodel import log, train
-    from bigmodel.checkpoint import Checkpoints
+    from bigmodel.checkpoint.checkpoints import Checkpoints
     from bigmodel.data import Prefetch
     from bigmodel.ledger import Ledger
     from bigmodel.plan import planner

@@ -31,8 +31,9 @@ def ours(path: str, batch: int, quantized: bool = False) -> Run:
     import jax
 
     from bigmodel import config as config_lib
-    from bigmodel import data, infer, mesh, program
-    from bigmodel import decoder as decoder_lib
+    from bigmodel import data, mesh, program
+    from bigmodel.infer import decoder as decoder_lib
+    from bigmodel.infer import generate
 
     more = {"quantize.weights": "int8"} if quantized else {}
     config = config_lib.load(turns.ROOT / path, {"batch_size": 1, "compute_dtype": "float32", **more})
@@ -42,7 +43,7 @@ def ours(path: str, batch: int, quantized: bool = False) -> Run:
     del params, rest
     model: Any = config.model
     ids = prompts(batch, model.vocab_size)
-    return lambda: infer.generate(decoder, list(ids), NEW)
+    return lambda: generate.generate(decoder, list(ids), NEW)
 
 
 def int8(path: str, batch: int) -> Run:

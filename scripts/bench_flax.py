@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel.config import Config
-from bigmodel.families import RESNET_STAGES
+from bigmodel.config.families import RESNET_STAGES
 
 Batch = Mapping[str, Any]
 

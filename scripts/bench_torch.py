@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bigmodel.config import Config
-from bigmodel.families import RESNET_STAGES
+from bigmodel.config.families import RESNET_STAGES
 
 Batch = Mapping[str, Any]
 

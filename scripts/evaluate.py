@@ -22,6 +22,7 @@ import cli
 
 from bigmodel import config as config_lib
 from bigmodel.config import InputError
+from bigmodel.infer import loading
 
 MAY_SET = {"eval.batches", *(f"data.{key}" for key in (
     "name", "eval_split", "data_dir", "max_skipped", "decimal", "cache", "prefetch"))}  # fmt: skip
@@ -38,9 +39,9 @@ def main() -> int:
     for item in rest:
         if item.partition("=")[0] not in MAY_SET:
             raise InputError(f"--config.{item}: the config comes from the workdir; leave it out")
-    from bigmodel import data, evaluate, infer, mesh, metrics, pictures, workdir
+    from bigmodel import data, evaluate, mesh, metrics, pictures, workdir
 
-    program, state = infer.load(args.workdir, args.step)
+    program, state = loading.load(args.workdir, args.step)
     program = dataclasses.replace(program, config=config_lib.override(program.config, rest))
     rows = mesh.host_rows(program.mesh, program.config.batch_size)
     path = pathlib.Path(args.workdir)

@@ -30,11 +30,11 @@ def main() -> int:
     if rest:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
     if args.format == "stablehlo":
-        from bigmodel import export
+        from bigmodel.infer import export
 
         print(f"exported  {', '.join(export.stablehlo(args.workdir, args.out))} in {args.out}")
         return 0
-    from bigmodel import transfer
+    from bigmodel.checkpoint import transfer
 
     layout, *files = transfer.export_safetensors(args.workdir, args.out)
     print(f"exported  {layout}: {', '.join(files)} in {args.out}")

@@ -20,7 +20,7 @@ from bigmodel.config import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from bigmodel import infer, sampling
+    from bigmodel.infer import generate, sampling
 
 
 USUAL = {"temperature": 0.8, "top_k": 40}  # where neither a flag nor an imported model says it
@@ -53,13 +53,13 @@ def main() -> int:
         raise InputError(f"--length={args.length}: set it to 1 or more")
     if args.beams < 0 or (args.beams and args.draft):
         raise InputError(f"--beams={args.beams}: set it to 0 or more, and to 0 with --draft")
-    from bigmodel import infer, sampling
+    from bigmodel.infer import generate, sampling
 
     keys = [field.name for field in dataclasses.fields(sampling.Sampling)]
     asked = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     sampling.Sampling(**asked).check()
     prompts = args.prompt or ["import "]
-    writer = infer.Writer.load(args.workdir, args.step, cache_dtype=args.cache_dtype)
+    writer = generate.Writer.load(args.workdir, args.step, cache_dtype=args.cache_dtype)
     theirs = writer.drawing
     args.length = args.length or theirs.pop("max_new_tokens", 200)
     settings = sampling.Sampling(**((theirs or USUAL) | asked)).check()
@@ -76,17 +76,17 @@ def main() -> int:
 
 
 def answers(
-    writer: infer.Writer, prompts: list[str], settings: sampling.Sampling, args: argparse.Namespace
+    writer: generate.Writer, prompts: list[str], settings: sampling.Sampling, args: argparse.Namespace
 ) -> list[np.ndarray]:
     """Ids by beam search, or with a draft's proposals."""
-    from bigmodel import infer
-    from bigmodel.beam import BeamSearch
-    from bigmodel.speculative import Speculative
+    from bigmodel.infer import generate
+    from bigmodel.infer.beam import BeamSearch
+    from bigmodel.infer.speculative import Speculative
 
     ids = [writer.encode(prompt).tolist() for prompt in prompts]
     if args.beams:
         return [beams[0] for beams in BeamSearch(writer.decoder, args.beams).generate(ids, args.length)[0]]
-    draft = infer.Writer.load(args.draft)
+    draft = generate.Writer.load(args.draft)
     if draft.tokenizer.fingerprint != writer.tokenizer.fingerprint:
         raise InputError(
             f"--draft={args.draft} reads and writes by {draft.tokenizer.fingerprint}, --workdir by "

@@ -20,7 +20,7 @@ def main() -> int:
     )
     flags.add_argument("--workdir", required=True, type=cli.directory, help="a new directory")
     args, overrides = cli.parse(flags)
-    from bigmodel import transfer
+    from bigmodel.checkpoint import transfer
 
     config = transfer.import_pretrained(args.source, args.workdir, overrides)
     print(f"imported  {args.source} as {config.model.name} into {args.workdir}")

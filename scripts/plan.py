@@ -94,11 +94,11 @@ def main() -> int:
 def _serve(
     config: config_lib.Config, spec: str, prompt: int, assume: dict[str, float], out: pathlib.Path | None
 ) -> int:
-    from bigmodel.plan import serve
+    from bigmodel.infer import serving_plan
 
     with cli.patience("planning"):
-        plan = serve.plan(config, spec, prompt=prompt, assume=assume)
-    print("\n".join(serve.table(plan)))
+        plan = serving_plan.plan(config, spec, prompt=prompt, assume=assume)
+    print("\n".join(serving_plan.table(plan)))
     if out:
         out.write_text(json.dumps(plan, indent=2) + "\n")
     return 0

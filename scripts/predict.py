@@ -39,7 +39,7 @@ def main() -> int:
         raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
     from rich.progress import track
 
-    from bigmodel.predict import Predictor
+    from bigmodel.infer.predict import Predictor
 
     predictor = Predictor.load(pathlib.Path(args.workdir), args.step)
     size, decimal = predictor.program.config.batch_size, predictor.program.config.data.decimal

@@ -30,17 +30,17 @@ OTHER_FILES = 64  # that the process has open beside its connections
 def main() -> int:
     args = parse()
     try:
-        from bigmodel import serve
+        from bigmodel.infer import server
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; pip install -e '.[serve]'") from error
-    limits = serve.Limits(
+    limits = server.Limits(
         body_bytes=int(args.max_body_mib * 2**20), bodies_bytes=64 * int(args.max_body_mib * 2**20),
         prompt_tokens=args.max_prompt_tokens, output_tokens=args.max_output_tokens, queue=args.queue,
         clients=args.clients, queue_s=args.queue_s, request_s=args.request_s,
         pixels=int(args.max_megapixels * 2**20),
     )  # fmt: skip
     path = pathlib.Path(args.workdir)
-    service = serve.load(
+    service = server.load(
         path, args.step, name=args.name or path.resolve().name, limits=limits, slots=args.slots,
         cache_dtype=args.cache_dtype,
     )  # fmt: skip
@@ -99,10 +99,10 @@ def parse() -> argparse.Namespace:
 def _run(service: object, args: argparse.Namespace) -> int:
     import uvicorn
 
-    from bigmodel import connections, serve
+    from bigmodel.infer import connections, server
 
     names = [name.strip() for name in args.allowed_hosts.split(",") if name.strip()]
-    app = serve.app(
+    app = server.app(
         service,  # type: ignore[arg-type]
         os.environ.get("BIGMODEL_API_KEY", ""),
         hosts=(*names, platform.node()),
@@ -121,15 +121,15 @@ def _run(service: object, args: argparse.Namespace) -> int:
         socket = config.bind_socket()
     except SystemExit as error:
         raise InputError(f"--port={args.port} on {args.host} cannot be opened; choose another") from error
-    server = uvicorn.Server(config)
+    http = uvicorn.Server(config)
 
     async def listen() -> None:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, lambda: setattr(server, "should_exit", True))
-        watch = loop.create_task(connections.watch(lambda: server.server_state.connections))
+            loop.add_signal_handler(name, lambda: setattr(http, "should_exit", True))
+        watch = loop.create_task(connections.watch(lambda: http.server_state.connections))
         print(f"serving   http://{args.host}:{socket.getsockname()[1]}/", flush=True)
-        await server._serve([socket])  # `serve` would take the signals for itself, and end by them
+        await http._serve([socket])  # `serve` would take the signals for itself, and end by them
         watch.cancel()
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

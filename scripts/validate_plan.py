@@ -41,6 +41,7 @@ import cli
 
 import bigmodel
 from bigmodel import config as config_lib
+from bigmodel import disk
 from bigmodel.config import Config, InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -236,10 +237,9 @@ def times(only: str) -> list[dict[str, Any]]:
 
 def local(rounds: int, fresh: bool, only: str) -> list[dict[str, Any]]:
     """Predicts every case, then measures them. -> rows of name, predicted_step_s, measured_step_s, error."""
-    from bigmodel.data import text
     from bigmodel.plan import calibrate
 
-    calibration = calibrate.load(text.cache_dir(), fresh)
+    calibration = calibrate.load(disk.cache_dir(), fresh)
     print(f"calibrated for {calibration.key} in {calibration.took_s:.0f} s", flush=True)
     print(f"load average {os.getloadavg()[0]:.1f}: other work on these cores makes every figure wrong")
     rows: list[dict[str, Any]] = []
@@ -272,10 +272,9 @@ def ranked(rounds: int, fresh: bool, only: str) -> list[dict[str, Any]]:
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
-    from bigmodel.data import text
     from bigmodel.plan import calibrate, candidates, target
 
-    calibration = calibrate.load(text.cache_dir(), fresh)
+    calibration = calibrate.load(disk.cache_dir(), fresh)
     print(f"calibrated for {calibration.key} in {calibration.took_s:.0f} s", flush=True)
     rows: list[dict[str, Any]] = []
     for name, (path, overrides) in _chosen(RANKED, only).items():
@@ -324,15 +323,15 @@ def _prepare(config: Config, calibration: Any) -> tuple[float, float, Callable[[
 
     from bigmodel import mesh
     from bigmodel import program as program_lib
-    from bigmodel.plan import cpu_costs, hlo, thunks
+    from bigmodel.plan import costs_cpu, cpu_schedule, hlo
 
     batch = _random_batch(config)
     began = time.perf_counter()
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     program = program_lib.build(config, mesh.make_mesh(config), spec)
     compiled = program.compile()
-    costs = cpu_costs.CpuCosts(calibration, program.mesh.size)
-    plan = thunks.run(hlo.parse(compiled.as_text()), costs)
+    costs = costs_cpu.CpuCosts(calibration, program.mesh.size)
+    plan = cpu_schedule.run(hlo.parse(compiled.as_text()), costs)
     predicted_s, plan_s = plan.total_s + calibration.call_s, time.perf_counter() - began
     state, fed = program.init(jax.random.key(0)), program.put(batch)
 

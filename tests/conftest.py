@@ -51,11 +51,12 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from bigmodel import config as config_lib  # noqa: E402
-from bigmodel import data, mesh, program, workdir  # noqa: E402
-from bigmodel.checkpoint import Checkpoints  # noqa: E402
+from bigmodel import data, mesh, program, trees, workdir  # noqa: E402
+from bigmodel.checkpoint.checkpoints import Checkpoints  # noqa: E402
 from bigmodel.config import Config  # noqa: E402
-from bigmodel.data import objectives, objects  # noqa: E402
-from bigmodel.families import IMAGE_TASKS  # noqa: E402
+from bigmodel.config.families import LABEL_TASKS  # noqa: E402
+from bigmodel.data import boxes as box_data  # noqa: E402
+from bigmodel.data import objectives  # noqa: E402
 from bigmodel.program import Program, State  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -134,7 +135,7 @@ def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """As `data.batch_spec`, but images and labelled texts need no dataset."""
-    if config.task.name not in IMAGE_TASKS:
+    if config.task.name not in LABEL_TASKS:
         return data.batch_spec(config)
     n, length = config.batch_size, config.seq_len
     shapes: dict[str, Any] = {"label": ((n,), np.int32), "mask": ((n,), np.float32)}
@@ -172,7 +173,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     n, length = config.batch_size, config.seq_len
     mask = np.ones(n, np.float32)
-    if config.task.name in IMAGE_TASKS and "text" in config.model.INPUTS:
+    if config.task.name in LABEL_TASKS and "text" in config.model.INPUTS:
         texts = [rng.integers(0, 40, rng.integers(3, length)) for _ in range(n)]
         label = rng.integers(0, config.model.num_classes, n).astype(np.int32)
         return {
@@ -180,7 +181,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             "label": label,
             "mask": mask,
         }
-    if config.task.name in IMAGE_TASKS:
+    if config.task.name in LABEL_TASKS:
         image = rng.normal(size=(n, *image_shape(config))).astype(np.float32)
         return {"image": image, "label": rng.integers(0, 10, n).astype(np.int32), "mask": mask}
     if config.task.name == "detect":
@@ -190,7 +191,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             count = int(rng.integers(0, 4))
             low, size = rng.uniform(0, 16, (count, 2)), rng.uniform(6, 16, (count, 2))
             boxes = np.concatenate([low, low + size], 1).astype(np.float32)
-            parts.append(objects.targets(config, image.shape[1:3], boxes, rng.integers(0, 4, count)))
+            parts.append(box_data.targets(config, image.shape[1:3], boxes, rng.integers(0, 4, count)))
         rows = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         return {"image": image, **rows, "mask": mask}
     if config.task.name == "gan":
@@ -252,7 +253,7 @@ def steps(
 
 def by_path(tree: Any) -> dict[str, Any]:
     """{"blocks/mlp/up/kernel": leaf}."""
-    return {mesh.path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {trees.path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def saved(directory: pathlib.Path, config: Config) -> pathlib.Path:

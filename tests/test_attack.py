@@ -24,7 +24,7 @@ from conftest import finish, saved, tiny
 from fastapi.testclient import TestClient
 from test_serve import BEARER, CONTEXT, Server, memory_kb, post, served
 
-from bigmodel.access import Gate
+from bigmodel.infer.access import Gate
 
 pytestmark = pytest.mark.fault
 GOOD = {"prompt": "a", "max_tokens": 2}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bigmodel.config import InputError
-from bigmodel.data import cells, delimited, files
+from bigmodel.data import cells, delimited, source
 
 
 def column(tmp_path: pathlib.Path, values: list[str], delimiter: str = ";", **keys: object) -> np.ndarray:
@@ -169,11 +169,11 @@ def test_a_path_that_exists_is_that_path(tmp_path, name):
     for place in (folder, other):
         for file in ("t[1].csv", "t1.csv"):
             (place / file).write_text("x")
-    assert files.paths(f"text:{folder}/t[1].csv", "") == [f"{folder}/t[1].csv"]
-    assert files.paths(f"text:{folder}/*.csv", "") == [f"{folder}/t1.csv", f"{folder}/t[1].csv"]
-    assert files.paths(f"text:{folder}/t[1-9].csv", "") == [f"{folder}/t1.csv"]
+    assert source.paths(f"text:{folder}/t[1].csv", "") == [f"{folder}/t[1].csv"]
+    assert source.paths(f"text:{folder}/*.csv", "") == [f"{folder}/t1.csv", f"{folder}/t[1].csv"]
+    assert source.paths(f"text:{folder}/t[1-9].csv", "") == [f"{folder}/t1.csv"]
     with pytest.raises(InputError, match="matches no file"):
-        files.paths(f"text:{folder}/none*.csv", "")
+        source.paths(f"text:{folder}/none*.csv", "")
 
 
 def test_a_header_that_is_not_utf8_is_never_skipped(tmp_path):

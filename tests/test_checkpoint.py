@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint
+from bigmodel.checkpoint.checkpoints import Checkpoints, CorruptCheckpoint
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import InputError
-from bigmodel.digests import digest
 
 
 class Moments(NamedTuple):

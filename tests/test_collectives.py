@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from bigmodel import hardware, mesh
-from bigmodel.plan import candidates, cpu_costs, hlo, schedule
-from bigmodel.plan.costs import ChipCosts
+from bigmodel import mesh
+from bigmodel.machines import chips
+from bigmodel.plan import candidates, costs_cpu, hlo, schedule
+from bigmodel.plan.costs_chip import ChipCosts
 from bigmodel.plan.schedule import Transfer
 from bigmodel.plan.target import Target, _unravel
 
@@ -29,7 +30,7 @@ class Places:
 
 def costs(chip: str, *shape: int, slices: int = 1) -> ChipCosts:
     """Costs on a slice of TPUs, or on hosts x GPUs, with devices in the order of their places."""
-    known = hardware.BY_NAME[chip]
+    known = chips.BY_NAME[chip]
     count = int(np.prod(shape)) * slices
     aim = Target(chip, known, tuple(range(count)), shape, slices, "analytic")
     mesh_like: Any = Places(count)
@@ -81,7 +82,7 @@ def worst_link(shape: tuple[int, ...], closed: tuple[bool, ...], members: list[i
 def test_an_all_to_all_takes_what_its_busiest_link_takes(chip, shape, closed):
     """Every byte is sent over the torus's links, one by one."""
     on = costs(chip, *shape)
-    link = hardware.BY_NAME[chip].link_bytes_per_s
+    link = chips.BY_NAME[chip].link_bytes_per_s
     expected = BYTES * worst_link(shape, closed, list(range(int(np.prod(shape))))) / link
     assert seconds(on, "all-to-all") == pytest.approx(expected, rel=0.02)
     assert seconds(on, "ragged-all-to-all") == seconds(on, "all-to-all")
@@ -90,7 +91,7 @@ def test_an_all_to_all_takes_what_its_busiest_link_takes(chip, shape, closed):
 @pytest.mark.parametrize(("chip", "n"), [("v5e", 16), ("v6e", 16), ("v5p", 4), ("v5p", 8), ("v5p", 16)])
 def test_on_a_full_ring_of_n_it_is_n_over_four_all_gathers(chip, n):
     """The scaling book's 1/4 is of the global array, n times what a device has."""
-    on = costs(chip, n, *[1] * (hardware.BY_NAME[chip].dimensions - 1))
+    on = costs(chip, n, *[1] * (chips.BY_NAME[chip].dimensions - 1))
     gathered = seconds(on, "all-gather") * n / (n - 1)  # the book's all-gather leaves no own part out
     assert seconds(on, "all-to-all") / gathered == pytest.approx(n / 4, rel=0.01)
 
@@ -121,14 +122,14 @@ def test_between_hosts_and_slices_every_device_sends_its_own_part():
 
 
 def test_no_collective_is_free_on_any_chip():
-    for chip in hardware.BY_NAME.values():
+    for chip in chips.BY_NAME.values():
         on = costs(chip.name, *[4] * (chip.dimensions or 2))
         for kind in hlo.COLLECTIVES:
             least = BYTES / (8 * chip.link_bytes_per_s)
             assert seconds(on, kind) > least, (chip.name, kind)
         with pytest.raises(KeyError):
             seconds(on, "all-to-some")
-    measured: Any = cpu_costs.CpuCosts.__new__(cpu_costs.CpuCosts)
+    measured: Any = costs_cpu.CpuCosts.__new__(costs_cpu.CpuCosts)
     line = ((1e3, 1e-6), (1e9, 1.0))
     measured.c = type(
         "Measured", (), {"collectives": {"all-gather": line, "all-to-all": ((1e3, 2e-6), (1e9, 2.0))}}

@@ -25,8 +25,10 @@ from conftest import (
 )
 
 from bigmodel import config as config_lib
-from bigmodel import data, evaluate, infer, mesh, program, sparsity, train, transfer, workdir
+from bigmodel import data, evaluate, mesh, program, sparsity, train, trees, workdir
+from bigmodel.checkpoint import transfer
 from bigmodel.compress import (
+    channels,
     observe,
     prune,
     quantize,
@@ -36,9 +38,9 @@ from bigmodel.compress import (
     stages,
     structure,
     trained,
-    units,
 )
 from bigmodel.config import InputError, Prune
+from bigmodel.infer import loading
 from bigmodel.models import attention, distilled, weights
 from bigmodel.plan import estimate, flops
 
@@ -556,7 +558,7 @@ def test_taking_out_units_that_do_nothing_changes_nothing(family, unit, keys, mo
     model = model_of(family, monkeypatch, **keys)
     flat = {name: np.array(x) for name, x in structure.arrays(vars(model)).items()}
     rng = np.random.default_rng(0)
-    for group in units.find(model.config.model, unit, flat):
+    for group in channels.find(model.config.model, unit, flat):
         lead = flat[group.cuts[0].path].shape[: group.lead]
         half = np.arange(group.count) < group.count // 2
         off = rng.permuted(np.broadcast_to(half, (*lead, group.count)), axis=-1)
@@ -569,7 +571,7 @@ def test_taking_out_units_that_do_nothing_changes_nothing(family, unit, keys, mo
     zeroed = {name.removeprefix("params/"): x for name, x in flat.items() if name.startswith("params/")}
     sharding = jax.tree.map(lambda x: x.sharding, model.params)
     model = dataclasses.replace(
-        model, params=jax.device_put(mesh.with_leaves(model.params, zeroed), sharding)
+        model, params=jax.device_put(trees.with_leaves(model.params, zeroed), sharding)
     )
     small = structure.apply(model, recipe.Prune(0.5, unit=unit))
     assert loss_of(small) == pytest.approx(loss_of(model), rel=1e-5)
@@ -593,7 +595,7 @@ def test_what_is_left_is_saved_loaded_and_trained_on(family, corpus, tmp_path):
     train.run(config_of(family, **keys), tmp_path / "run")
     rows = stages.run(tmp_path / "run", recipe.parse("prune:0.5:channels+finetune:2"), tmp_path / "out")
     assert rows[1]["params"] < 0.8 * rows[0]["params"]
-    program, state = infer.load(tmp_path / "out")
+    program, state = loading.load(tmp_path / "out")
     again = evaluate.run(program, state, trained.eval_data(trained.load(tmp_path / "out")))
     assert again == pytest.approx(rows[1]["metrics"], rel=1e-4, abs=1e-5)
     config = workdir.read_config(tmp_path / "out")
@@ -609,7 +611,7 @@ def test_the_layer_that_matters_least_goes_first(monkeypatch):
         for name, x in flat.items()
         if name.startswith("blocks/") and ("/out/" in name or "/down/" in name)
     }
-    model = dataclasses.replace(model, params=mesh.with_leaves(model.params, idle))
+    model = dataclasses.replace(model, params=trees.with_leaves(model.params, idle))
     small = structure.apply(model, recipe.Prune(0.33, unit="layers"))
     assert small.config.model.depth == 2
     assert structure._loss(small) <= structure._loss(model) + 1e-6  # as good as without the idle one
@@ -631,7 +633,7 @@ def test_a_compressed_workdir_is_a_workdir(dense, tmp_path):
         assert row["joules_per_example"]["1"] > 0
         assert row["joules_from"].startswith(("measured", "modelled"))
     assert (out / "report.png").stat().st_size > 1000
-    program, state = infer.load(out)
+    program, state = loading.load(out)
     again = evaluate.run(program, state, trained.eval_data(trained.load(out)))
     assert again == pytest.approx(told[-1]["metrics"], rel=1e-5)
 
@@ -690,7 +692,7 @@ def test_students_of_one_seed_differ_by_their_teacher_alone(dense, tmp_path):
     assert alone[0] != alone[1]
     assert rows[2]["metrics"]["loss"]["p"] is None
     assert json.loads((tmp_path / "out" / "report.json").read_text())["stages"] == rows
-    assert infer.load(tmp_path / "out" / "2")[0].config.model.width == 8
+    assert loading.load(tmp_path / "out" / "2")[0].config.model.width == 8
 
 
 def test_codes_take_their_true_size_on_disk():

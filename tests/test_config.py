@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from bigmodel import config as config_lib
 from bigmodel.config import Config, InputError, load
-from bigmodel.families import CNN, GPT
+from bigmodel.config.families import CNN, GPT
 
 FILE, CONV = ROOT / "configs" / "gpt.py", ROOT / "configs" / "cnn.py"
 

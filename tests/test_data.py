@@ -14,9 +14,9 @@ import pytest
 
 from bigmodel import config as configs
 from bigmodel.config import InputError
+from bigmodel.config.families import CNN
 from bigmodel.data import batch_spec, batches, make_pipeline, open_source, pipeline, sources
 from bigmodel.data.builders import digits, prepare, python_packages, python_source
-from bigmodel.families import CNN
 
 ROOT = pathlib.Path(__file__).parents[1]
 MNIST_DIR = pathlib.Path(os.environ.get("BIGMODEL_TEST_TFDS", ROOT / "../shared/tfds"))

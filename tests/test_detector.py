@@ -16,13 +16,15 @@ import pytest
 from conftest import ROOT, build, built, by_path, mesh_keys, random_batch, run_script, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import data, detection, evaluate, metrics, tasks, train
+from bigmodel import data, evaluate, metrics, tasks, train
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import InputError
-from bigmodel.data import make_pipeline, objects, open_source, sources, transforms
+from bigmodel.config.families import Detector
+from bigmodel.data import boxes as box_data
+from bigmodel.data import make_pipeline, open_source, tfds, transforms
 from bigmodel.data.builders import shapes
-from bigmodel.digests import digest
-from bigmodel.families import Detector
 from bigmodel.plan import flops, planner
+from bigmodel.tasks import overlap
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.05, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
 
@@ -50,10 +52,10 @@ def test_overlaps_are_those_of_pixels():
     one, two = painted(a), painted(b)
     shared, union = (one & two).sum((1, 2)), (one | two).sum((1, 2))
     hull = painted(np.concatenate([np.minimum(a, b)[:, :2], np.maximum(a, b)[:, 2:]], 1)).sum((1, 2))
-    np.testing.assert_allclose(detection.iou(a, b), shared / union, rtol=1e-5)
+    np.testing.assert_allclose(overlap.iou(a, b), shared / union, rtol=1e-5)
     np.testing.assert_allclose(np.diag(metrics.iou(a, b)), shared / union, rtol=1e-6)
     np.testing.assert_allclose(
-        detection.giou(a, b), shared / union - (hull - union) / hull, rtol=1e-4, atol=1e-6
+        overlap.giou(a, b), shared / union - (hull - union) / hull, rtol=1e-4, atol=1e-6
     )
 
 
@@ -62,7 +64,7 @@ def test_suppression_is_the_greedy_one():
     boxes = np.stack([random_boxes(rng, 60, 24) for _ in range(3)])
     labels, scores = rng.integers(0, 3, (3, 60)), -np.sort(-rng.uniform(0, 1, (3, 60)))
     scores[:, 50:] = 0  # places that hold nothing
-    stays = jax.jit(detection.suppress)(boxes, labels, scores.astype(np.float32), 0.5)
+    stays = jax.jit(overlap.suppress)(boxes, labels, scores.astype(np.float32), 0.5)
     for row in range(3):
         kept: list[int] = []
         for n in range(50):
@@ -78,11 +80,11 @@ def test_places_and_targets_by_hand():
     model = config.model
     assert isinstance(model, Detector)
     assert model.strides == (4, 8)
-    where = objects.places(model, (32, 32))
+    where = box_data.places(model, (32, 32))
     assert where.center.shape == (64 + 16, 2)
     np.testing.assert_array_equal(where.center[[0, 1, 8, 64]], [[2, 2], [2, 6], [6, 2], [4, 4]])
     boxes = np.array([[4, 4, 16, 16], [8, 8, 12, 12]], np.float32)  # the smaller one inside the larger
-    out = objects.targets(config, (32, 32), boxes, np.array([2, 1]))
+    out = box_data.targets(config, (32, 32), boxes, np.array([2, 1]))
     grid = out["place_label"][:64].reshape(8, 8)
     assert grid[2, 2] == 1  # (10, 10) is in both: the smaller box
     assert (grid[1:4, 1:4] == np.array([[2, 2, 2], [2, 1, 2], [2, 2, 2]])).all()
@@ -99,7 +101,7 @@ def test_every_box_has_a_place_on_its_grid():
     config = config_lib.load(ROOT / "configs/detector.py")
     for index in range(50):
         _, boxes, labels = shapes.draw(1, index)
-        out = objects.targets(config, (64, 64), boxes.astype(np.float32), labels)
+        out = box_data.targets(config, (64, 64), boxes.astype(np.float32), labels)
         given = {tuple(box) for box in out["place_box"][out["place_label"] >= 0]}
         assert len(given) == len(boxes)
 
@@ -112,7 +114,7 @@ def test_boxes_move_with_the_image(augment):
         image[10:26, 14:30] = 255
         boxes, rng = np.array([[10, 14, 26, 30]], np.float32), transforms.generator(3, position, 1)
         for name, numbers in transforms.parse_augment(augment):
-            image, boxes, keep = objects.augment(name, image, boxes, rng, numbers, 64)
+            image, boxes, keep = box_data.augment(name, image, boxes, rng, numbers, 64)
         if keep[0] and boxes[0, 2] > boxes[0, 0] and boxes[0, 3] > boxes[0, 1]:
             rows, columns = (np.flatnonzero(image[..., 0].max(axis) > 127) for axis in (1, 0))
             seen = [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]
@@ -121,7 +123,7 @@ def test_boxes_move_with_the_image(augment):
 
 def test_the_letterbox_keeps_proportions():
     image, boxes = np.full((30, 60, 3), 255, np.uint8), np.array([[0, 0, 30, 60]], np.float32)
-    out, moved = objects.letterbox(image, boxes, 40)
+    out, moved = box_data.letterbox(image, boxes, 40)
     assert out.shape == (40, 40, 3)
     np.testing.assert_array_equal(moved, [[0, 0, 20, 40]])
     assert (out[:20] == 255).all()
@@ -304,13 +306,13 @@ GOOD = [0.1, 0.2, 0.6, 0.7]
 def test_bad_records_are_named_or_skipped(box, label, count, message):
     config = tiny("detector", data__max_boxes=8)
     where = lambda index: f"split 'train' record {index}"  # noqa: E731
-    records = objects.Records(Fake(box, label, count), config, where)
+    records = box_data.Records(Fake(box, label, count), config, where)
     with pytest.raises(InputError, match=message):
         records.read(np.arange(3))
-    lenient = objects.Records(
+    lenient = box_data.Records(
         Fake(box, label, count), tiny("detector", data__max_boxes=8, data__max_skipped=1), where
     )
-    batch = objects.Prepare(config, True)(lenient.read(np.arange(3)), np.arange(3))
+    batch = box_data.Prepare(config, True)(lenient.read(np.arange(3)), np.arange(3))
     np.testing.assert_array_equal(batch["mask"], [1, 0, 1])
     assert (batch["labels"][:, 0] == 0).all()
 
@@ -320,28 +322,28 @@ def test_a_crowd_is_no_target_and_is_known_to_evaluation():
     from tensorflow_datasets.proto import tf_example_pb2
 
     inner = {"bbox": kinds.BBoxFeature(), "label": kinds.ClassLabel(num_classes=4), "is_crowd": np.bool_}
-    flat = sources._flat({"image": kinds.Image(), "objects": kinds.Sequence(inner)})
-    assert set(flat) == {"image", "objects/bbox", "objects/label", sources.CROWDS}
+    flat = tfds._flat({"image": kinds.Image(), "objects": kinds.Sequence(inner)})
+    assert set(flat) == {"image", "objects/bbox", "objects/label", tfds.CROWDS}
     stored = tf_example_pb2.Example()
-    stored.features.feature[sources.CROWDS].int64_list.value.extend([0, 1])
-    crowds = sources._decoder(flat[sources.CROWDS])(stored.features.feature[sources.CROWDS])
+    stored.features.feature[tfds.CROWDS].int64_list.value.extend([0, 1])
+    crowds = tfds._decoder(flat[tfds.CROWDS])(stored.features.feature[tfds.CROWDS])
     np.testing.assert_array_equal(crowds, [0, 1])
-    raw = {key: np.empty(1, object) for key in (*objects.KEYS, sources.CROWDS)}
-    raw["image"][0], raw[sources.CROWDS][0] = np.zeros((32, 32, 3), np.uint8), crowds
+    raw = {key: np.empty(1, object) for key in (*box_data.KEYS, tfds.CROWDS)}
+    raw["image"][0], raw[tfds.CROWDS][0] = np.zeros((32, 32, 3), np.uint8), crowds
     raw["objects/bbox"][0] = np.array([[0.1, 0.1, 0.5, 0.5], [0.5, 0.5, 1, 1]], np.float32)
     raw["objects/label"][0], raw["mask"] = np.array([1, 2]), np.ones(1, np.float32)
     config = tiny("detector", data__max_boxes=4)
     for training, labels in ((True, [1, -1, -1, -1]), (False, [1, 2, -1, -1])):
-        out = objects.Prepare(config, training)(raw, np.zeros(1, int))
+        out = box_data.Prepare(config, training)(raw, np.zeros(1, int))
         assert out["labels"][0].tolist() == labels
         assert out["crowds"][0].tolist() == [0, int(not training), 0, 0]
         assert set(out["place_label"][0].tolist()) == {-1, 1}
-    alone = {key: value for key, value in raw.items() if key != sources.CROWDS}
-    assert "crowds" not in objects.Prepare(config, False)(alone, np.zeros(1, int))
+    alone = {key: value for key, value in raw.items() if key != tfds.CROWDS}
+    assert "crowds" not in box_data.Prepare(config, False)(alone, np.zeros(1, int))
 
 
 def test_an_image_that_does_not_decode_is_named(few, monkeypatch):
-    source = open_source("shapes", "train", few, keys=objects.KEYS)
+    source = open_source("shapes", "train", few, keys=box_data.KEYS)
     whole = type(source)._fetch
 
     def cut(self: Any, indices: np.ndarray) -> list[bytes]:
@@ -349,10 +351,10 @@ def test_an_image_that_does_not_decode_is_named(few, monkeypatch):
         return [r.replace(b"IHDR", b"IXXR") if i == 2 else r for r, i in zip(records, indices, strict=True)]
 
     monkeypatch.setattr(type(source), "_fetch", cut)
-    records = objects.Records(source, tiny("detector"), lambda index: f"record {index}")
+    records = box_data.Records(source, tiny("detector"), lambda index: f"record {index}")
     with pytest.raises(InputError, match=r"shapes.* split 'train' record 2 is damaged .*max_skipped"):
         records.read(np.arange(4))
-    lenient = objects.Records(source, tiny("detector", data__max_skipped=1), lambda index: f"record {index}")
+    lenient = box_data.Records(source, tiny("detector", data__max_skipped=1), lambda index: f"record {index}")
     np.testing.assert_array_equal(lenient.read(np.arange(4))["mask"], [1, 1, 0, 1])
 
 
@@ -374,7 +376,7 @@ def test_what_cannot_be_trained(keys, message):
 
 def test_an_augmentation_that_moves_no_boxes_is_refused():
     with pytest.raises(InputError, match=r"data\.augment has 'randaugment', which moves no boxes"):
-        objects.Prepare(tiny("detector", data__augment="randaugment"), True)
+        box_data.Prepare(tiny("detector", data__augment="randaugment"), True)
 
 
 # ------------------------------------------------------------------------------------------------ programs

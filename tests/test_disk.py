@@ -14,7 +14,7 @@ from conftest import ROOT, run_script, tiny
 
 from bigmodel import disk, log, workdir
 from bigmodel.config import InputError
-from bigmodel.data import text
+from bigmodel.data import corpus
 from bigmodel.data.builders import prepare
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -256,14 +256,14 @@ def test_without_a_home_nothing_is_kept(monkeypatch, caplog):
     monkeypatch.setattr(
         pathlib.Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home"))
     )
-    text._homeless.cache_clear()
+    corpus._homeless.cache_clear()
     with caplog.at_level("INFO", "bigmodel"):
-        folder = text.cache_dir()
+        folder = disk.cache_dir()
     assert folder.is_dir()
-    assert text.cache_dir() == folder
+    assert disk.cache_dir() == folder
     assert "$BIGMODEL_CACHE" in caplog.text
-    text._homeless().cleanup()
-    text._homeless.cache_clear()
+    corpus._homeless().cleanup()
+    corpus._homeless.cache_clear()
 
 
 @pytest.mark.parametrize("data_dir", [None, "~/sets", "~nobody-of-this-name/sets"])

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from conftest import build, run_script, start, tiny
 
-from bigmodel import decoder as decoder_lib
-from bigmodel import export, infer, saved_model, workdir
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import workdir
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import InputError
+from bigmodel.infer import decoder as decoder_lib
+from bigmodel.infer import export, generate, loading, saved_model
 
 ALONE = """
 import json, sys
@@ -66,8 +67,8 @@ def test_an_export_runs_without_this_package(run_dir, tmp_path):
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     said = json.loads(alone.stdout)
-    made = decoder_lib.Decoder(*infer.load(run_dir))
-    expected = infer.generate(made, [[3, 1, 4, 1, 5]], 8)[0].tolist()
+    made = decoder_lib.Decoder(*loading.load(run_dir))
+    expected = generate.generate(made, [[3, 1, 4, 1, 5]], 8)[0].tolist()
     assert said["ids"] == expected
     assert said["first"] == expected[0]
     assert said["shape"] == [1, 16, 264]

@@ -14,10 +14,10 @@ import pytest
 from conftest import build, by_path, random_batch, start, steps, tiny
 
 from bigmodel import mesh, models, train
-from bigmodel.checkpoint import Checkpoints
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import Config
-from bigmodel.digests import digest
-from bigmodel.families import GPT
+from bigmodel.config.families import GPT
 from bigmodel.models import moe, transformer, vit
 
 FAMILIES = ["gpt", "moe", "bert", "t5", "vit"]

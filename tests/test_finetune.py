@@ -13,13 +13,15 @@ import pytest
 from conftest import ROOT, build, built, by_path, mesh_keys, random_batch, run_script, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import data, infer, models, program, train, transfer, workdir
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import data, models, program, train, workdir
+from bigmodel.checkpoint import transfer
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import InputError
-from bigmodel.digests import digest
+from bigmodel.infer import loading
+from bigmodel.infer.predict import Predictor
 from bigmodel.models import layers
 from bigmodel.plan import estimate, flops
-from bigmodel.predict import Predictor
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
 LORA = {"lora__rank": 4, "lora__on": r"/attention/|/mlp/"}
@@ -363,7 +365,7 @@ WORDS = [("awful", "bad"), ("nice", "good"), ("so-so", "fine"), ("great", "good"
 def test_embeddings_of_a_text_do_not_depend_on_its_neighbours(corpus, tmp_path):
     config = tiny("bert", data__name=corpus, model__vocab_size=264, seq_len=48, task__next_sentence=False)
     save_run(config, tmp_path / "run")
-    built_, state = infer.load(tmp_path / "run")
+    built_, state = loading.load(tmp_path / "run")
     tokenizer = data.get_tokenizer(built_.config, tmp_path / "run")
     texts = ["a", "mesh shard token layer", "loss " * 30, "scan"]
     predictor = Predictor(built_, state, tokenizer=tokenizer)

@@ -12,10 +12,12 @@ import pytest
 from conftest import build, saved, start, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import fingerprint, infer, train, workdir
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import train, workdir
+from bigmodel.checkpoint import fingerprint
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import InputError
-from bigmodel.families import GPT
+from bigmodel.config.families import GPT
+from bigmodel.infer import loading
 
 # Settings that leave every array's shape as it is.
 REFUSED = {
@@ -125,13 +127,13 @@ def test_a_changed_config_file_is_not_served(trained, tmp_path):
     config = tiny("gpt")
     with Checkpoints(path / "checkpoints") as checkpoints:
         checkpoints.save(1, start(build(config)), fingerprint.of(config, {}))
-    infer.load(path)
+    loading.load(path)
     workdir.write_config(path, config_lib.override(config, {"model.norm_eps": 1e-2}))
     with pytest.raises(InputError, match=r"config\.json was trained .*model\.norm_eps was 1e-05, now 0\.01"):
-        infer.load(path)
-    infer.load(path, 0)  # one of an older version holds no config
+        loading.load(path)
+    loading.load(path, 0)  # one of an older version holds no config
     workdir.write_config(path, config_lib.override(config, {"data.name": "text:elsewhere/*.txt", "seed": 3}))
-    infer.load(path)  # where training data lay changes nothing that it computes
+    loading.load(path)  # where training data lay changes nothing that it computes
 
 
 def test_facts_that_no_saved_step_relies_on_are_fitted_anew(tmp_path):
@@ -144,7 +146,7 @@ def test_facts_that_no_saved_step_relies_on_are_fitted_anew(tmp_path):
     (tmp_path / "t.csv").write_text("x,label\n" + rows + "3,c\n" * 9)
     with pytest.raises(InputError, match="'c' is new"):
         make_pipeline(config, "train", tmp_path)
-    from bigmodel import start as start_lib
+    from bigmodel.checkpoint import start as start_lib
 
     start_lib.agree(config, tmp_path, "auto")
     make_pipeline(config, "train", tmp_path)

@@ -12,12 +12,14 @@ import pytest
 from conftest import ROOT, build, run_script, saved, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import distill, evaluate, export, fitted, infer, transfer
+from bigmodel import evaluate
+from bigmodel.checkpoint import teachers, transfer
 from bigmodel.compress import recipe, report, stages
 from bigmodel.config import Config, InputError
-from bigmodel.data import Facts, make_pipeline, ratings, sources, text
-from bigmodel.predict import Predictor
-from bigmodel.smaller import Distill
+from bigmodel.config.adapt import Distill
+from bigmodel.data import Facts, fitted, make_pipeline, ratings, sources, tokenizers
+from bigmodel.infer import export, generate, loading
+from bigmodel.infer.predict import Predictor
 
 
 def write(path: pathlib.Path, rows: list[list[Any]]) -> pathlib.Path:
@@ -153,7 +155,7 @@ def test_users_and_items_have_the_ids_of_training(tmp_path):
     asked = [{"user": "u03", "item": "film 2"}, {"user": "u11", "item": "film 8"}, {"user": "?", "item": "?"}]
     before, _ = Predictor.load(run).predict(asked)
     films(tmp_path / "films.csv", ["another", *users[2:]], ["a film", *items[1:]])
-    found = ratings.load(config, infer.data.Facts(config, run))
+    found = ratings.load(config, generate.data.Facts(config, run))
     assert (found.users, found.items) == (12, 9)
     for user in users[2:]:
         assert found.names["user"][user] == users.index(user) + 1
@@ -194,7 +196,7 @@ def test_labelled_texts_need_no_training_file_after_training(tmp_path):
     (tmp_path / "r.csv").unlink()
     assert Predictor.load(run).predict(["a film", "no film"])[0] == before
     assert before[0]["name"] in ("bad", "good")
-    text.BPE.train(iter(["other words than those"] * 9), 280).save(run / "tokenizer.json")
+    tokenizers.BPE.train(iter(["other words than those"] * 9), 280).save(run / "tokenizer.json")
     with pytest.raises(InputError, match=r"was trained with bpe:\d+ sha256"):
         Predictor.load(run)
 
@@ -326,7 +328,7 @@ def test_other_data_are_evaluated_without_the_training_file(orphan, tmp_path, ho
         assert ran.code == 0, ran.err
         accuracy = json.loads(ran.out)["accuracy"]
     else:
-        program, state = infer.load(orphan)
+        program, state = loading.load(orphan)
         config = config_lib.override(program.config, flags)
         accuracy = evaluate.run(program, state, make_pipeline(config, "eval", orphan))["accuracy"]
     asked = [{"town": town, "age": str(age)} for town, age, _ in rows]
@@ -334,7 +336,7 @@ def test_other_data_are_evaluated_without_the_training_file(orphan, tmp_path, ho
     share = np.mean([name == row[2] for name, row in zip(found, rows, strict=True)])
     np.testing.assert_allclose(accuracy, share, rtol=1e-6)
     with pytest.raises(InputError, match=r"people\.csv' matches no file"):
-        make_pipeline(infer.load(orphan)[0].config, "eval", orphan)
+        make_pipeline(loading.load(orphan)[0].config, "eval", orphan)
 
 
 def test_teachers_of_other_classes_are_refused(orphan, tmp_path):
@@ -344,7 +346,7 @@ def test_teachers_of_other_classes_are_refused(orphan, tmp_path):
     assert fitted.disagreement(*facts).startswith("names of plan: 'gold' is missing, 'GOLD' is new")
     assert fitted.disagreement(facts[0], facts[0]) == ""
     with pytest.raises(InputError, match=r"distill\.teacher=.* predicts something else .*'gold'"):
-        distill.taught(build(config.replace(distill=Distill(teacher=str(orphan), weight=0.5))), student)
+        teachers.taught(build(config.replace(distill=Distill(teacher=str(orphan), weight=0.5))), student)
 
 
 def test_all_is_every_record_and_never_trained_on(tmp_path):

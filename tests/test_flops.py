@@ -18,7 +18,7 @@ from jaxlib.mlir import ir, passmanager
 from bigmodel import config as config_lib
 from bigmodel import mesh, optim, program, tasks
 from bigmodel.config import Config, InputError
-from bigmodel.plan import candidates, costs, flops, hlo
+from bigmodel.plan import candidates, costs_chip, flops, hlo
 from bigmodel.program import Program
 
 # --------------------------------------------------------------------- the count in XLA's input program
@@ -293,7 +293,7 @@ ENTRY %main (g: s8[{grid}], q: bf16[2,4,1024,64]) -> bf16[2,4,1024,64] {{
     products = {"fwd": 2, "dq": 3, "dkv": 4}[part]
     share = seen_blocks(length, rows, causal, window)
     expected = 2.0 * products * 2 * 4 * length * length * 64 * share
-    got = costs.attention_flops(module, "main", module.computations["main"][-1])
+    got = costs_chip.attention_flops(module, "main", module.computations["main"][-1])
     assert got == pytest.approx(expected, rel=0.05 if window else 1e-9)
 
 
@@ -311,5 +311,5 @@ ENTRY %main (q: bf16[2,1024,4,64]) -> bf16[2,1024,4,64] {{
 }}
 """  # noqa: E501
     module = hlo.parse(text)
-    got = costs.attention_flops(module, "main", module.computations["main"][-1])
+    got = costs_chip.attention_flops(module, "main", module.computations["main"][-1])
     assert got == pytest.approx(2.0 * 2 * 2 * 4 * 1024 * 1024 * 64 * share)

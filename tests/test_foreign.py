@@ -18,11 +18,13 @@ from test_finetune import save_run
 from test_tokenizers import CHATML, CHATS, MAKERS, bpe, generic, oracle
 
 from bigmodel import config as config_lib
-from bigmodel import infer, transfer, workdir
+from bigmodel import workdir
+from bigmodel.checkpoint import transfer
 from bigmodel.compress import recipe, stages
 from bigmodel.config import InputError
 from bigmodel.huggingface import layouts, processors
-from bigmodel.predict import Predictor
+from bigmodel.infer import generate
+from bigmodel.infer.predict import Predictor
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 48}
@@ -89,10 +91,10 @@ def some(fast: list[str], slow: list[str]) -> Any:
 def test_texts_are_continued_as_transformers_does(kind, tmp_path):
     model, tokenizer = saved(tmp_path / "in", kind)
     transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
-    writer = infer.Writer.load(tmp_path / "run")
+    writer = generate.Writer.load(tmp_path / "run")
     for text in TEXTS:
         ids, wanted = theirs_write(model, tokenizer, text, 10)
-        (got,) = infer.generate(writer.decoder, [writer.encode(text)], 10)
+        (got,) = generate.generate(writer.decoder, [writer.encode(text)], 10)
         assert got.tolist() == ids, text
         assert writer.write([text], 10) == [wanted], text
     transfer.export_safetensors(tmp_path / "run", tmp_path / "out")
@@ -241,12 +243,12 @@ def test_transformers_continues_our_texts(tokenizer, tmp_path):
     exported(tiny("gpt", data__tokenizer=tokenizer, model__vocab_size=size, seq_len=48), tmp_path)
     model = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     theirs = t.AutoTokenizer.from_pretrained(tmp_path / "out")
-    writer = infer.Writer.load(tmp_path / "run")
+    writer = generate.Writer.load(tmp_path / "run")
     assert model.generation_config.eos_token_id == writer.decoder.end
     for text in TEXTS[:2]:
         assert writer.encode(text).tolist() == theirs(text)["input_ids"]
         ids, _ = theirs_write(model, theirs, text, 8)
-        (got,) = infer.generate(writer.decoder, [writer.encode(text)], 8)
+        (got,) = generate.generate(writer.decoder, [writer.encode(text)], 8)
         assert got.tolist() == ids
         assert theirs.decode(ids, skip_special_tokens=True) == writer.decode(got)[0]
 
@@ -294,9 +296,9 @@ def test_transformers_classifies_our_pictures(family, tmp_path):
 def test_a_compressed_import_reads_as_it_did(tmp_path):
     saved(tmp_path / "in", "llama")
     transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
-    before = infer.Writer.load(tmp_path / "run")
+    before = generate.Writer.load(tmp_path / "run")
     stages.run(tmp_path / "run", recipe.parse("quantize:int8"), tmp_path / "small")
-    after = infer.Writer.load(tmp_path / "small")
+    after = generate.Writer.load(tmp_path / "small")
     assert after.encode("hello world").tolist() == before.encode("hello world").tolist()
     assert after.decoder.ends == before.decoder.ends
 
@@ -309,8 +311,8 @@ def test_a_server_chats_by_the_models_template(tmp_path):
     pytest.importorskip("fastapi", reason="the server is in '.[serve]'")
     from fastapi.testclient import TestClient
 
-    from bigmodel import serve
-    from bigmodel.service import Limits
+    from bigmodel.infer import server
+    from bigmodel.infer.service import Limits
 
     tokenizer = generic(t, bpe(), eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
@@ -322,9 +324,9 @@ def test_a_server_chats_by_the_models_template(tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "in")
     transfer.import_pretrained(tmp_path / "in", tmp_path / "run", ["batch_size=2"])
-    service = serve.load(tmp_path / "run", name="m", limits=Limits(), slots=2, cache_dtype="")
+    service = server.load(tmp_path / "run", name="m", limits=Limits(), slots=2, cache_dtype="")
     assert service.drawing == {"temperature": 0.5, "top_k": 7, "max_new_tokens": 9}
-    with TestClient(serve.app(service)) as client:
+    with TestClient(server.app(service)) as client:
         for chat in CHATS[:3]:
             body = {"messages": chat, "max_tokens": 8, "temperature": 0}
             answer = client.post("/v1/chat/completions", json=body).json()

@@ -17,9 +17,9 @@ from flax import nnx
 
 from bigmodel import config as config_lib
 from bigmodel import evaluate, mesh, metrics, models, program, tasks, train
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import InputError
 from bigmodel.data import make_pipeline
-from bigmodel.digests import digest
 from bigmodel.models import gan
 from bigmodel.plan import estimate, flops, planner
 

@@ -19,9 +19,11 @@ from conftest import Ran, build, by_path, run_script, tiny
 from safetensors.numpy import load_file, save_file
 
 from bigmodel import config as config_lib
-from bigmodel import data, huggingface, infer, mesh, models, transfer
+from bigmodel import data, huggingface, models, trees
+from bigmodel.checkpoint import transfer
 from bigmodel.config import Config, InputError
-from bigmodel.predict import Predictor
+from bigmodel.infer import loading
+from bigmodel.infer.predict import Predictor
 
 LLAMA = {
     "model__norm": "rmsnorm", "model__position": "rope", "model__mlp": "swiglu", "model__bias": False,
@@ -356,8 +358,8 @@ def test_transformers_computes_the_same(oracle, tmp_path):
     if config.task.next_sentence:
         specs["next_sentence"] = jax.ShapeDtypeStruct((3,), np.int32)
     definition = models.define(config, specs)
-    params = mesh.nest({path: arrays[path] for path in by_path(definition.params_spec)})
-    rest = mesh.nest({path: arrays[path] for path in by_path(definition.rest_spec)})
+    params = trees.nest({path: arrays[path] for path in by_path(definition.params_spec)})
+    rest = trees.nest({path: arrays[path] for path in by_path(definition.rest_spec)})
     got = logits(definition, config, params, rest, ours)
     pairs = {"logits": "logits", "prediction_logits": "logits", "seq_relationship_logits": "next_sentence"}
     pairs |= {"last_hidden_state": "hidden", "pooler_output": "pooled"}
@@ -397,7 +399,7 @@ def test_a_real_sentence_encoder(tmp_path):
     source = package.get_model_path()
     ran = run_script("import_hf.py", f"--from={source}", f"--workdir={tmp_path}/run", "--config.seq_len=512")
     assert ran.code == 0, ran
-    built, state = infer.load(tmp_path / "run")
+    built, state = loading.load(tmp_path / "run")
     tokenizer = data.get_tokenizer(built.config, tmp_path / "run")
     got = np.array(Predictor(built, state, tokenizer=tokenizer).embed(SENTENCES)[0])
 

@@ -25,11 +25,11 @@ from bigmodel.data import (
     make_pipeline,
     open_source,
     randaugment,
-    sources,
+    tfds,
     transforms,
 )
 from bigmodel.data.builders import prepare
-from bigmodel.predict import Predictor
+from bigmodel.infer.predict import Predictor
 
 ALL = "crop:2,flip:0.5,randaugment:2:9,erase:0.5"
 
@@ -349,17 +349,17 @@ def test_any_kind_of_file_is_read_as_pillow_reads_it(kind):
         expected = np.asarray(theirs.convert(mode)).reshape(24, 36, channels)
         stored = tf_example_pb2.Example().features.feature["image"]
         stored.bytes_list.value.append(content)
-        ours = sources._decoder(kinds.Image(shape=(None, None, channels)))(stored)
+        ours = tfds._decoder(kinds.Image(shape=(None, None, channels)))(stored)
         assert (ours.shape, ours.dtype) == (expected.shape, np.uint8)
         assert np.abs(ours.astype(int) - expected).max() <= 2
-        np.testing.assert_array_equal(ours, sources.pixels(content, channels))
+        np.testing.assert_array_equal(ours, tfds.pixels(content, channels))
 
 
 def test_of_sixteen_bits_the_upper_ones_count():
     wide = (np.arange(24 * 36) * 75).astype(np.uint16).reshape(24, 36)
     _, png = cv2.imencode(".png", wide)
-    np.testing.assert_array_equal(sources.pixels(png.tobytes(), 1)[..., 0], wide >> 8)
-    np.testing.assert_array_equal(sources.pixels(png.tobytes(), 3), np.dstack([wide >> 8] * 3))
+    np.testing.assert_array_equal(tfds.pixels(png.tobytes(), 1)[..., 0], wide >> 8)
+    np.testing.assert_array_equal(tfds.pixels(png.tobytes(), 3), np.dstack([wide >> 8] * 3))
 
 
 def test_a_prediction_sees_the_pixels_that_training_saw(tmp_path):
@@ -368,6 +368,6 @@ def test_a_prediction_sees_the_pixels_that_training_saw(tmp_path):
     for kind in KINDS:
         content, _ = encoded(kind)
         (tmp_path / "image").write_bytes(content)
-        pixels = sources.pixels(content, 1)
+        pixels = tfds.pixels(content, 1)
         ours, theirs = predictor.predict([tmp_path / "image", pixels.tolist()])[0]
         assert ours == theirs, kind

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from conftest import build, mesh_keys, start, tiny
 
-from bigmodel import decoder as decoder_lib
-from bigmodel import engine, infer, sampling, speculative
-from bigmodel.beam import BeamSearch
 from bigmodel.config import InputError
-from bigmodel.engine import Engine, Request, Sizes
+from bigmodel.infer import decoder as decoder_lib
+from bigmodel.infer import engine, generate, sampling, speculative
+from bigmodel.infer.beam import BeamSearch
+from bigmodel.infer.engine import Engine, Request, Sizes
+from bigmodel.infer.sampling import Sampling
+from bigmodel.infer.speculative import Speculative
 from bigmodel.models import attention, cache
-from bigmodel.sampling import Sampling
-from bigmodel.speculative import Speculative
 
 LLAMA = {
     "model__position": "rope", "model__kv_heads": 2, "model__norm": "rmsnorm", "model__mlp": "swiglu",
@@ -87,7 +87,7 @@ def by_full_forward(name: str, prompt: tuple[int, ...], length: int) -> list[int
 )
 def test_the_cache_changes_no_token(name):
     made, _, _ = decoder(name)
-    answers = infer.generate(made, PROMPTS, 20)
+    answers = generate.generate(made, PROMPTS, 20)
     for prompt, ids in zip(PROMPTS, answers, strict=True):
         assert ids.tolist() == by_full_forward(name, tuple(prompt), 20)
     assert len({i for ids in answers for i in ids.tolist()}) > 3
@@ -96,17 +96,17 @@ def test_the_cache_changes_no_token(name):
 def test_a_row_does_not_see_its_neighbours():
     made, _, _ = decoder("llama")
     each = [Sampling(temperature=1.0, top_k=5, seed=7), Sampling(temperature=0.8, top_p=0.9), Sampling()]
-    together = infer.generate(made, PROMPTS, [12, 3, 20], each)
+    together = generate.generate(made, PROMPTS, [12, 3, 20], each)
     assert [len(ids) for ids in together] == [12, 3, 20]
-    alone = infer.generate(made, [PROMPTS[0], [1], [1]], [12, 1, 1], each[0])
+    alone = generate.generate(made, [PROMPTS[0], [1], [1]], [12, 1, 1], each[0])
     assert alone[0].tolist() == together[0].tolist()
-    other = infer.generate(made, PROMPTS, 12, Sampling(temperature=1.0, top_k=5, seed=8))
+    other = generate.generate(made, PROMPTS, 12, Sampling(temperature=1.0, top_k=5, seed=8))
     assert other[0].tolist() != alone[0].tolist()
 
 
 def test_past_the_window_half_of_it_is_kept():
     made, _, _ = decoder("learned")
-    answers = infer.generate(made, PROMPTS, 40)
+    answers = generate.generate(made, PROMPTS, 40)
     first = by_full_forward("learned", tuple(PROMPTS[0]), 27)  # with the prompt 32 ids: a full window
     half = tuple([*PROMPTS[0], *first][-16:])
     assert answers[0].tolist() == first + by_full_forward("learned", half, 13)
@@ -114,13 +114,13 @@ def test_past_the_window_half_of_it_is_kept():
 
 def test_an_answer_ends_with_the_end_id_or_when_told():
     made, _, _ = decoder("learned")
-    ids = infer.generate(made, PROMPTS, 20)[0].tolist()
-    told = infer.generate(made, PROMPTS, 20, ended=lambda row, ids: row == 0 and len(ids) > 2)
+    ids = generate.generate(made, PROMPTS, 20)[0].tolist()
+    told = generate.generate(made, PROMPTS, 20, ended=lambda row, ids: row == 0 and len(ids) > 2)
     assert told[0].tolist() == ids[: len(told[0])]
     assert 2 < len(told[0]) <= 1 + decoder_lib.CHUNK
     assert len(told[1]) == 20
     made = decoder_lib.Decoder(*decoder("learned")[1:], end=ids[6])
-    assert infer.generate(made, PROMPTS, 20)[0].tolist() == ids[: ids.index(ids[6]) + 1]
+    assert generate.generate(made, PROMPTS, 20)[0].tolist() == ids[: ids.index(ids[6]) + 1]
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}])
@@ -132,8 +132,8 @@ def test_a_mesh_changes_no_token(axes):
     over = decoder_lib.Decoder(sharded, {"params": params, "rest": {}})
     k = over.empty_cache(4)["k"][0]
     assert k.sharding.shard_shape(k.shape) == (2, 1, 32, 8)
-    expected = infer.generate(made, PROMPTS, 20)
-    for a, b in zip(infer.generate(over, [*PROMPTS, [7, 7]], 20), expected, strict=False):
+    expected = generate.generate(made, PROMPTS, 20)
+    for a, b in zip(generate.generate(over, [*PROMPTS, [7, 7]], 20), expected, strict=False):
         assert a.tolist() == b.tolist()
 
 
@@ -146,8 +146,8 @@ def test_a_mesh_changes_no_token_of_int8_weights():
         lambda s, x: jax.device_put(x, s.sharding), {p: sharded.state_spec[p] for p in parts}, parts
     )
     over = decoder_lib.Decoder(sharded, placed)
-    expected = infer.generate(made, PROMPTS, 20)
-    for a, b in zip(infer.generate(over, [*PROMPTS, [7, 7]], 20), expected, strict=False):
+    expected = generate.generate(made, PROMPTS, 20)
+    for a, b in zip(generate.generate(over, [*PROMPTS, [7, 7]], 20), expected, strict=False):
         assert a.tolist() == b.tolist()
 
 
@@ -156,7 +156,7 @@ def test_an_int8_cache_is_small_and_near():
     small = decoder_lib.Decoder(built, state, cache_dtype="int8")
     bytes_of = [sum(x.nbytes for x in jax.tree.leaves(d.empty_cache(4))) for d in (made, small)]
     assert bytes_of[1] < 0.4 * bytes_of[0]  # heads of 8: a byte each, and a scale of four
-    answers = [infer.generate(d, PROMPTS, 12) for d in (made, small)]
+    answers = [generate.generate(d, PROMPTS, 12) for d in (made, small)]
     same = [(a[:4] == b[:4]).all() for a, b in zip(*answers, strict=True)]
     assert sum(same) >= 2
 
@@ -198,7 +198,7 @@ def test_what_joins_and_leaves_changes_no_answer(name):
     for first in (0, 3, 6):  # offline, three at once
         three = requests[first : first + 3]
         settings = [r.settings for r in three]
-        offline = infer.generate(made, [r.prompt for r in three], [r.length for r in three], settings)
+        offline = generate.generate(made, [r.prompt for r in three], [r.length for r in three], settings)
         assert answers[first : first + 3] == [ids.tolist() for ids in offline]
 
 
@@ -239,7 +239,7 @@ def test_a_request_that_never_fits_is_refused(request_, message):
 def test_a_draft_changes_no_greedy_token_and_saves_passes():
     made, _, _ = decoder("llama")
     other, _, _ = decoder("learned")
-    expected = [ids.tolist() for ids in infer.generate(made, PROMPTS, 12)]
+    expected = [ids.tolist() for ids in generate.generate(made, PROMPTS, 12)]
     itself = Speculative(made, made, proposals=3).generate(PROMPTS, 12)
     assert [ids.tolist() for ids in itself.ids] == expected
     assert itself.passes == 3  # 1 id of the prompt, then 4 a pass
@@ -273,7 +273,7 @@ def test_speculative_answers_are_distributed_as_the_models_own():
     counts: list[dict[int, int]] = [{}, {}]
     for seed in range(4):
         each = [Sampling(temperature=0.7, top_k=4, seed=seed * rows + i) for i in range(rows)]
-        plain = infer.generate(made, [PROMPTS[0]] * rows, 3, each)
+        plain = generate.generate(made, [PROMPTS[0]] * rows, 3, each)
         drafted = draft.generate([PROMPTS[0]] * rows, 3, each).ids
         for count, answers in zip(counts, (plain, drafted), strict=True):
             for ids in answers:
@@ -318,7 +318,7 @@ def test_as_many_beams_as_ids_find_the_likeliest_answer(name):
 def test_one_beam_is_greedy():
     made, _, _ = decoder("learned")
     ids, _ = BeamSearch(made, beams=1).generate(PROMPTS, 12)
-    assert [beams[0].tolist() for beams in ids] == [a.tolist() for a in infer.generate(made, PROMPTS, 12)]
+    assert [beams[0].tolist() for beams in ids] == [a.tolist() for a in generate.generate(made, PROMPTS, 12)]
 
 
 # ------------------------------------------------------------------------------------------------ sampling

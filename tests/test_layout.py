@@ -108,7 +108,7 @@ def tree(path: pathlib.Path) -> ast.Module:
 
 
 def as_file(dotted: str) -> str | None:
-    """`bigmodel.data.text` -> data/text; a name inside a file -> that file; other packages -> None."""
+    """`bigmodel.data.corpus` -> data/text; a name inside a file -> that file; other packages -> None."""
     parts = dotted.split(".")
     if parts[0] != "bigmodel":
         return None
@@ -145,7 +145,7 @@ def test_a_file_imports_only_from_above(name):
 
 
 def test_the_reader_of_imports_sees_lazy_ones():
-    assert as_file("bigmodel.data.tokenizing.Bytes") == "data/tokenizing"
+    assert as_file("bigmodel.data.tokenizers.Bytes") == "data/tokenizing"
     assert as_file("bigmodel.data.make_pipeline") == "data/__init__"
     assert as_file("jax.numpy") is None
     assert "tokenizers.Tokenizer" in imports(FILES["data/tokenizing"])  # inside a function

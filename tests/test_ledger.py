@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from bigmodel import energy, train
 from bigmodel import ledger as ledger_lib
-from bigmodel.ledger import Ledger, ProcessMemory
+from bigmodel import train
+from bigmodel.ledger import Ledger
+from bigmodel.machines import energy
+from bigmodel.machines.memory import ProcessMemory
 from bigmodel.plan import receipt
 
 

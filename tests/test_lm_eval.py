@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import config_flag, finish, run_script, start_script, tiny
 
-from bigmodel import data, infer, tasks
+from bigmodel import data, tasks
+from bigmodel.infer import loading
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the harness: many
 CONTEXT = 64
@@ -72,7 +73,7 @@ def url(run_dir: pathlib.Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def offline(run_dir: pathlib.Path) -> Any:
     """(context, continuation, ids before them) -> (its log-probability, whether it is the likeliest)."""
-    program, state = infer.load(run_dir / "run")
+    program, state = loading.load(run_dir / "run")
     tokenizer = data.get_tokenizer(program.config, run_dir / "run")
 
     @jax.jit

@@ -13,10 +13,11 @@ import pytest
 from conftest import compiles, saved, tiny
 from fastapi.testclient import TestClient
 
-from bigmodel import infer, serve, tasks
-from bigmodel.data.text import BPE, Bytes
-from bigmodel.infer import Writer
-from bigmodel.scoring import Scorer, Tokens
+from bigmodel import tasks
+from bigmodel.data.tokenizers import BPE, Bytes
+from bigmodel.infer import loading, server
+from bigmodel.infer.generate import Writer
+from bigmodel.infer.scoring import Scorer, Tokens
 
 CONTEXT = 80  # more than a chunk of the scorer
 
@@ -29,15 +30,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def client(run_dir: pathlib.Path) -> Iterator[TestClient]:
-    service = serve.load(run_dir, name="tiny", limits=serve.Limits(), slots=4, cache_dtype="")
-    with TestClient(serve.app(service)) as it:
+    service = server.load(run_dir, name="tiny", limits=server.Limits(), slots=4, cache_dtype="")
+    with TestClient(server.app(service)) as it:
         yield it
 
 
 @pytest.fixture(scope="module")
 def offline(run_dir: pathlib.Path) -> Any:
     """ids -> log-softmax [N, V] by one pass over all of them, without a cache."""
-    program, state = infer.load(run_dir)
+    program, state = loading.load(run_dir)
 
     @jax.jit
     def logits(params: Any, batch: Any) -> Any:

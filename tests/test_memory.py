@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT, build, script_env, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import memory, train
+from bigmodel import train
 from bigmodel.config import InputError
-from bigmodel.memory import Room
+from bigmodel.machines import memory
+from bigmodel.machines.memory import Room
 from bigmodel.plan import estimate, fits
 
 GIB = 2**30

@@ -23,11 +23,11 @@ from conftest import FEW, ROOT, TINY, by_path, random_batch
 from conftest import batch_spec as batch_spec_of
 
 from bigmodel import config as config_lib
-from bigmodel import mesh, program
+from bigmodel import mesh, program, trees
 from bigmodel.config import Config
-from bigmodel.decoder import Decoder
+from bigmodel.infer.decoder import Decoder
+from bigmodel.infer.sampling import GREEDY
 from bigmodel.program import Program, State
-from bigmodel.sampling import GREEDY
 
 # What a step of plain descent changed, over the rate, is the gradient. A large rate keeps its digits.
 RATE = 100.0
@@ -220,7 +220,7 @@ def start(built: Program) -> State:
     rng = np.random.default_rng(5)
 
     def parameter(path: Any, s: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = mesh.path_str(path)
+        name = trees.path_str(path)
         shape = s.shape if len(s.shape) > 1 else (1, 1)
         inputs = shape[0] if "/layers/" in f"/{name}" and len(shape) == 3 else shape[-2]  # of a gate's kernel
         x = rng.normal(size=s.shape) * (max(inputs, 1) ** -0.5 if len(s.shape) > 1 else 0.05)

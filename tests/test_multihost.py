@@ -19,7 +19,7 @@ import pytest
 from conftest import build, by_path, config_flag, finish, start_script, tiny
 
 from bigmodel import log, train
-from bigmodel.checkpoint import Checkpoints
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config
 
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import ROOT, batch_spec, build, built, by_path, mesh_keys, random_batch, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import mesh, models, optim, program, train
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import mesh, models, optim, program, train, trees
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import Config, InputError
-from bigmodel.digests import digest
 from bigmodel.program import Program, steps_left
 
 # Plain gradient descent: an update is -lr times what is left of the gradient.
@@ -175,7 +175,7 @@ ADAMS = {
 def test_muon_makes_each_matrix_orthogonal_that_a_layer_multiplies():
     rng = np.random.default_rng(0)
     shapes = {path: shape for path, (shape, _, _) in MATRICES.items()} | ADAMS
-    grads = mesh.nest({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
+    grads = trees.nest({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
     tx, params = optim.make(plain(name="muon", b1=0.9, lr=1.0)), jax.tree.map(np.zeros_like, grads)
     got = by_path(jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params))
     for path, (shape, count, size) in MATRICES.items():
@@ -201,7 +201,7 @@ def test_muons_matrices_are_those_that_layers_say_they_multiply(family, keys):
     definition = models.define(config, batch_spec(config))
     spec = by_path(definition.params_spec)
     chosen = {
-        mesh.path_str(path): numbers
+        trees.path_str(path): numbers
         for path, numbers in jax.tree_util.tree_leaves_with_path(
             optim._matrices(definition.params_spec),
             is_leaf=lambda x: isinstance(x, optax.contrib.MuonDimensionNumbers),

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from conftest import build, by_path, random_batch, start, tiny
 
-from bigmodel import distill, export, infer, transfer, workdir
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import workdir
+from bigmodel.checkpoint import teachers, transfer
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.compress import trained
 from bigmodel.config import Config
-from bigmodel.predict import Predictor
+from bigmodel.infer import export, loading
+from bigmodel.infer.predict import Predictor
 from bigmodel.program import State
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -69,13 +71,13 @@ def test_everyone_evaluates_the_same_parameters(parts, tmp_path):
         averaged = by_path(state["ema"]).keys()
         assert (averaged == expected.keys()) == (not {"freeze", "lora"} & set(parts))
     assert_same(build(config).evaluated(state), expected)
-    built, loaded = infer.load(tmp_path / "run")
+    built, loaded = loading.load(tmp_path / "run")
     assert_same(loaded["params"], expected)
     assert_same(built.evaluated(loaded), expected)
     assert_same(trained.load(tmp_path / "run").params, expected)
     assert_same(Predictor(built, loaded)._state[0], expected)
     student = build(tiny("cnn", model__width=8, distill__teacher=str(tmp_path / "run")))
-    assert_same(distill.taught(student)["params"], expected)
+    assert_same(teachers.taught(student)["params"], expected)
     whole = jax.device_get(jax.jit(built.model.whole)(loaded["params"], loaded["rest"]))
     _, arrays = transfer.read(tmp_path / "run")
     for path, x in by_path(whole).items():
@@ -92,7 +94,7 @@ def test_evaluation_in_training_and_after_it_is_the_same(tmp_path):
     state, expected = kept(tmp_path / "run", config)
     part, batch = build(config), random_batch(config)
     while_training = part.eval_step(state, part.put(batch))["loss"][0]
-    built, loaded = infer.load(tmp_path / "run")
+    built, loaded = loading.load(tmp_path / "run")
     assert_same(loaded["params"], expected)
     assert float(built.eval_step(loaded, built.put(batch))["loss"][0]) == pytest.approx(
         float(while_training), rel=1e-5
@@ -100,4 +102,4 @@ def test_evaluation_in_training_and_after_it_is_the_same(tmp_path):
     as_it_is = {**state, "ema": jax.tree.map(lambda x: x * 0, state["ema"])}
     assert float(part.eval_step(as_it_is, part.put(batch))["loss"][0]) != float(while_training)
     student = build(tiny("gpt", param_dtype="bfloat16", distill__teacher=str(tmp_path / "run")))
-    assert_same(distill.taught(student)["params"], expected)
+    assert_same(teachers.taught(student)["params"], expected)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import built, mesh_keys, random_batch, start, tiny
 
-from bigmodel.plan import calibrate, cpu_costs, estimate, flops, hlo, schedule, target, thunks
+from bigmodel.plan import calibrate, costs_cpu, cpu_schedule, estimate, flops, hlo, schedule, target
 from bigmodel.plan import compiled as compiled_lib
 
 # ---------------------------------------------------------------------------------- FLOPs, counted by hand
@@ -302,7 +302,7 @@ def test_a_calibration_survives_its_file(tmp_path: pathlib.Path, monkeypatch):
 
 
 def test_cpu_costs_are_the_measured_speeds():
-    costs = cpu_costs.CpuCosts(rates())
+    costs = costs_cpu.CpuCosts(rates())
     assert costs.product_s("float32", "nn", 1, 100, 200, 300) == pytest.approx((2e-9 * 6e6, 4e-9 * 6e6))
     found = loop(12, 1)
     double = found.tables["body"]["double"]
@@ -316,19 +316,19 @@ def test_devices_take_turns_on_the_cores(monkeypatch):
     monkeypatch.setattr(calibrate, "cores", lambda: 2)
     found = loop(12, 1)
     double = found.tables["body"]["double"]
-    one, eight = (cpu_costs.CpuCosts(rates(), n).seconds(found, "body", double, "memory") for n in (1, 8))
+    one, eight = (costs_cpu.CpuCosts(rates(), n).seconds(found, "body", double, "memory") for n in (1, 8))
     assert eight.alone == pytest.approx(max(4 * one.one_core, 8 * one.memory))
 
 
-NOTHING = cpu_costs.Seconds(0.0, 0.0)
+NOTHING = costs_cpu.Seconds(0.0, 0.0)
 
 
 @dataclasses.dataclass
 class Cores:
     """Two cores; an addition and a subtraction take what is said."""
 
-    add: cpu_costs.Seconds
-    subtract: cpu_costs.Seconds = NOTHING
+    add: costs_cpu.Seconds
+    subtract: costs_cpu.Seconds = NOTHING
     share: float = 2.0
 
     def seconds(self, module, computation, i, kind):
@@ -351,7 +351,7 @@ def alike(n: int) -> hlo.Module:
     return sequence(*(f"%x{k} = f32[4,8]{{1,0}} add(%a, %a)" for k in range(n)))
 
 
-SINGLE, SPREAD = cpu_costs.Seconds(1.0, 1.0), cpu_costs.Seconds(1.0, 2.0)
+SINGLE, SPREAD = costs_cpu.Seconds(1.0, 1.0), costs_cpu.Seconds(1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -360,12 +360,12 @@ SINGLE, SPREAD = cpu_costs.Seconds(1.0, 1.0), cpu_costs.Seconds(1.0, 2.0)
         (8, SINGLE, 8.0),  # a short sequence runs in its order
         (10, SINGLE, 6.0),  # nine wait: the worker keeps five more, a second takes four
         (10, SPREAD, 10.0),  # the pool takes one after another, with both cores
-        (10, cpu_costs.Seconds(1.0, 1.0, 1.0), 10.0),  # each wants all of the memory's bandwidth
-        (10, cpu_costs.Seconds(1.0, 1.0, 0.5), 6.0),  # half of it is enough
+        (10, costs_cpu.Seconds(1.0, 1.0, 1.0), 10.0),  # each wants all of the memory's bandwidth
+        (10, costs_cpu.Seconds(1.0, 1.0, 0.5), 6.0),  # half of it is enough
     ],
 )
 def test_kernels_share_the_cores(n, each, total_s):
-    plan = thunks.run(alike(n), Cores(each))
+    plan = cpu_schedule.run(alike(n), Cores(each))
     assert plan.total_s == pytest.approx(total_s)
     assert sum(plan.breakdown().values()) == pytest.approx(total_s)
 
@@ -374,7 +374,7 @@ def test_what_the_pool_runs_takes_the_cores_that_are_left():
     """5 s of both cores, or 10 s of one, beside a chain of nine that takes 9 s of the other."""
     chain = [f"%x{k} = f32[4,8]{{1,0}} add(%{f'x{k - 1}' if k else 'a'}, %a)" for k in range(9)]
     found = sequence("%big = f32[4,8]{1,0} subtract(%a, %a)", *chain)
-    plan = thunks.run(found, Cores(SINGLE, cpu_costs.Seconds(5.0, 10.0)))
+    plan = cpu_schedule.run(found, Cores(SINGLE, costs_cpu.Seconds(5.0, 10.0)))
     assert plan.total_s == pytest.approx(9 + 5 * (1 - 9 / 10))
     big = next(e for e in plan.events if e.name == "big")
     assert (big.start_s, big.duration_s) == pytest.approx((0.0, plan.total_s))
@@ -382,7 +382,7 @@ def test_what_the_pool_runs_takes_the_cores_that_are_left():
 
 
 def test_a_loop_of_kernels_counts_as_often_as_it_runs():
-    plan = thunks.run(loop(12, 3), Cores(SINGLE))
+    plan = cpu_schedule.run(loop(12, 3), Cores(SINGLE))
     assert plan.breakdown() == {"memory": pytest.approx(plan.total_s)}
     assert [(e.name, e.times) for e in plan.events if e.name == "double"] == [("double", 4)]
 

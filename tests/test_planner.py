@@ -8,9 +8,11 @@ import jax
 import pytest
 from conftest import build, run_script, tiny
 
-from bigmodel import hardware, mesh
+from bigmodel import mesh, units
 from bigmodel.config import InputError
-from bigmodel.plan import planner, receipt, search, serve, target, timeline
+from bigmodel.infer import serving_plan
+from bigmodel.machines import chips
+from bigmodel.plan import planner, receipt, search, target, timeline
 
 LIBTPU = target.installed("libtpu")
 
@@ -35,28 +37,28 @@ def test_a_target_that_does_not_exist_is_one_line(spec, says):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("chip", sorted(hardware.BY_NAME))
+@pytest.mark.parametrize("chip", sorted(chips.BY_NAME))
 def test_a_dtype_that_a_chip_does_not_multiply_is_refused_at_once(chip, dtype, monkeypatch):
     """TPUs have no float16; nothing is compiled, and no compiler loaded, to say so."""
-    known = hardware.BY_NAME[chip]
+    known = chips.BY_NAME[chip]
     monkeypatch.setattr(target, "installed", lambda package: False)
     monkeypatch.setattr(planner, "compile_for", lambda *args: pytest.fail("compiled"))
     spec = f"{chip}:{'x'.join('1' * (known.dimensions or 2))}"
     config = tiny("gpt", compute_dtype=dtype)
     if dtype in known.flops:
         monkeypatch.setattr(target, "_cpu_devices", lambda count: jax.devices("cpu")[:1] * count)
-        assert hardware.check_dtype(target.of(config, spec).chip, dtype) is None
+        assert chips.check_dtype(target.of(config, spec).chip, dtype) is None
         assert known.flops[dtype] > 0
         return
     assert (known.platform, dtype) == ("tpu", "float16")
     monkeypatch.setattr(target, "_tpu", lambda *args: pytest.fail("libtpu loaded"))
-    for plan in (planner.plan, search.search, serve.plan):
+    for plan in (planner.plan, search.search, serving_plan.plan):
         with pytest.raises(InputError, match=rf"compute_dtype=float16: {chip} has no .*=bfloat16"):
             plan(config, spec)
 
 
 def test_a_run_on_such_a_chip_is_refused_before_it_compiles(monkeypatch):
-    monkeypatch.setattr(hardware, "chip", lambda device: hardware.BY_NAME["v5p"])
+    monkeypatch.setattr(chips, "chip", lambda device: chips.BY_NAME["v5p"])
     build(tiny("cnn", compute_dtype="bfloat16"))
     with pytest.raises(InputError, match="compute_dtype=float16: v5p"):
         build(tiny("cnn", compute_dtype="float16"))
@@ -70,7 +72,7 @@ def test_a_plan_for_eight_tpus_says_what_a_run_costs(tmp_path, monkeypatch):
     assert r["compiler"] == "analytic"
     printed = "\n".join(receipt.table(r))
     assert "ANALYTIC" in printed
-    assert f"headroom {receipt.size(r['capacity_bytes'] - r['peak_bytes'])}" in printed
+    assert f"headroom {units.size(r['capacity_bytes'] - r['peak_bytes'])}" in printed
     assert r["chips"] == 8
     assert r["fits"]
     assert 0 < r["mfu_causal_attention"] < r["mfu_full_attention"] < 1
@@ -152,16 +154,16 @@ def test_what_the_compiler_refuses_is_one_line(monkeypatch):
 def test_a_plan_for_serving_fills_the_memory_and_names_its_price(monkeypatch):
     monkeypatch.setattr(target, "installed", lambda package: False)
     config = tiny("gpt", batch_size=8, model__position="rope")
-    r = serve.plan(config, "h100:1x1", prompt=5)
+    r = serving_plan.plan(config, "h100:1x1", prompt=5)
     assert r["peak_bytes"] <= r["capacity_bytes"]
     assert r["batch"] > 1000
     assert r["cache_bytes_per_token"] == 2 * 2 * 32 * 4  # keys and values, layers, width, bytes
     assert r["tokens_per_s"] == pytest.approx(r["batch"] / r["token_s"])
     hour = r["tokens_per_s"] * 3600 / 1e6 * r["dollars_per_million_tokens"]
-    twice = serve.plan(config, "h100:1x1", prompt=5, assume={"dollars_per_chip_hour": 2 * hour})
+    twice = serving_plan.plan(config, "h100:1x1", prompt=5, assume={"dollars_per_chip_hour": 2 * hour})
     assert twice["dollars_per_million_tokens"] == pytest.approx(2 * r["dollars_per_million_tokens"])
-    assert "tokens/s" in "\n".join(serve.table(r))
+    assert "tokens/s" in "\n".join(serving_plan.table(r))
     with pytest.raises(InputError, match="--mode=serve is for Transformers"):
-        serve.plan(tiny("mlp"), "h100:1x1")
+        serving_plan.plan(tiny("mlp"), "h100:1x1")
     with pytest.raises(InputError, match="--prompt=16: choose 1 to 15"):
-        serve.plan(config, "h100:1x1", prompt=16)
+        serving_plan.plan(config, "h100:1x1", prompt=16)

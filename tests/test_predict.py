@@ -15,10 +15,11 @@ import pytest
 from conftest import ROOT, batch_spec, run_script, saved, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import infer, mesh, program
+from bigmodel import mesh, program
 from bigmodel.config import Config, InputError
 from bigmodel.data import ratings, tables, transforms
-from bigmodel.predict import Predictor
+from bigmodel.infer import loading
+from bigmodel.infer.predict import Predictor
 from bigmodel.program import Program, State
 
 Rows = list[dict[str, Any]]
@@ -152,7 +153,7 @@ def test_a_file_is_predicted_and_gone_on_with(case, tmp_path):
     rows = [json.loads(line) for line in whole.splitlines()]
     names = [line[0] if lines[0] == ["image"] else str(index) for index, line in enumerate(lines[1:])]
     assert [row["input"] for row in rows] == names
-    check(*infer.load(run), rows)
+    check(*loading.load(run), rows)
     out.write_text(whole[: len(whole) // 2])  # cut short within a line
     assert f"of {len(rows)} in" in run_script("predict.py", *flags).out
     assert [json.loads(line).keys() for line in out.read_text().splitlines()] == [r.keys() for r in rows]

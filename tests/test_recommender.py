@@ -14,13 +14,14 @@ import pytest
 from conftest import ROOT, by_path, mesh_keys, steps
 
 from bigmodel import config as config_lib
-from bigmodel import evaluate, mesh, models, program, ranking, train
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import evaluate, mesh, models, program, train
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import Config, InputError
 from bigmodel.data import batch_spec, make_pipeline, ratings
 from bigmodel.data.builders import clicks
-from bigmodel.digests import digest
 from bigmodel.plan import estimate
+from bigmodel.tasks import ranking
 
 SGD = {"optim.name": "sgd", "optim.lr": 0.1, "optim.schedule": "constant", "optim.warmup_steps": 0}
 SMALL = {

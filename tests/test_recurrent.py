@@ -24,8 +24,8 @@ from conftest import (
 
 from bigmodel import config as config_lib
 from bigmodel import models, train
-from bigmodel.checkpoint import Checkpoints
-from bigmodel.digests import digest
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.checkpoint.digests import digest
 from bigmodel.models import recurrent
 from bigmodel.plan import estimate, flops
 

@@ -23,11 +23,11 @@ import openai
 import pytest
 from conftest import build, compiles, finish, saved, start, start_script, tiny
 
-from bigmodel import infer
-from bigmodel.openai_api import Refusal, chat, completion
-from bigmodel.predict import Predictor
-from bigmodel.sampling import Sampling
-from bigmodel.worker import Text
+from bigmodel.infer import generate
+from bigmodel.infer.openai_api import Refusal, chat, completion
+from bigmodel.infer.predict import Predictor
+from bigmodel.infer.sampling import Sampling
+from bigmodel.infer.worker import Text
 
 KEY = {"BIGMODEL_API_KEY": "sesame"}
 BEARER = {"Authorization": "Bearer sesame"}
@@ -64,8 +64,8 @@ def server(run_dir: pathlib.Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def writer(run_dir: pathlib.Path) -> infer.Writer:
-    return infer.Writer.load(run_dir)
+def writer(run_dir: pathlib.Path) -> generate.Writer:
+    return generate.Writer.load(run_dir)
 
 
 def post(server: Server, body: Any, path: str = "v1/completions", **keys: Any) -> httpx.Response:
@@ -75,7 +75,7 @@ def post(server: Server, body: Any, path: str = "v1/completions", **keys: Any) -
     return httpx.post(server.url + path, json=body, **keys)
 
 
-def offline(writer: infer.Writer, prompts: list[str], length: int) -> list[str]:
+def offline(writer: generate.Writer, prompts: list[str], length: int) -> list[str]:
     return [writer.write([prompt], length)[0] for prompt in prompts]
 
 

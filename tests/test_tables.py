@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import by_path, mesh_keys, steps, tiny
 
-from bigmodel import evaluate, fitted, mesh, program, train
+from bigmodel import evaluate, mesh, program, train
 from bigmodel.config import Config, InputError
-from bigmodel.data import batch_spec, class_names, delimited, labels, make_pipeline, tables
+from bigmodel.data import batch_spec, class_names, delimited, fitted, labels, make_pipeline, tables
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__schedule": "constant"}
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from bigmodel import config as configs
+from bigmodel import disk
 from bigmodel.config import InputError
-from bigmodel.data import text, token_cache
+from bigmodel.data import corpus, token_cache, tokenizers
 
 DOCUMENTS = [
     b"hello world\n",
@@ -50,12 +51,12 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bpe():
-    return text.BPE.train((d.decode() * 3 for d in DOCUMENTS), 300)
+    return tokenizers.BPE.train((d.decode() * 3 for d in DOCUMENTS), 300)
 
 
 @pytest.fixture(params=["bytes", "bpe"])
 def tokenizer(request, bpe):
-    return text.Bytes() if request.param == "bytes" else bpe
+    return tokenizers.Bytes() if request.param == "bytes" else bpe
 
 
 def test_round_trip_is_exact_for_any_unicode(tokenizer):
@@ -71,7 +72,7 @@ def test_round_trip_is_exact_for_any_unicode(tokenizer):
 def test_ids_that_are_no_text_decode_to_something(tokenizer):
     assert tokenizer.decode([tokenizer.separator]) == "<|endoftext|>"
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == "\ufffd"
-    assert tokenizer.decode(text.Bytes().encode("\u4f60")[:2]) is not None
+    assert tokenizer.decode(tokenizers.Bytes().encode("\u4f60")[:2]) is not None
     assert tokenizer.token_bytes[tokenizer.separator] == 0
 
 
@@ -82,34 +83,34 @@ def test_a_lone_surrogate_is_an_input_error(tokenizer):
 
 def test_bpe_saves_loads_and_trains_the_same(bpe, tmp_path):
     bpe.save(tmp_path / "t.json")
-    again = text.BPE.load(tmp_path / "t.json")
+    again = tokenizers.BPE.load(tmp_path / "t.json")
     assert again.fingerprint == bpe.fingerprint
     np.testing.assert_array_equal(again.encode("hello"), bpe.encode("hello"))
-    assert text.BPE.train((d.decode() * 3 for d in DOCUMENTS), 300).fingerprint == bpe.fingerprint
+    assert tokenizers.BPE.train((d.decode() * 3 for d in DOCUMENTS), 300).fingerprint == bpe.fingerprint
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(InputError, match=r"bad\.json"):
-        text.BPE.load(tmp_path / "bad.json")
+        tokenizers.BPE.load(tmp_path / "bad.json")
 
 
 def test_the_workdir_keeps_the_tokenizer(tmp_path):
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("the cat sat on the mat\n" * 200)
-    config = configs.from_dict({"data": {"name": f"text:{corpus}", "tokenizer": "bpe:270"}})
-    first = text.get_tokenizer(config, tmp_path)
-    corpus.write_text("quite another text, is it not\n" * 200)
-    assert text.get_tokenizer(config, tmp_path).fingerprint == first.fingerprint
-    smaller = configs.from_dict({"data": {"name": f"text:{corpus}", "tokenizer": "bpe:260"}})
+    path = tmp_path / "path.txt"
+    path.write_text("the cat sat on the mat\n" * 200)
+    config = configs.from_dict({"data": {"name": f"text:{path}", "tokenizer": "bpe:270"}})
+    first = corpus.get_tokenizer(config, tmp_path)
+    path.write_text("quite another text, is it not\n" * 200)
+    assert corpus.get_tokenizer(config, tmp_path).fingerprint == first.fingerprint
+    smaller = configs.from_dict({"data": {"name": f"text:{path}", "tokenizer": "bpe:260"}})
     with pytest.raises(InputError, match=r"data\.tokenizer.*tokenizer\.json"):
-        text.get_tokenizer(smaller, tmp_path)
+        corpus.get_tokenizer(smaller, tmp_path)
     with pytest.raises(InputError, match="too small"):
-        text.get_tokenizer(configs.from_dict({"data": {"tokenizer": "bpe:100"}}))
+        corpus.get_tokenizer(configs.from_dict({"data": {"tokenizer": "bpe:100"}}))
 
 
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("seq_len", [2, 7, 64, 1000])
 def test_no_token_is_lost_and_none_is_a_target_twice(tokenizer, seq_len, cache):
-    stream = text.token_stream(Memory(), tokenizer, cache=cache)
-    packed = text.Packed(stream, tokenizer, seq_len)
+    stream = corpus.token_stream(Memory(), tokenizer, cache=cache)
+    packed = corpus.Packed(stream, tokenizer, seq_len)
     batch = packed.read(np.arange(len(packed)))
     real = batch["segments"] > 0
     np.testing.assert_array_equal(batch["targets"][real], stream[1:])
@@ -127,9 +128,9 @@ def _split(ids, separator):
 
 
 def test_segments_and_positions_restart_with_each_document(tokenizer):
-    stream = text.token_stream(Memory(), tokenizer)
+    stream = corpus.token_stream(Memory(), tokenizer)
     document = np.cumsum(stream == tokenizer.separator)
-    packed = text.Packed(stream, tokenizer, 16)
+    packed = corpus.Packed(stream, tokenizer, 16)
     batch = packed.read(np.arange(len(packed)))
     for row in range(len(packed)):
         valid = batch["segments"][row] > 0
@@ -143,7 +144,7 @@ def test_segments_and_positions_restart_with_each_document(tokenizer):
 
 
 def test_reading_is_by_row(bpe):
-    packed = text.Packed(text.token_stream(Memory(), bpe), bpe, 4)
+    packed = corpus.Packed(corpus.token_stream(Memory(), bpe), bpe, 4)
     every = packed.read(np.arange(len(packed)))
     some = np.array([len(packed) - 1, 0, 2, 2])
     for key, value in packed.read(some).items():
@@ -152,17 +153,17 @@ def test_reading_is_by_row(bpe):
 
 
 def test_the_stream_is_encoded_once_and_a_cut_file_again():
-    source, tokenizer = Memory(), text.Bytes()
-    first = np.array(text.token_stream(source, tokenizer))
+    source, tokenizer = Memory(), tokenizers.Bytes()
+    first = np.array(corpus.token_stream(source, tokenizer))
     reads = source.reads
-    text.token_stream(source, tokenizer)
+    corpus.token_stream(source, tokenizer)
     assert source.reads == reads
-    (path,) = text.cache_dir().glob("tokens-*.bin")
+    (path,) = disk.cache_dir().glob("tokens-*.bin")
     path.write_bytes(path.read_bytes()[:-6])
-    np.testing.assert_array_equal(text.token_stream(source, tokenizer), first)
-    other = text.token_stream(Memory([b"other"], "other"), tokenizer)
+    np.testing.assert_array_equal(corpus.token_stream(source, tokenizer), first)
+    other = corpus.token_stream(Memory([b"other"], "other"), tokenizer)
     assert len(other) == 7
-    assert not list(text.cache_dir().glob(".tokens-*"))  # nothing half-written stays
+    assert not list(disk.cache_dir().glob(".tokens-*"))  # nothing half-written stays
 
 
 @pytest.fixture
@@ -173,15 +174,15 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", [1, 70_001, -2])
 def test_an_overwritten_token_file_is_made_anew_with_a_word(own_cache, caplog, where):
-    """Its first and last id stay, as another corpus' would be."""
+    """Its first and last id stay, as another path' would be."""
     documents = [bytes([65 + i % 26]) * 90 for i in range(900)]
-    first = np.array(text.token_stream(Memory(documents), text.Bytes()))
+    first = np.array(corpus.token_stream(Memory(documents), tokenizers.Bytes()))
     (path,) = own_cache.glob("tokens-*.bin")
     ids = np.fromfile(path, np.uint16)
     ids[where] = 77 if ids[where] != 77 else 78
     path.write_bytes(ids.tobytes())
     with caplog.at_level("WARNING", "bigmodel"):
-        stream = text.token_stream(Memory(documents), text.Bytes())
+        stream = corpus.token_stream(Memory(documents), tokenizers.Bytes())
     np.testing.assert_array_equal(stream, first)
     assert "is not what was written" in caplog.text
     assert "made anew" in caplog.text
@@ -191,18 +192,20 @@ def test_an_overwritten_token_file_is_made_anew_with_a_word(own_cache, caplog, w
 def test_a_large_token_file_is_checked_where_it_is_read(own_cache, monkeypatch):
     monkeypatch.setattr(token_cache, "CHECKED_AT_OPEN", 0)
     documents = [bytes([65 + i % 26]) * 90 for i in range(3000)]
-    first = np.array(text.token_stream(Memory(documents), text.Bytes()))
+    first = np.array(corpus.token_stream(Memory(documents), tokenizers.Bytes()))
     (path,) = own_cache.glob("tokens-*.bin")
     ids = np.fromfile(path, np.uint16)
     ids[50_000:60_000] = ids[50_000:60_000][::-1]
     path.write_bytes(ids.tobytes())
-    packed = text.Packed(text.token_stream(Memory(documents), text.Bytes()), text.Bytes(), 100)
+    packed = corpus.Packed(
+        corpus.token_stream(Memory(documents), tokenizers.Bytes()), tokenizers.Bytes(), 100
+    )
     row = packed.read(np.array([0, 200, 1900, len(packed) - 1]))
     np.testing.assert_array_equal(row["tokens"][1], first[20_000:20_100])
     with pytest.raises(InputError, match=r"tokens-.*block 1 is not what was written.*start again"):
         packed.read(np.array([3, 550]))
-    stream = text.token_stream(Memory(documents), text.Bytes())
-    packed = text.Packed(stream, text.Bytes(), 100)
+    stream = corpus.token_stream(Memory(documents), tokenizers.Bytes())
+    packed = corpus.Packed(stream, tokenizers.Bytes(), 100)
     every = packed.read(np.arange(len(packed)))
     np.testing.assert_array_equal(every["targets"][every["segments"] > 0], first[1:])
     assert stream.checked.all()
@@ -210,21 +213,21 @@ def test_a_large_token_file_is_checked_where_it_is_read(own_cache, monkeypatch):
 
 @pytest.mark.parametrize("lost", ["tokens-*.crc", "tokens-*.bin"])
 def test_half_a_token_file_is_made_anew(own_cache, lost):
-    first = np.array(text.token_stream(Memory(), text.Bytes()))
+    first = np.array(corpus.token_stream(Memory(), tokenizers.Bytes()))
     next(own_cache.glob(lost)).write_bytes(b"")
-    np.testing.assert_array_equal(text.token_stream(Memory(), text.Bytes()), first)
+    np.testing.assert_array_equal(corpus.token_stream(Memory(), tokenizers.Bytes()), first)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(InputError, match="BIGMODEL_CACHE"):
-        text.token_stream(Memory(), text.Bytes())
+        corpus.token_stream(Memory(), tokenizers.Bytes())
 
 
 def test_long_corpora_are_encoded_in_pieces(monkeypatch):
-    monkeypatch.setattr(text, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 64)
     documents = [bytes([65 + i % 26]) * (i % 50) for i in range(200)]
-    stream = text.token_stream(Memory(documents), text.Bytes())
+    stream = corpus.token_stream(Memory(documents), tokenizers.Bytes())
     expected = b"|".join([b"", *documents, b""])
     assert bytes(np.where(stream == 256, ord("|"), stream).astype(np.uint8)) == expected

@@ -20,9 +20,9 @@ from conftest import build, config_flag, finish, run_script, start_script, tiny
 
 from bigmodel import config as config_lib
 from bigmodel import log, train, workdir
-from bigmodel.checkpoint import Checkpoints
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import Config, InputError
-from bigmodel.digests import digest
 from bigmodel.plan import estimate, flops
 
 TEXT = {"model__vocab_size": 264, "seq_len": 32, "log__every_steps": 2, "eval__batches": 2}

@@ -12,11 +12,11 @@ import pytest
 from tokenizers import Tokenizer as Model
 from tokenizers import decoders, models, pre_tokenizers
 
-from bigmodel import stops
 from bigmodel.data.pretrained import Pretrained
-from bigmodel.data.text import BPE, Bytes
-from bigmodel.engine import News, Request
-from bigmodel.worker import Answer, Late, Text, Worker
+from bigmodel.data.tokenizers import BPE, Bytes
+from bigmodel.infer import stops
+from bigmodel.infer.engine import News, Request
+from bigmodel.infer.worker import Answer, Late, Text, Worker
 
 
 def test_stop_strings_are_found_as_by_looking_at_every_end():

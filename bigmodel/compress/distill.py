@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import distill
+from bigmodel.checkpoint import teachers
 from bigmodel.compress import recipe, trained
 from bigmodel.compress.trained import Trained, changed
 from bigmodel.config import Config, InputError
+from bigmodel.config.adapt import Distill, Prune, Quantize
 from bigmodel.models.distilled import NAME
-from bigmodel.smaller import Distill, Prune, Quantize
 
 # From the others, unless the student sets them.
 DERIVED = ("kv_heads", "head_dim", "mlp_width", "decoder_depth", "groups", "embed_width")
@@ -41,7 +41,7 @@ def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path, seed: int) 
         state = built.init(jax.random.key(seed))
         params, rest = state["params"], {part: x for part, x in state["rest"].items() if part != NAME}
     if how.teacher:
-        rest = {**rest, NAME: distill.taught(built, model.source)}
+        rest = {**rest, NAME: teachers.taught(built, model.source)}
     return Trained(built, params, rest, model.source)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigmodel import mesh, tasks
+from bigmodel import tasks, trees
 from bigmodel.compress import trained
 from bigmodel.compress.trained import Trained
 from bigmodel.models import weights
@@ -34,7 +34,7 @@ def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
 
     Products that the model does not compute by `weights.product` or `conv` (largest alone) are left out.
     """
-    whole = mesh.by_path(model.params)
+    whole = trees.by_path(model.params)
     sums = model.program.model.products
     seen_by = {"gram": ((-2,),), "largest": ((-2,), (-4, -3, -2))}[what]
     direct = [name for name in names if sums[name] in seen_by]
@@ -45,9 +45,9 @@ def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
         return {what: jnp.zeros((*lead, w.shape[-2], w.shape[-2]) if what == "gram" else lead, jnp.float32)}
 
     def outputs(probes: Any, params: Any, rest: Any, batch: Any) -> jax.Array:
-        flat = mesh.by_path(params)
+        flat = trees.by_path(params)
         watched = {name: weights.Observed(flat[name], probes[name]) for name in direct}
-        params = mesh.with_leaves(params, watched)
+        params = trees.with_leaves(params, watched)
         out, _ = model.program.model.apply(params, rest, batch, key=None, train=False)
         return sum((x.astype(jnp.float32).sum() for x in jax.tree.leaves(out)), jnp.float32(0))
 

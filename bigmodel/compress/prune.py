@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigmodel import log, mesh, sparsity
+from bigmodel import log, sparsity, trees
 from bigmodel.compress import observe, recipe, solve
 from bigmodel.compress.trained import Trained, changed
 from bigmodel.config import InputError, Prune
@@ -25,7 +25,7 @@ def apply(model: Trained, op: recipe.Prune) -> Trained:
     if model.config.quantize.weights != "none":
         raise InputError("recipe step prune: the model is quantized already; prune it before")
     how = settings(op)
-    flat, sums = mesh.by_path(model.params), model.program.model.products
+    flat, sums = trees.by_path(model.params), model.program.model.products
     found = sparsity.chosen(how, sums, model.params)
     seen: dict[str, jax.Array] = {}
     if op.method in ("wanda", "sparsegpt"):
@@ -39,7 +39,7 @@ def apply(model: Trained, op: recipe.Prune) -> Trained:
     for name, gram in seen.items():
         new[name] = one(flat[name], gram).astype(flat[name].dtype)
     held = dataclasses.replace(how, end_step=0)
-    return changed(model, model.config.replace(prune=held), mesh.with_leaves(model.params, new), model.rest)
+    return changed(model, model.config.replace(prune=held), trees.with_leaves(model.params, new), model.rest)
 
 
 def scheduled(model: Trained, op: recipe.Prune) -> Trained:
@@ -54,9 +54,9 @@ def finished(model: Trained) -> Trained:
     config = model.config.replace(prune=dataclasses.replace(model.config.prune, end_step=0, begin_step=0))
     params = model.params
     if "ema" in model.state:
-        masks = mesh.by_path(model.state["opt"].masks)
-        flat = mesh.by_path(params)
-        params = mesh.with_leaves(
+        masks = trees.by_path(model.state["opt"].masks)
+        flat = trees.by_path(params)
+        params = trees.with_leaves(
             params, {name: jnp.where(mask, flat[name], 0) for name, mask in masks.items()}
         )
     return changed(model, config, params, model.rest)

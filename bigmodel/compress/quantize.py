@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigmodel import log, mesh
+from bigmodel import log, trees
 from bigmodel.compress import observe, recipe, solve
 from bigmodel.compress.trained import Trained, changed
 from bigmodel.config import InputError, Prune, Quantize
-from bigmodel.models import held, weights
+from bigmodel.models import quantized, weights
 
 GROUP = {"int4": 64}  # inputs that share a scale, unless the recipe says otherwise: 0.5 bit a weight
 HELD = {"w8a8": "int8"}  # by kind, where the weights are not called so
@@ -36,8 +36,8 @@ def apply(model: Trained, op: recipe.Quantize) -> Trained:
         )
     how = settings(op)
     _check_chip(op)
-    sums = held.chosen(model.program.model, how)
-    rounded = [name for name, axes in sums.items() if held.rounds_inputs(how, axes)]
+    sums = quantized.chosen(model.program.model, how)
+    rounded = [name for name, axes in sums.items() if quantized.rounds_inputs(how, axes)]
     if config.quantize.aware:  # the float model, whose weights are looked at
         model = changed(model, config.replace(quantize=Quantize()), model.params, model.rest)
     grams = observe.inputs(model, list(sums), "gram") if op.method == "gptq" else {}
@@ -45,7 +45,7 @@ def apply(model: Trained, op: recipe.Quantize) -> Trained:
         log.say(f"quantize  GPTQ sees no inputs of {', '.join(unseen)}: to the nearest code")
     largest = observe.inputs(model, rounded, "largest") if rounded else {}
     search = how.weights == "int4" and op.method != "aware"  # with so few codes, clipping the largest pays
-    flat, new = mesh.by_path(model.params), {}
+    flat, new = trees.by_path(model.params), {}
     for name, axes in sums.items():
         if name in grams:
             w = _gptq(how.weights, how.group)(flat[name], grams[name])
@@ -53,9 +53,9 @@ def apply(model: Trained, op: recipe.Quantize) -> Trained:
             w = _nearest(axes, how.weights, how.group, search)(flat[name])
         if name in rounded:
             scale = largest.get(name, jnp.float32(1)) / weights.LARGEST[how.weights]
-            w = held.with_activation(w, axes, jnp.where(scale > 0, scale, 1.0))
+            w = quantized.with_activation(w, axes, jnp.where(scale > 0, scale, 1.0))
         new[name] = w
-    params, codes = held.split(mesh.with_leaves(model.params, new), how)
+    params, codes = quantized.split(trees.with_leaves(model.params, new), how)
     # Codes do not train, so nothing has to keep their zeros.
     return changed(model, config.replace(quantize=how, prune=Prune()), params, {**model.rest, **codes})
 
@@ -63,7 +63,7 @@ def apply(model: Trained, op: recipe.Quantize) -> Trained:
 def aware(model: Trained, op: recipe.Quantize) -> Trained:
     """The model with a config by which it trains on floats that are rounded wherever they are used."""
     how = dataclasses.replace(settings(op), aware=True)
-    held.chosen(model.program.model, how)
+    quantized.chosen(model.program.model, how)
     return changed(model, model.config.replace(quantize=how), model.params, model.rest)
 
 

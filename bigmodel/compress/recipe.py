@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from bigmodel import typed
-from bigmodel.config import InputError
-from bigmodel.smaller import pattern_problems
+from bigmodel.config import InputError, parsing
+from bigmodel.config.adapt import pattern_problems
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _op_of_tree(name: str, settings: Any) -> Op:
 
 def _class(name: str) -> type[Any]:
     if name not in OPS:
-        raise InputError(f"recipe step {name!r} is unknown{typed.nearest(name, OPS)}")
+        raise InputError(f"recipe step {name!r} is unknown{parsing.nearest(name, OPS)}")
     return OPS[name]
 
 
@@ -211,12 +210,12 @@ def _field_for(cls: type[Any], name: str, item: str) -> str:
                 return key
             choices += typing.get_args(hint)
     raise InputError(
-        f"recipe step {name}: {item!r} is no setting of it{typed.nearest(item, [*choices, *hints])}"
+        f"recipe step {name}: {item!r} is no setting of it{parsing.nearest(item, [*choices, *hints])}"
     )
 
 
 def _build(cls: type[Any], name: str, settings: Mapping[str, Any]) -> Any:
-    op = typed.build(cls, settings, f"{name}.")
+    op = parsing.build(cls, settings, f"{name}.")
     for key, problem in op.problems() if hasattr(op, "problems") else ():
         raise InputError(f"recipe step {name}: {key} {problem}")
     if getattr(op, "steps", 1) < 1 and cls is Finetune:

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigmodel import energy, evaluate, log
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import evaluate, log
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.compress import trained
 from bigmodel.compress.trained import Trained
+from bigmodel.machines import energy
 from bigmodel.plan import flops
-from bigmodel.plan.receipt import quantity, size
+from bigmodel.units import quantity, size
 
 BATCHES = (1, 32)  # examples whose latency is measured
 # Rounds are interleaved over the stages, so that a busy moment of the machine hits all alike; of slow models

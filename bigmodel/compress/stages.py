@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bigmodel import log, train, transfer, workdir
+from bigmodel import log, train, workdir
+from bigmodel.checkpoint import transfer
 from bigmodel.compress import distill, prune, quantize, recipe, report, structure, trained
 from bigmodel.compress.recipe import Op, Stage
 from bigmodel.compress.trained import Trained

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import mesh
-from bigmodel.compress import observe, recipe, trained, units
+from bigmodel import trees
+from bigmodel.compress import channels, observe, recipe, trained
+from bigmodel.compress.channels import Cut, Units
 from bigmodel.compress.trained import Trained
-from bigmodel.compress.units import Cut, Units
 from bigmodel.config import InputError
 
 
@@ -30,15 +30,15 @@ def apply(model: Trained, op: recipe.Prune) -> Trained:
     if model.config.quantize.weights != "none":
         raise InputError("recipe step prune: the model is quantized already; prune it before")
     c = model.config.model
-    if op.unit not in units.kinds(c):
-        choices = ", ".join(["weights", *units.kinds(c)])
+    if op.unit not in channels.kinds(c):
+        choices = ", ".join(["weights", *channels.kinds(c)])
         raise InputError(f"recipe step prune: {_refusal(c, op.unit)}; choose {choices}")
     if op.unit == "layers":
         return _without_layers(model, op.amount)
-    smaller = dataclasses.replace(c, **units.fewer(c, op.unit, op.amount))
+    smaller = dataclasses.replace(c, **channels.fewer(c, op.unit, op.amount))
     config = model.config.replace(model=smaller)
     flat, spec = arrays(vars(model)), trained.build(config, model.program).state_spec
-    groups, left = units.find(c, op.unit, flat), units.find(smaller, op.unit, arrays(spec))
+    groups, left = channels.find(c, op.unit, flat), channels.find(smaller, op.unit, arrays(spec))
     keep: dict[tuple[str, int], np.ndarray] = {}
     for group, then, score in zip(groups, left, _importance(model, groups), strict=True):
         worst = np.argsort(-score, axis=-1, kind="stable")[..., then.count :]
@@ -53,8 +53,8 @@ def apply(model: Trained, op: recipe.Prune) -> Trained:
         {name.removeprefix(f"{part}/"): x for name, x in flat.items() if name.startswith(f"{part}/")}
         for part in PARTS
     )
-    trees = (mesh.with_leaves(getattr(model, part), x) for part, x in zip(PARTS, parts, strict=True))
-    return trained.changed(model, config, *trees)
+    changed_parts = (trees.with_leaves(getattr(model, part), x) for part, x in zip(PARTS, parts, strict=True))
+    return trained.changed(model, config, *changed_parts)
 
 
 PARTS = ("params", "rest")
@@ -62,7 +62,7 @@ PARTS = ("params", "rest")
 
 def arrays(state: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a state's `params` and `rest`, by path."""
-    return {f"{part}/{path}": x for part in PARTS for path, x in mesh.by_path(state[part]).items()}
+    return {f"{part}/{path}": x for part in PARTS for path, x in trees.by_path(state[part]).items()}
 
 
 def _refusal(c: Any, unit: str) -> str:
@@ -76,11 +76,11 @@ def _refusal(c: Any, unit: str) -> str:
 
 def _importance(model: Trained, groups: list[Units]) -> list[np.ndarray]:
     """For each group [lead..., units]."""
-    params = mesh.by_path(model.params)
+    params = trees.by_path(model.params)
 
     @jax.jit
     def of_batch(params: dict[str, jax.Array], slope: Any) -> list[jax.Array]:
-        slopes, out = mesh.by_path(slope), []
+        slopes, out = trees.by_path(slope), []
         for group in groups:
             total = jnp.float32(0)
             for cut in group.cuts:
@@ -128,11 +128,11 @@ def _without_one(model: Trained, key: str) -> Trained:
     two = hasattr(model.config.model, "decoder_depth")
     stack = "blocks" if not two else ("decoder/blocks" if key == "decoder_depth" else "encoder/blocks")
     config = model.config.replace(model=dataclasses.replace(model.config.model, **{key: depth - 1}))
-    flat = {name: x for name, x in mesh.by_path(model.params).items() if name.startswith(stack + "/")}
+    flat = {name: x for name, x in trees.by_path(model.params).items() if name.startswith(stack + "/")}
 
     def without(layer: int) -> Any:
         kept = np.delete(np.arange(depth), layer)
-        return mesh.with_leaves(model.params, {name: x[kept] for name, x in flat.items()})
+        return trees.with_leaves(model.params, {name: x[kept] for name, x in flat.items()})
 
     smaller = trained.changed(model, config, without(0), model.rest)
     losses = [_loss(dataclasses.replace(smaller, params=without(layer))) for layer in range(depth)]

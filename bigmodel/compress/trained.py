@@ -11,10 +11,12 @@ from typing import Any
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import data, fingerprint, infer, log, mesh, program, workdir
-from bigmodel.checkpoint import Checkpoints
+from bigmodel import data, log, mesh, program, workdir
+from bigmodel.checkpoint import fingerprint
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config, InputError
 from bigmodel.data import tokenizer_files
+from bigmodel.infer import loading
 from bigmodel.program import Program
 
 # What `train` and `evaluate` make of a run; every other file of a workdir (a tokenizer) goes with the model.
@@ -42,7 +44,7 @@ class Trained:
 
 def load(directory: str | os.PathLike[str]) -> Trained:
     """The newest checkpoint of a run; its moving average where it has one. Raises InputError."""
-    built, state = infer.load(directory)
+    built, state = loading.load(directory)
     return Trained(built, built.evaluated(state), state["rest"], pathlib.Path(directory))
 
 

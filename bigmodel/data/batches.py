@@ -13,21 +13,25 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bigmodel.config import Config, Data, InputError
+from bigmodel.config.families import LABEL_TASKS
 from bigmodel.data import (
     balance,
+    corpus,
     images,
     labels,
     objectives,
-    objects,
+    pretrained,
     ratings,
     sources,
     tables,
-    text,
+    tfds,
+    tokenizers,
     transforms,
 )
+from bigmodel.data import boxes as box_data
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
-from bigmodel.families import IMAGE_TASKS
+from bigmodel.data.source import Source
 
 
 class Examples(Protocol):
@@ -61,7 +65,7 @@ EVAL_SEED = 0  # evaluation draws the same whatever the run's seed, so that runs
 class EncodedPairs:
     """`source_ids` and `target_ids` of a source's pairs, object arrays of int32 arrays."""
 
-    def __init__(self, source: sources.Source, tokenizer: text.Tokenizer) -> None:
+    def __init__(self, source: Source, tokenizer: tokenizers.Tokenizer) -> None:
         self._source, self._tokenizer = source, tokenizer
 
     def __len__(self) -> int:
@@ -97,7 +101,7 @@ def _mlm(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     task, seed = config.task, config.seed if train else EVAL_SEED
     tokenizer = _tokenizer(config, facts, special=2)
     vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
-    mask_id, cls = (text.special_id(tokenizer, vocab_size, role) for role in ("mask", "cls"))
+    mask_id, cls = (corpus.special_id(tokenizer, vocab_size, role) for role in ("mask", "cls"))
     length = config.seq_len - 3 if task.next_sentence else config.seq_len
     packed, about = _packed(config, split, tokenizer, length)
     mask = functools.partial(
@@ -148,7 +152,7 @@ def _seq2seq(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     tokenizer = _tokenizer(config, facts, special=spans)
     vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + spans)
     shape: dict[str, Any] = {"inputs": inputs, "targets": targets, "end": tokenizer.separator}
-    shape["start"] = text.special_id(tokenizer, vocab_size, "start")
+    shape["start"] = corpus.special_id(tokenizer, vocab_size, "start")
     token_bytes = _all_bytes(tokenizer, vocab_size)
     if paired:
         source = facts.open(split, ("source", "target"))
@@ -169,7 +173,7 @@ def _seq2seq(config: Config, split: str, facts: Facts, train: bool) -> Parts:
         seed=seed,
         rate=task.mask_rate,
         mean_span=task.mean_span,
-        last_sentinel=text.special_id(tokenizer, vocab_size, "sentinel"),
+        last_sentinel=corpus.special_id(tokenizer, vocab_size, "sentinel"),
         token_bytes=token_bytes,
         **shape,
     )
@@ -189,7 +193,7 @@ def _seq2seq_shapes(config: Config, facts: Facts) -> Shapes:
 def _labelled(
     config: Config,
     train: bool,
-    source: sources.Source,
+    source: Source,
     where: labels.Where,
     prepare: Callable[[np.ndarray | None], transforms.Transform],
     label_of: Callable[[], np.ndarray],
@@ -250,8 +254,8 @@ def _gan_shapes(config: Config, facts: Facts) -> Shapes:
 
 def _objects(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     d = config.data
-    source = facts.open(split, [key for key in (*objects.KEYS, sources.CROWDS) if key in facts.features])
-    objects.check(config, source.features)
+    source = facts.open(split, [key for key in (*box_data.KEYS, tfds.CROWDS) if key in facts.features])
+    box_data.check(config, source.features)
 
     def where(index: int) -> str:
         return f"data.name={d.name!r} split {split!r} record {index}"
@@ -259,7 +263,7 @@ def _objects(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     about: dict[str, Any] = {"source": source.fingerprint}
     keys = ("image_size", "augment") if train else ()
     about |= {key: getattr(d, key) for key in keys if getattr(d, key) != getattr(Data, key)}
-    return Parts(objects.Records(source, config, where), objects.Prepare(config, train), about)
+    return Parts(box_data.Records(source, config, where), box_data.Prepare(config, train), about)
 
 
 def _texts(config: Config, split: str, facts: Facts, train: bool) -> Parts:
@@ -283,16 +287,16 @@ def _texts(config: Config, split: str, facts: Facts, train: bool) -> Parts:
 
 
 def whole_texts(
-    config: Config, tokenizer: text.Tokenizer
+    config: Config, tokenizer: tokenizers.Tokenizer
 ) -> Callable[[Sequence[bytes | np.ndarray]], transforms.Batch]:
     """UTF-8 texts, or ids of texts -> a batch's arrays, with what the model was taught to see around them."""
     starts, vocab_size = _starts(config), getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
-    if isinstance(tokenizer, text.Pretrained) and tokenizer.imported:
+    if isinstance(tokenizer, pretrained.Pretrained) and tokenizer.imported:
         pad = tokenizer.trailing_pad if starts == "separator" else None
         return lambda texts: objectives.given_texts(
             tokenizer.texts(texts, config.seq_len), length=config.seq_len, pad=pad
         )
-    first = {"separator": [tokenizer.separator], "cls": [text.special_id(tokenizer, vocab_size, "cls")]}
+    first = {"separator": [tokenizer.separator], "cls": [corpus.special_id(tokenizer, vocab_size, "cls")]}
     arrange = functools.partial(
         objectives.whole_texts,
         length=config.seq_len,
@@ -361,7 +365,7 @@ KINDS = {
     "mlm": Kind(_mlm, _mlm_shapes),
     "seq2seq": Kind(_seq2seq, _seq2seq_shapes),
     **dict.fromkeys(
-        IMAGE_TASKS,
+        LABEL_TASKS,
         Kind(
             lambda config, split, facts, train: _content(config, facts).parts(config, split, facts, train),
             lambda config, facts: _content(config, facts).shapes(config, facts),
@@ -369,7 +373,7 @@ KINDS = {
         ),
     ),
     "gan": Kind(_gan, _gan_shapes),
-    "detect": Kind(_objects, objects.shapes, "objects/label"),
+    "detect": Kind(_objects, box_data.shapes, "objects/label"),
     "rank": Kind(_rank, ratings.shapes),
 }
 CONTENTS = {  # of what one output is made from
@@ -400,9 +404,9 @@ def class_names(config: Config, facts: Facts) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------- shared
 
 
-def _tokenizer(config: Config, facts: Facts, special: int) -> text.Tokenizer:
+def _tokenizer(config: Config, facts: Facts, special: int) -> tokenizers.Tokenizer:
     """The tokenizer, whose ids and `special` more have to fit the model's vocabulary."""
-    tokenizer = text.get_tokenizer(config, facts.workdir)
+    tokenizer = corpus.get_tokenizer(config, facts.workdir)
     facts.get("tokenizer", lambda: tokenizer.fingerprint)
     own = getattr(tokenizer, "special", {})
     needed = getattr(tokenizer, "text_ids", tokenizer.vocab_size) + (0 if own else special)  # it has its own
@@ -417,15 +421,15 @@ def _tokenizer(config: Config, facts: Facts, special: int) -> text.Tokenizer:
 
 
 def _packed(
-    config: Config, split: str, tokenizer: text.Tokenizer, length: int
-) -> tuple[text.Packed, dict[str, Any]]:
-    source = text.open_text(config, split)
-    stream = text.token_stream(source, tokenizer, cache=config.data.cache)
+    config: Config, split: str, tokenizer: tokenizers.Tokenizer, length: int
+) -> tuple[corpus.Packed, dict[str, Any]]:
+    source = corpus.open_text(config, split)
+    stream = corpus.token_stream(source, tokenizer, cache=config.data.cache)
     about = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
-    return text.Packed(stream, tokenizer, length), about
+    return corpus.Packed(stream, tokenizer, length), about
 
 
-def _all_bytes(tokenizer: text.Tokenizer, vocab_size: int) -> np.ndarray:
+def _all_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
     """uint8 (vocab_size,): bytes of text by id; special ids stand for none."""
     return np.pad(tokenizer.token_bytes, (0, max(vocab_size - len(tokenizer.token_bytes), 0)))[:vocab_size]
 

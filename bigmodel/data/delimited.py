@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import numpy as np
 
 from bigmodel.config import InputError
-from bigmodel.data import cells, files
-from bigmodel.data.files import Feature
+from bigmodel.data import cells, source, text_files
+from bigmodel.data.source import ALL, Feature
 
 log = logging.getLogger("bigmodel")
 
@@ -103,7 +103,7 @@ def read(name: str, **how: Unpack[Reading]) -> Rows:
         InputError: no file, headers that differ, numbers that may be read in two ways, quotes that do not
             close, and one bad row too many: cells missing or over, no UTF-8, no number where one has to be.
     """
-    paths = files.paths(name, f"{name.partition(':')[0]}:data/*.csv")
+    paths = source.paths(name, f"{name.partition(':')[0]}:data/*.csv")
     return _read(tuple(map(_stamp, paths)), _how(**how))
 
 
@@ -150,7 +150,8 @@ def _read(stamp: tuple[tuple[str, int, int], ...], how: _How) -> Rows:
         _objects([row[0] for row in rows]),
         np.array([row[1] for row in rows]),
         np.array(
-            [files.content_hash("\x1f".join(row[2]).encode("utf-8", "replace")) for row in rows], np.uint64
+            [text_files.content_hash("\x1f".join(row[2]).encode("utf-8", "replace")) for row in rows],
+            np.uint64,
         ),
     )
     if lacking := how.required - set(header):
@@ -170,7 +171,7 @@ def _lines(path: str, skips: _Skips, empty: bool) -> tuple[str, Iterator[tuple[i
     Args:
         empty: rows whose cells are all empty count, too.
     """
-    content = files.read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    content = text_files.read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     try:
         decoded, doubtful = content.decode("utf-8"), False
     except UnicodeDecodeError:
@@ -296,12 +297,12 @@ class TableFiles:
         **how: Unpack[Reading],
     ) -> None:
         table = read(name, **how)
-        if split == files.ALL:
+        if split == ALL:
             chosen = np.ones(len(table.line), bool)
         elif SPLIT in table.columns:
             chosen = table.columns[SPLIT] == split
         else:
-            files.check_split(name, split)
+            source.check_split(name, split)
             chosen = (table.hash % np.uint64(10) == 0) == (split == "test")
         if not chosen.any():
             raise InputError(

@@ -20,12 +20,11 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from bigmodel import fitted
 from bigmodel.config import Config, InputError
-from bigmodel.data import labels, sources
-from bigmodel.data.files import Feature
+from bigmodel.data import fitted, labels, tfds
+from bigmodel.data.source import Feature, Source
 
-IMAGES = ("image", "objects/bbox", "objects/label", sources.CROWDS)
+IMAGES = ("image", "objects/bbox", "objects/label", tfds.CROWDS)
 
 
 class Facts:
@@ -99,7 +98,7 @@ class Facts:
         names: list[str] = self.get(f"names of {key}", lambda: labels.names(self.config, key))
         return names
 
-    def open(self, split: str, keys: Collection[str] | None = None) -> sources.Source:
+    def open(self, split: str, keys: Collection[str] | None = None) -> Source:
         """A split of the data, its columns read as those of training were.
 
         Raises:

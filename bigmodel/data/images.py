@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data import labels, sources, transforms
+from bigmodel.data import labels, transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
+from bigmodel.data.source import Feature
 
 BIG_PIXELS = 64 * 64  # from this size on, threads prepare the images
 
@@ -94,7 +95,7 @@ def shapes(config: Config, facts: Facts) -> Shapes:
     return out
 
 
-def check(config: Config, features: Mapping[str, sources.Feature]) -> tuple[int, ...]:
+def check(config: Config, features: Mapping[str, Feature]) -> tuple[int, ...]:
     """-> the shape of an image (H, W, C), after the features were seen to suit the config."""
     labels.require(config, features, "image")
     shape = image_shape(config, features["image"])
@@ -107,7 +108,7 @@ def check(config: Config, features: Mapping[str, sources.Feature]) -> tuple[int,
     return shape
 
 
-def image_shape(config: Config, feature: sources.Feature) -> tuple[int, ...]:
+def image_shape(config: Config, feature: Feature) -> tuple[int, ...]:
     """(H, W, C) of the images that the model will see.
 
     Raises:

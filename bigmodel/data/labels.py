@@ -16,6 +16,7 @@ import numpy as np
 from bigmodel.config import Config, InputError
 from bigmodel.data import cells, sources
 from bigmodel.data.delimited import Reading, TableFiles
+from bigmodel.data.source import Feature, Source
 from bigmodel.data.transforms import Batch
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape after the batch's dimension, dtype)
@@ -34,7 +35,7 @@ class Records:
     a metric sees it twice. Which are bad depends on the data alone, so batches stay pure.
     """
 
-    def __init__(self, source: sources.Source, config: Config, where: Where) -> None:
+    def __init__(self, source: Source, config: Config, where: Where) -> None:
         self.source, self._where, self._label = source, where, name_of(config)
         self._classes = classes_of(config) if config.task.name != "regress" else sys.maxsize
         self._max_skipped, self.skipped = config.data.max_skipped, dict[int, str]()
@@ -142,7 +143,7 @@ def _label(label: np.ndarray, task: str, classes: int) -> np.ndarray:
     return out
 
 
-def require(config: Config, features: Mapping[str, sources.Feature], *needed: str) -> None:
+def require(config: Config, features: Mapping[str, Feature], *needed: str) -> None:
     """Raises InputError where a feature that is needed, or the label or group of the config, is missing."""
     d, name, task = config.data, config.data.name, config.task.name
     missing = set(filter(None, (*needed, name_of(config), d.group))) - set(features)
@@ -153,7 +154,7 @@ def require(config: Config, features: Mapping[str, sources.Feature], *needed: st
         )
 
 
-def check(config: Config, label: sources.Feature) -> None:
+def check(config: Config, label: Feature) -> None:
     """Raises InputError for a label that does not suit the task or the model."""
     name, task, classes = config.data.name, config.task.name, classes_of(config)
     if task in ONE_CLASS and (label.shape or not label.dtype.startswith(("int", "uint"))):
@@ -188,7 +189,7 @@ def classes_of(config: Config) -> int:
     return getattr(config.model, "num_classes", sys.maxsize)
 
 
-def column(source: sources.Source, key: str) -> np.ndarray:
+def column(source: Source, key: str) -> np.ndarray:
     """One feature of every record."""
     ends = range(0, len(source), CHUNK)
     return np.concatenate([source.read(np.arange(i, min(i + CHUNK, len(source))))[key] for i in ends])
@@ -197,7 +198,7 @@ def column(source: sources.Source, key: str) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ text and tables
 
 
-def features(config: Config) -> Mapping[str, sources.Feature]:
+def features(config: Config) -> Mapping[str, Feature]:
     """The features of the dataset that a text or a table comes from."""
     return sources.features_of(config.data.name, config.data.data_dir, **_reading(config))
 
@@ -209,7 +210,7 @@ def open_split(
     *,
     text: Collection[str] = (),
     numbers: Collection[str] = (),
-) -> sources.Source:
+) -> Source:
     """A split of the dataset. `text`, `numbers`: columns of a table, whatever their cells look like."""
     d, how = config.data, _reading(config)
     how["text"], how["numbers"] = {*how["text"], *text}, numbers
@@ -228,7 +229,7 @@ def _reading(config: Config) -> Reading:
     }
 
 
-def where(config: Config, source: sources.Source, split: str) -> Where:
+def where(config: Config, source: Source, split: str) -> Where:
     """A file and its line, if the source has them, or the number of a record."""
     if isinstance(source, TableFiles):
         return source.where
@@ -259,7 +260,7 @@ class Numbered:
     """A source whose group, and label if it is text, are numbers instead: the place of their name."""
 
     def __init__(
-        self, config: Config, source: sources.Source, where: Where, names: Callable[[str], list[str]]
+        self, config: Config, source: Source, where: Where, names: Callable[[str], list[str]]
     ) -> None:
         """Args: names: of a column's values, see facts.py; a group not among them gets the next id."""
         self._source, self._where, self._label = source, where, config.data.label
@@ -289,11 +290,9 @@ class Numbered:
         return out
 
 
-def numbered(
-    config: Config, features: Mapping[str, sources.Feature], names: Callable[[str], list[str]]
-) -> sources.Feature:
+def numbered(config: Config, features: Mapping[str, Feature], names: Callable[[str], list[str]]) -> Feature:
     """The label's feature, as `Numbered` gives it."""
     label = features[config.data.label]
     if label.dtype == "text" and config.task.name == "classify":
-        return sources.Feature((), "int64", len(names(config.data.label)))
+        return Feature((), "int64", len(names(config.data.label)))
     return label

@@ -25,7 +25,7 @@ from bigmodel.config import Config, InputError
 from bigmodel.data import batches, transforms
 from bigmodel.data.batches import Parts
 from bigmodel.data.facts import Facts
-from bigmodel.data.files import ALL
+from bigmodel.data.source import ALL
 
 Split = Literal["train", "eval"]
 

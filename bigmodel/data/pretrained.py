@@ -15,7 +15,7 @@ import numpy as np
 from bigmodel.config import InputError
 from bigmodel.data import backends, chat, generation, tokenizer_files
 from bigmodel.data.tokenizer_files import TokenizerFiles
-from bigmodel.data.tokenizing import byte_alphabet
+from bigmodel.data.tokenizers import byte_alphabet
 from bigmodel.disk import write_atomically
 
 # The names that families give to what ends a text, in order of preference, and to what a task needs.

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel import fitted as fitted_lib
 from bigmodel.config import Config, InputError
-from bigmodel.data import cells, labels, sources
+from bigmodel.data import cells, labels
+from bigmodel.data import fitted as fitted_lib
 from bigmodel.data.facts import Facts
+from bigmodel.data.source import Feature, Source
 from bigmodel.data.transforms import Batch
 
 OLD_FILE = "columns.json"  # in the workdirs of older versions, in place of fitted.json
@@ -85,7 +86,7 @@ class Columns:
         return out
 
 
-def kinds(config: Config, features: Mapping[str, sources.Feature]) -> tuple[list[str], list[str]]:
+def kinds(config: Config, features: Mapping[str, Feature]) -> tuple[list[str], list[str]]:
     """-> (columns of numbers, columns of categories): all but the label and those that `data.ignore` names.
 
     Raises:
@@ -114,7 +115,7 @@ def kinds(config: Config, features: Mapping[str, sources.Feature]) -> tuple[list
     return [key for key in used if not is_category(key)], [key for key in used if is_category(key)]
 
 
-def fit(config: Config, source: sources.Source) -> Columns:
+def fit(config: Config, source: Source) -> Columns:
     """Reads the training rows once for each column.
 
     Raises:
@@ -172,7 +173,7 @@ def fitted(config: Config, workdir: pathlib.Path | None = None, facts: Facts | N
 class Encoded:
     """A source's rows as `numeric` [B, N] and `categorical` [B, C], beside label and group."""
 
-    def __init__(self, config: Config, source: sources.Source, columns: Columns, where: labels.Where) -> None:
+    def __init__(self, config: Config, source: Source, columns: Columns, where: labels.Where) -> None:
         self._source, self._columns, self._where, d = source, columns, where, config.data
         wanted = [*columns.numeric, *columns.categories]
         there = [key for part in kinds(config, source.features) for key in part]

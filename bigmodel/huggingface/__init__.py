@@ -18,8 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from bigmodel import config as config_lib
-from bigmodel import families
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config, InputError, families
 from bigmodel.huggingface import companions, configs, layouts, names, processors
 from bigmodel.huggingface.files import Tensors, new_directory, read_json, write
 from bigmodel.huggingface.layouts import Layout
@@ -80,7 +79,7 @@ class Pretrained(NamedTuple):
     def class_names(self) -> tuple[str, ...]:
         """By number; () of a model without classes."""
         where = str(self.directory / "config.json")
-        return names.classes(self.hf, where) if self.config.task.name in families.IMAGE_TASKS else ()
+        return names.classes(self.hf, where) if self.config.task.name in families.LABEL_TASKS else ()
 
     def channels(self) -> int:
         """Of an image."""
@@ -137,7 +136,7 @@ def open_pretrained(directory: str | os.PathLike[str]) -> Pretrained:
     dtypes = [dtype for dtype in FLOATS if dtype in tensors.dtypes.values()]
     tree |= {"param_dtype": "float32" if len(dtypes) > 1 else (dtypes or ["float32"])[0], "batch_size": 8}
     if "vocab_size" in tree["model"]:
-        named = tree["task"]["name"] in families.IMAGE_TASKS
+        named = tree["task"]["name"] in families.LABEL_TASKS
         tree["data"] = {"tokenizer": f"hf:{path.absolute()}"} | ({"name": names.NOWHERE} if named else {})
     else:
         size = 0 if hf["model_type"] == "resnet" else tree["data"]["image_size"]

@@ -10,12 +10,11 @@ import json
 import pathlib
 from typing import Any
 
-from bigmodel import families
-from bigmodel.config import Config
+from bigmodel.config import Config, families
+from bigmodel.data.corpus import special_id
 from bigmodel.data.pretrained import Pretrained
-from bigmodel.data.text import special_id
 from bigmodel.data.tokenizer_files import GENERATION, SPECIAL, TOKENIZER, TOKENIZER_CONFIG
-from bigmodel.data.tokenizing import SEPARATOR, Bytes, Tokenizer, byte_alphabet
+from bigmodel.data.tokenizers import SEPARATOR, Bytes, Tokenizer, byte_alphabet
 from bigmodel.huggingface import processors
 
 Tree = dict[str, Any]
@@ -61,7 +60,7 @@ def ids(config: Config, tokenizer: Tokenizer) -> Tree:
     """The ids that begin, end and fill a text, as config.json and generation_config.json have them."""
     ends = list(tokenizer.ends)
     out: Tree = {"bos_token_id": tokenizer.first, "eos_token_id": ends[0] if len(ends) == 1 else ends}
-    if config.task.name in families.IMAGE_TASKS:
+    if config.task.name in families.LABEL_TASKS:
         return out  # a pad id would hide the separator at a text's end from transformers' classifiers
     out["pad_token_id"] = tokenizer.separator
     if config.task.name == "seq2seq":

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bigmodel import families
-from bigmodel.config import Config, InputError
-from bigmodel.families import RESNET_STAGES
+from bigmodel.config import Config, InputError, families
+from bigmodel.config.families import RESNET_STAGES
 from bigmodel.huggingface import known, names
 from bigmodel.huggingface.layouts import ACTIVATIONS, T5_ACTIVATIONS, Layout
 
@@ -270,7 +269,7 @@ def write(
         out |= {"embedding_size": c.channels[0], "depths": list(RESNET_STAGES[c.depth])}
         out["hidden_sizes"] = [width * (4 if bottleneck else 1) for width in c.channels]
         out |= {"layer_type": "bottleneck" if bottleneck else "basic", "num_channels": channels}
-    if config.task.name in families.IMAGE_TASKS and hasattr(c, "num_classes"):
+    if config.task.name in families.LABEL_TASKS and hasattr(c, "num_classes"):
         labels = class_names or tuple(f"LABEL_{k}" for k in range(c.num_classes))
         out["id2label"] = {str(k): name for k, name in enumerate(labels)}
         out["label2id"] = {name: k for k, name in enumerate(labels)}

@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmodel import families
-from bigmodel.config import Config
-from bigmodel.families import RESNET_STAGES
+from bigmodel.config import Config, families
+from bigmodel.config.families import RESNET_STAGES
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -261,7 +260,7 @@ def _resnet(c: families.ResNet) -> Layout:
 
 def of(config: Config) -> Layout | None:
     """The layout of `config.model`; None where Hugging Face's classes have no such model."""
-    c, classifies = config.model, config.task.name in families.IMAGE_TASKS
+    c, classifies = config.model, config.task.name in families.LABEL_TASKS
     if isinstance(c, families.GPT):
         gpt2 = {"position": "learned", "norm": "layernorm", "bias": True, "kv_heads": c.heads, "experts": 0}
         if _has(c, gpt2, ACTIVATIONS) and c.head_dim * c.heads == c.width:

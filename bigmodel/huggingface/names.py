@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bigmodel import families
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config, InputError, families
 from bigmodel.data import labels
-from bigmodel.data.files import Feature
+from bigmodel.data.source import Feature
 
 NOWHERE = "none"  # data.name of an import for which no data set was given
 
@@ -46,7 +45,7 @@ def facts(config: Config, names: tuple[str, ...], channels: int) -> dict[str, An
         InputError: a data set that was given cannot be read.
     """
     d, task = config.data, config.task.name
-    if task not in families.IMAGE_TASKS:
+    if task not in families.LABEL_TASKS:
         return {}
     out: dict[str, Any] = {"class names": list(names)}
     if d.name != NOWHERE:

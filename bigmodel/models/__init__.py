@@ -15,9 +15,9 @@ from bigmodel.models import (
     distilled,
     gan,
     gpt,
-    held,
     inception,
     module,
+    quantized,
     recommender,
     recurrent,
     resnet,
@@ -56,5 +56,5 @@ def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.D
 
 def _alone(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
     family = FAMILIES[config.model.name]
-    definition = held.wrap(module.define(lambda rngs: family(config, spec, rngs)), config.quantize)
+    definition = quantized.wrap(module.define(lambda rngs: family(config, spec, rngs)), config.quantize)
     return with_adapters(definition, config.lora)

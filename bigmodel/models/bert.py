@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigmodel import families
-from bigmodel.config import Config
+from bigmodel.config import Config, families
 from bigmodel.models import layers, module, transformer
 
 
@@ -43,7 +42,7 @@ class BERT(nnx.Module):
         dense = functools.partial(layers.Dense, width, std=std, dtype=dtype, rngs=rngs)
         self.pooler = dense(width) if c.pooler else None
         self.next_sentence = dense(2) if "next_sentence" in spec else None
-        classifies = config.task.name in families.IMAGE_TASKS
+        classifies = config.task.name in families.LABEL_TASKS
         mlm = c.head == "mlm" and not classifies
         self.head = dense(c.num_classes) if classifies else None
         self.transform = dense(width) if mlm else None

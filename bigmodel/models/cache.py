@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel import mesh
-from bigmodel.families import Transformer
+from bigmodel.config.families import Transformer
 
 Cache = dict[str, Any]
 NAMES = ("k", "v")

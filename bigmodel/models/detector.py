@@ -15,8 +15,8 @@ from flax import nnx
 
 from bigmodel import mesh
 from bigmodel.config import Config
-from bigmodel.data.objects import places
-from bigmodel.families import Detector as DetectorConfig
+from bigmodel.config.families import Detector as DetectorConfig
+from bigmodel.data.boxes import places
 from bigmodel.models import layers, resnet
 
 PRIOR = 0.01  # every class's probability at the start (Lin et al. 2017, section 4.1)

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigmodel import mesh
+from bigmodel import trees
 from bigmodel.config import Config, InputError
-from bigmodel.families import IMAGE_TASKS, TOKEN_TASKS, Transformer
+from bigmodel.config.families import LABEL_TASKS, TOKEN_TASKS, Transformer
 from bigmodel.models import attention, weights
 from bigmodel.models.module import Definition, Tree
 
@@ -83,7 +83,7 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
         InputError: they do not predict the same thing.
     """
     where = config.distill.teacher
-    if config.task.name not in (*IMAGE_TASKS, *TOKEN_TASKS):
+    if config.task.name not in (*LABEL_TASKS, *TOKEN_TASKS):
         raise InputError(
             f"distill.teacher: task.name={config.task.name} has no logits to learn; leave it out, or distil "
             "a model that classifies, regresses or predicts tokens"
@@ -97,7 +97,7 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
             f"distill.teacher={where} does task.name={taught.task.name}, not {config.task.name}; "
             "give a teacher of the same task"
         )
-    if config.task.name not in IMAGE_TASKS and taught.seq_len != config.seq_len:
+    if config.task.name not in LABEL_TASKS and taught.seq_len != config.seq_len:
         raise InputError(f"distill.teacher={where} has seq_len={taught.seq_len}; set seq_len so")
     for who, definition, c in (("model", student, config), ("teacher", teacher, taught)):
         if config.distill.hidden and _output(definition.params_spec) is None:
@@ -200,11 +200,11 @@ def _for_task(config: Config, loss: jax.Array, batch: Mapping[str, jax.Array]) -
 
 def _output(tree: Tree) -> str | None:
     """The path of the output layer's weight."""
-    return next((name for name in OUTPUT if name in mesh.by_path(tree)), None)
+    return next((name for name in OUTPUT if name in trees.by_path(tree)), None)
 
 
 def _watched(tree: Tree, seen: list[jax.Array]) -> Tree:
     """The parameters, of which the output layer's tells what it is multiplied with."""
     name = _output(tree)
     assert name is not None
-    return mesh.with_leaves(tree, {name: weights.Watched(mesh.by_path(tree)[name], seen)})
+    return trees.with_leaves(tree, {name: weights.Watched(trees.by_path(tree)[name], seen)})

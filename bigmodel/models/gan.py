@@ -18,7 +18,7 @@ from flax import nnx
 
 from bigmodel import mesh
 from bigmodel.config import Config, InputError
-from bigmodel.families import GAN as GANConfig
+from bigmodel.config.families import GAN as GANConfig
 from bigmodel.models import layers, ops
 
 Spec = Mapping[str, jax.ShapeDtypeStruct]

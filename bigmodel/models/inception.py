@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel.config import Config
-from bigmodel.families import Inception as InceptionConfig
+from bigmodel.config.families import Inception as InceptionConfig
 from bigmodel.models import layers, ops
 from bigmodel.models.vision import room
 

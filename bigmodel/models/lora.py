@@ -16,11 +16,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from bigmodel import mesh
+from bigmodel import trees
 from bigmodel.config import InputError
+from bigmodel.config.adapt import Lora
 from bigmodel.models import weights
 from bigmodel.models.module import Definition, Tree
-from bigmodel.tuning import Lora
 
 NAME = "lora"  # where the adapters are among the parameters
 
@@ -74,9 +74,9 @@ def wrap(definition: Definition, how: Lora) -> Definition:
             f"lora.on={how.on!r} finds no weight of this model; it has {', '.join(sorted(known))}"
         )
     shapes = {
-        mesh.path_str(path): w.shape
+        trees.path_str(path): w.shape
         for path, w in jax.tree_util.tree_leaves_with_path(definition.whole_spec)
-        if mesh.path_str(path) in chosen
+        if trees.path_str(path) in chosen
     }
 
     def more(key: jax.Array) -> Tree:
@@ -95,7 +95,7 @@ def wrap(definition: Definition, how: Lora) -> Definition:
         adapters, params = params[NAME], {key: value for key, value in params.items() if key != NAME}
 
         def adapted(path: Any, w: Any) -> Any:
-            name = mesh.path_str(path)
+            name = trees.path_str(path)
             if name not in chosen:
                 return w
             inner = adapters

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from bigmodel import mesh
-from bigmodel.families import Transformer
+from bigmodel.config.families import Transformer
 from bigmodel.models import layers, weights
 
 LOSSES = ("balance", "router_z")

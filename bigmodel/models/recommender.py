@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigmodel import families, mesh
-from bigmodel.config import Config
+from bigmodel import mesh
+from bigmodel.config import Config, families
 from bigmodel.models import embedding, layers
 
 Batch = Mapping[str, jax.Array]

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigmodel import families, mesh
-from bigmodel.config import Config
+from bigmodel import mesh
+from bigmodel.config import Config, families
 from bigmodel.models import layers, products
 
 # (state, the gates' sums [B, G, H], what of the input stays apart [B, H] or None) -> state; state[0] is h.
@@ -170,7 +170,7 @@ class RNN(nnx.Module):
         self.embed = layers.Embed(c.vocab_size, c.embed_width, dtype=dtype, rngs=rngs)
         widths = (c.embed_width, *(c.width,) * (c.depth - 1))
         self.layers = nnx.List([Layer(c, i, dtype=dtype, rngs=rngs) for i in widths])
-        self.one_output = config.task.name in families.IMAGE_TASKS
+        self.one_output = config.task.name in families.LABEL_TASKS
         ties = c.tie_embeddings and not self.one_output
         inner = c.embed_width if ties else c.width  # a tied output layer reads what the embedding's width is
         std = c.width**-0.5

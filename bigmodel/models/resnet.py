@@ -13,8 +13,8 @@ import jax
 from flax import nnx
 
 from bigmodel.config import Config
-from bigmodel.families import RESNET_STAGES
-from bigmodel.families import ResNet as ResNetConfig
+from bigmodel.config.families import RESNET_STAGES
+from bigmodel.config.families import ResNet as ResNetConfig
 from bigmodel.models import layers, ops
 
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigmodel import families
-from bigmodel.config import Config
+from bigmodel.config import Config, families
 from bigmodel.models import layers, transformer
 from bigmodel.models.transformer import RelativeBias, Sight, Stack
 
@@ -45,7 +44,7 @@ class T5(nnx.Module):
                 std=std, rngs=rngs,
             )  # fmt: skip
 
-        self.one_output = config.task.name in families.IMAGE_TASKS
+        self.one_output = config.task.name in families.LABEL_TASKS
         self.encoder_bias = relative(True)
         self.decoder_bias = None if self.one_output else relative(False)
         self.encoder = Stack(config, rngs, c.depth)

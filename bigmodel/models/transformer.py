@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigmodel import mesh
 from bigmodel.config import Config
-from bigmodel.families import Transformer
+from bigmodel.config.families import Transformer
 from bigmodel.models import cache as cache_lib
 from bigmodel.models import layers, module, moe, ops
 from bigmodel.models.attention import (

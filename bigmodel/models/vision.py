@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel.config import Config, InputError
-from bigmodel.families import CNN as CNNConfig
-from bigmodel.families import MLP as MLPConfig
-from bigmodel.families import VGG as VGGConfig
-from bigmodel.families import VGG_STAGES
-from bigmodel.families import AlexNet as AlexNetConfig
+from bigmodel.config.families import CNN as CNNConfig
+from bigmodel.config.families import MLP as MLPConfig
+from bigmodel.config.families import VGG as VGGConfig
+from bigmodel.config.families import VGG_STAGES
+from bigmodel.config.families import AlexNet as AlexNetConfig
 from bigmodel.models import embedding, layers, ops
 
 

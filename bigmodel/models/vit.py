@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bigmodel import families
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config, InputError, families
 from bigmodel.models import layers, module, transformer
 
 

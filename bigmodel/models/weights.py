@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from bigmodel import mesh
+from bigmodel import mesh, trees
 from bigmodel.models import ops, products
 
 # By kind: the largest code (they are symmetric, so zero stays zero), and the dtype that is stored.
@@ -345,7 +345,9 @@ def lay_out(params: Any) -> Any:
         return params
 
     def leaf(path: Any, w: Any) -> Any:
-        name = re.sub(r"(/\d+|/base)+$", "", mesh.path_str(path))  # a layer of a stack, what an adapter is on
+        name = re.sub(
+            r"(/\d+|/base)+$", "", trees.path_str(path)
+        )  # a layer of a stack, what an adapter is on
         axes = mesh.rule(name)
         if "fsdp" not in axes or isinstance(w, InBlocks):
             return w

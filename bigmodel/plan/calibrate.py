@@ -358,3 +358,16 @@ def _collectives(clock: _Stopwatch, call_s: float) -> dict[str, tuple[tuple[floa
             rows.append((float(size), max(clock.seconds(mapped, x) - call_s, 1e-7)))
         found[kind] = tuple(rows)
     return found
+
+
+def matmul_flops(dtype: str, size: int = 1024, seconds: float = 0.5) -> float:
+    """FLOP/s that the default device reaches on `size`^3 matrix products; the best of repeats, not a peak."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a).lower(a).compile()
+    product(a).block_until_ready()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -18,14 +18,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bigmodel import data, program
+from bigmodel import data, disk, program
 from bigmodel import mesh as mesh_lib
 from bigmodel.config import Config, InputError
-from bigmodel.data import text
-from bigmodel.families import Transformer
+from bigmodel.config.families import Transformer
 from bigmodel.plan import calibrate, estimate, flops
-from bigmodel.plan.costs import MATMUL, ChipCosts
-from bigmodel.plan.cpu_costs import CpuCosts
+from bigmodel.plan.costs_chip import MATMUL, ChipCosts
+from bigmodel.plan.costs_cpu import CpuCosts
 from bigmodel.plan.schedule import Costs, Transfer
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
@@ -120,7 +119,7 @@ class _Held:
 def _costs(config: Config, aim: Target, mesh: Mesh) -> Costs:
     if aim.chip is not None:
         return ChipCosts(aim, mesh, config.compute_dtype)
-    return CpuCosts(calibrate.load(text.cache_dir()), mesh.size)
+    return CpuCosts(calibrate.load(disk.cache_dir()), mesh.size)
 
 
 def _estimated(
@@ -144,7 +143,7 @@ def _speed(config: Config, aim: Target, mesh: Mesh) -> float:
     """FLOP/s of one device."""
     if aim.chip is not None:
         return aim.chip.flops[config.compute_dtype] * MATMUL[aim.chip.platform] * 0.8
-    products = calibrate.load(text.cache_dir()).products
+    products = calibrate.load(disk.cache_dir()).products
     return max(2.0 * p.batch * p.m * p.k * p.n / p.seconds for p in products) * 0.6 / mesh.size
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from bigmodel import hardware, optim
-from bigmodel import mesh as mesh_lib
-from bigmodel.data import text
-from bigmodel.plan import calibrate, flops, hlo, schedule, thunks
+from bigmodel import disk, optim, trees
+from bigmodel.data import corpus
+from bigmodel.plan import calibrate, cpu_schedule, flops, hlo, schedule
 from bigmodel.plan.compiled import Compiled
-from bigmodel.plan.costs import ChipCosts, attention_flops, gemm_flops
-from bigmodel.plan.cpu_costs import CpuCosts
+from bigmodel.plan.costs_chip import ChipCosts, attention_flops, gemm_flops
+from bigmodel.plan.costs_cpu import CpuCosts
 from bigmodel.plan.hlo import Instruction, Module
 from bigmodel.plan.schedule import Event, Schedule, Transfer
 from bigmodel.plan.target import Target
@@ -49,7 +48,7 @@ def active_parameters(program: Program) -> int:
     experts = sum(
         math.prod(s.shape)
         for path, s in jax.tree_util.tree_leaves_with_path(spec)
-        if "/experts/" in mesh_lib.path_str(path)
+        if "/experts/" in trees.path_str(path)
     )
     return parameters(spec) - round(experts * (1 - share))
 
@@ -103,15 +102,15 @@ def step(
     if target.chip is not None:
         costs = ChipCosts(target, program.mesh, program.config.compute_dtype)
         return schedule.walk(hlo.parse(compiled.text), costs), target.compiler
-    folder = text.cache_dir()
+    folder = disk.cache_dir()
     here = target.devices[0].platform == "cpu"
     measured = (calibrate.load if calibrated else calibrate.known)(folder) if here else None
     if measured is not None:
-        walked = thunks.run(hlo.parse(compiled.text), CpuCosts(measured, program.mesh.size))
+        walked = cpu_schedule.run(hlo.parse(compiled.text), CpuCosts(measured, program.mesh.size))
         return Schedule(walked.total_s + measured.call_s, walked.events), "cpu"
     hosts = len({d.process_index for d in program.mesh.devices.flat})
     devices = hosts if here else program.mesh.size  # CPU devices share their host's cores
-    speed = hardware.matmul_flops(program.config.compute_dtype) * devices
+    speed = calibrate.matmul_flops(program.config.compute_dtype) * devices
     seconds = flops.model_flops(program) / (speed * GUESSED_EFFICIENCY)
     return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds, 1, seconds),)), "guess"
 

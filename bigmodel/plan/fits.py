@@ -8,15 +8,16 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, memory, program
+from bigmodel import data, program
 from bigmodel import mesh as mesh_lib
 from bigmodel.config import InputError, override
-from bigmodel.families import Transformer
-from bigmodel.memory import Room
+from bigmodel.config.families import Transformer
+from bigmodel.machines import memory
+from bigmodel.machines.memory import Room
 from bigmodel.plan import compiled as compiled_lib
 from bigmodel.plan import estimate
-from bigmodel.plan.receipt import size
 from bigmodel.program import Program
+from bigmodel.units import size
 
 # Ways to a smaller state, by the least that each changes.
 SMALLER = (

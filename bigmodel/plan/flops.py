@@ -15,7 +15,7 @@ from jax.interpreters import partial_eval
 
 from bigmodel import mesh, models, optim, tasks
 from bigmodel.config import Config
-from bigmodel.families import TOKEN_TASKS
+from bigmodel.config.families import TOKEN_TASKS
 from bigmodel.models.attention import SEES
 from bigmodel.models.module import Definition
 from bigmodel.program import Program, gradients, microbatches

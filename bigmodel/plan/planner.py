@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, hardware, mesh, program
+from bigmodel import data, disk, mesh, program, units
 from bigmodel.config import Config, InputError
-from bigmodel.data import text
+from bigmodel.machines import chips
 from bigmodel.plan import candidates, estimate, receipt, target
 from bigmodel.plan import compiled as compiled_lib
 from bigmodel.plan.compiled import Compiled
@@ -64,14 +64,14 @@ def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Rece
 
 def build(config: Config, aim: Target) -> Program:
     """The very Program that `train` runs, on the target's mesh."""
-    hardware.check_dtype(aim.chip, config.compute_dtype)
+    chips.check_dtype(aim.chip, config.compute_dtype)
     return program.build(config, mesh.make_mesh(config, aim.devices), data.batch_spec(config))
 
 
 def compile_for(built: Program, aim: Target) -> Compiled:
     """Raises as `plan`."""
     try:
-        return compiled_lib.compile_for(built, aim, text.cache_dir())
+        return compiled_lib.compile_for(built, aim, disk.cache_dir())
     except jax.errors.JaxRuntimeError as error:
         raise _refusal(str(error), built, aim) from error
 
@@ -101,10 +101,10 @@ def _does_not_fit(said: str, built: Program, aim: Target) -> DoesNotFit:
     missing = max(sizes[0] - sizes[1], 0.0) if len(sizes) > 1 else 0.0
     state = estimate.tree_bytes(built.state_spec)
     tries = [" ".join(flags) for flags in candidates.nearest_that_fit(built.config, aim)]
-    how_much = f"{receipt.size(missing)} a device too much" if missing else "too much memory a device"
+    how_much = f"{units.size(missing)} a device too much" if missing else "too much memory a device"
     return DoesNotFit(
-        f"{aim.spec}: does not fit: {how_much} (state alone {receipt.size(state)} of "
-        f"{receipt.size(estimate.capacity_bytes(aim) or 0)}); likely to fit: "
+        f"{aim.spec}: does not fit: {how_much} (state alone {units.size(state)} of "
+        f"{units.size(estimate.capacity_bytes(aim) or 0)}); likely to fit: "
         f"{', or '.join(tries) or 'nothing on this target, take a larger one or a smaller batch_size'}",
         missing,
     )

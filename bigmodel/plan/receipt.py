@@ -9,12 +9,13 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from bigmodel import energy
+from bigmodel.machines import energy
 from bigmodel.plan import estimate, flops, schedule
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.schedule import Schedule
 from bigmodel.plan.target import Target
 from bigmodel.program import Program, microbatches
+from bigmodel.units import duration, quantity, size
 
 Receipt = dict[str, Any]  # plain values, fit for JSON
 
@@ -164,10 +165,10 @@ def _axes(group: tuple[int, ...], program: Program) -> str:
     if not group:
         return "x".join(sizes) or "-"
     found, stride = [], 1
-    for axis, size in reversed(shape.items()):
-        if size > 1 and len({member // stride % size for member in group}) > 1:
+    for axis, count in reversed(shape.items()):
+        if count > 1 and len({member // stride % count for member in group}) > 1:
             found.append(axis)
-        stride *= size
+        stride *= count
     return "x".join(reversed(found)) or "-"
 
 
@@ -289,33 +290,3 @@ def compare(r: Receipt, measured: dict[str, tuple[float, str]]) -> list[str]:
         for key, (value, how) in measured.items()
         if r.get(key) and value
     ]
-
-
-def quantity(x: float) -> str:
-    """1234567 -> '1.23 M'."""
-    for unit in ("", "k", "M", "G", "T", "P", "E", "Z"):
-        if abs(x) < 1000 or unit == "Z":
-            return f"{x:.3g} {unit}"
-        x /= 1000
-    raise AssertionError(x)
-
-
-def size(n: float) -> str:
-    """Bytes -> '12.3 MiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n) < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.3g} TiB"
-
-
-def duration(s: float) -> str:
-    """Seconds -> '45 s', '3 min 20 s', '2 h 5 min', '3 d 4 h'."""
-    s = round(s)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60} s"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60} min"
-    return f"{s // 86400} d {s % 86400 // 3600} h"

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from bigmodel import units
 from bigmodel.config import Config, InputError
-from bigmodel.plan import estimate, planner, receipt
+from bigmodel.plan import estimate, planner
 from bigmodel.plan import target as target_lib
 from bigmodel.plan.candidates import OVER, Candidate, candidates, name, overrides
 from bigmodel.plan.receipt import Receipt
@@ -44,7 +45,7 @@ class Result:
         if not self.rows:
             raise InputError(
                 f"--search: nothing fits: the least of {self.considered:,} ways needs "
-                f"{receipt.size(self.least_bytes)} a device; take a larger target or a smaller batch_size"
+                f"{units.size(self.least_bytes)} a device; take a larger target or a smaller batch_size"
             )
         if self.rows[0].receipt is None:
             raise InputError(f"--search: nothing fits: {self.rows[0].failed}")
@@ -123,7 +124,7 @@ def table(result: Result) -> list[str]:
         examples_per_s = row.candidate.config.batch_size / r["step_s"]
         lines.append(
             f"  {rank:<3}{r['step_s']:>8.4g} s  {examples_per_s:>10.4g}  {mfu:>6}  "
-            f"{receipt.size(r['peak_bytes']):>9}  {name(row.candidate.config)}"
+            f"{units.size(r['peak_bytes']):>9}  {name(row.candidate.config)}"
         )
     return [*lines, f"  take    {' '.join(overrides(best.candidate.config))}"]
 

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from bigmodel import hardware
 from bigmodel.config import Config, InputError
-from bigmodel.hardware import Chip
+from bigmodel.machines import chips
+from bigmodel.machines.chips import Chip
 
 GRAMMAR = (
     "a TPU slice such as v5e:16x16, v5p:4x4x8 or 2*v6e:16x16 (two slices), NVIDIA hosts x GPUs such as "
@@ -66,7 +66,7 @@ class Target:
 
 def here(devices: Sequence[Any]) -> Target:
     """The target that this job's own devices are; an unlisted chip has none of a `Chip`'s figures."""
-    chip = hardware.chip(devices[0])
+    chip = chips.chip(devices[0])
     if devices[0].platform == "cpu" or chip is None:
         return Target(devices[0].device_kind, None, tuple(devices), (len(devices),), 1, "cpu")
     hosts = len({d.process_index for d in devices})
@@ -95,7 +95,7 @@ def of(config: Config, spec: str) -> Target:
     if spec:
         return make(spec, config.compute_dtype)
     aim = here(jax.devices())
-    hardware.check_dtype(aim.chip, config.compute_dtype)
+    chips.check_dtype(aim.chip, config.compute_dtype)
     return aim
 
 
@@ -117,11 +117,11 @@ def make(spec: str, dtype: str = "float32") -> Target:
         raise InputError(f"--target={spec!r} has no devices; give {GRAMMAR}")
     if name == "cpu":
         return _cpu(spec, slices, shape)
-    chip = hardware.BY_NAME.get(name)
+    chip = chips.BY_NAME.get(name)
     if chip is None:
-        known = ", ".join(["cpu", *hardware.BY_NAME])
+        known = ", ".join(["cpu", *chips.BY_NAME])
         raise InputError(f"--target={spec!r}: chip {name!r} is unknown; choose one of {known}")
-    hardware.check_dtype(chip, dtype)
+    chips.check_dtype(chip, dtype)
     return _tpu(spec, chip, slices, shape) if chip.platform == "tpu" else _gpu(spec, chip, slices, shape)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bigmodel.checkpoint import Checkpoints, CorruptCheckpoint
+from bigmodel.checkpoint.checkpoints import Checkpoints, CorruptCheckpoint
+from bigmodel.checkpoint.digests import digest
 from bigmodel.config import InputError
-from bigmodel.digests import digest
 
 # When Orbax fails to read a damaged step it abandons the coroutines of its other reads; Python warns of each
 # when it is collected, so that must happen before the next test.

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, config_flag, finish, run_script, script_env, start_script, tiny
 
 from bigmodel import log
-from bigmodel.checkpoint import Checkpoints
+from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config
 
 pytestmark = pytest.mark.fault

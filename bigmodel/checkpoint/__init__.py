@@ -1,0 +1,1 @@
+"""Checkpoints: saved without stopping, restored onto any mesh, never restored damaged; where a run starts."""

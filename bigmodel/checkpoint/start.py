@@ -1,0 +1,123 @@
+"""Where a run starts: at its newest checkpoint, at another model's parameters, or at random ones."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+
+from bigmodel import config as config_lib
+from bigmodel import data, log, program, units, workdir
+from bigmodel.checkpoint import fingerprint, teachers, transfer
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.config import Config, InputError, ranges
+from bigmodel.data import Pipeline, fitted
+from bigmodel.plan import estimate
+from bigmodel.program import Program, State
+
+Resume = Literal["auto", "never", "must"]
+
+
+def build(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
+    """The Program; a budget is first turned into steps, which the learning rate's schedule needs.
+
+    Raises:
+        InputError: the budget buys more steps than a counter holds; and as `program.build`.
+    """
+    spec = data.batch_spec(config)
+    built = program.build(config, the_mesh, spec)
+    if not config.budget:
+        return built
+    config = config.replace(steps=estimate.steps_for_budget(built))
+    if config.steps > ranges.INT32:
+        raise InputError(f"budget is {config.budget}, which buys {config.steps:,} steps; set it lower")
+    log.say(f"budget    {units.quantity(config.budget)}FLOP buys {config.steps:,} steps")
+    return program.build(config, the_mesh, spec)
+
+
+def check_resume(path: pathlib.Path, resume: Resume) -> None:
+    """Raises InputError where the workdir is not what `resume` asks for."""
+    there = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
+    if resume == "never" and (there or (path / "config.json").exists()):
+        raise InputError(f"--resume=never, but --workdir={path} holds a run; choose a new --workdir")
+    if resume == "must" and not there:
+        raise InputError(
+            f"--resume=must, but --workdir={path} holds no checkpoint; check it, or use --resume=auto"
+        )
+
+
+def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
+    """Makes sure that the hosts of a job were started alike, before anything is made. What an earlier start
+    fitted, without saving a step, is forgotten: the data may have changed.
+
+    Raises:
+        InputError: the workdir is not what `resume` asks for; on every host, that they differ.
+    """
+    check_resume(path, resume)
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        newest = checkpoints.latest()
+    if newest is None and jax.process_index() == 0:
+        fitted.forget(path)
+    about = {"--resume": resume, "newest checkpoint": newest, "jax": jax.__version__}
+    about |= {key: getattr(jax.config, key) for key in ("jax_enable_x64", "jax_default_matmul_precision")}
+    fingerprint.same_on_all_hosts(config_lib.flatten(config_lib.to_dict(config)) | about)
+
+
+def agree_on_data(train: Pipeline, held_out: Pipeline) -> None:
+    """Makes sure that all hosts read the same data. Raises InputError on every host where they do not."""
+    pairs = {f"{pipeline.fingerprint()['split']} data: {key}": value
+             for pipeline in (train, held_out) for key, value in pipeline.fingerprint().items()}  # fmt: skip
+    fingerprint.same_on_all_hosts(pairs)
+
+
+def compare_with_last(
+    built: Program, path: pathlib.Path, checkpoints: Checkpoints, pipeline: Mapping[str, Any]
+) -> None:
+    """Refuses another model, other numerics or other data than the checkpoint's; tells which other settings
+    changed.
+
+    Args:
+        pipeline: the fingerprint of the training data.
+    """
+    if transfer.is_imported(checkpoints) or not (meta := checkpoints.newest_meta()):
+        return
+    was = meta.get("config") or _written(path)
+    try:
+        checkpoints.check(built.state_spec)
+    except InputError as error:
+        raise InputError(f"{error}{fingerprint.told(was, built.config)}") from error
+    if "pipeline" in meta:
+        fingerprint.refuse_other_data(meta["pipeline"], pipeline, path)
+    if was:
+        for key, (before, after) in fingerprint.refuse_other_config(was, built.config, path).items():
+            log.say(f"config    {key}: was {before}, now {after}")
+
+
+def _written(path: pathlib.Path) -> dict[str, Any]:
+    """config.json of a run whose checkpoints hold no config, as those of older versions."""
+    try:
+        return config_lib.to_dict(workdir.read_config(path))
+    except InputError as error:
+        log.say(f"config    not compared with the last one: {error}")
+        return {}
+
+
+def initial_state(built: Program, path: pathlib.Path, checkpoints: Checkpoints) -> State:
+    """The newest checkpoint's state; at a run's first start random or imported parameters."""
+    imported = transfer.is_imported(checkpoints)
+    if checkpoints.latest() is not None and not imported:
+        return checkpoints.restore(built.state_spec)[0]
+    config = built.config
+    state = teachers.fill(built, built.init(jax.random.key(config.seed)), path)
+    if source := str(path) if imported else config.init.from_:
+        state, report = transfer.load(built, state, source, config.init.skip)
+        log.say("\n".join(report.lines()))
+        if found := fitted.disagreement(fitted.read(source), fitted.read(path)):
+            log.say(
+                f"          its arrays mean something else here: {found}; see init.skip to leave some out"
+            )
+        if jax.process_index() == 0:
+            workdir.write_json(path / "init.json", report._asdict())
+    return state

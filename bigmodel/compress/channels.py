@@ -1,0 +1,430 @@
+"""Which parts of a model can be taken out: for each family, every array that has a slice of the same unit.
+
+A family is a row of `CHANNELS`: the keys of its config that become smaller, and a walk along its layers that
+notes who makes each channel and who reads it. Every walk asks the arrays' shapes how many there are, so that
+the same walk over the smaller model says how many stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bigmodel.config import families
+from bigmodel.config.families import RESNET_STAGES, VGG_STAGES
+from bigmodel.models import inception
+
+Arrays = Mapping[str, Any]  # of a model, or their specs, by path: params/... and rest/...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where units lie in an array. `axis` (from the end) holds, once or (a flattened image) for each pixel,
+    `start` entries of others, [units, `inner`] of these, and others again up to `of` (0: there are none)."""
+
+    path: str
+    axis: int
+    inner: int = 1
+    start: int = 0
+    of: int = 0
+
+    def places(self, size: int, count: int) -> np.ndarray:
+        """[units, entries of each] of an axis of this size."""
+        each = np.arange(count)[:, None] * self.inner + np.arange(self.inner)
+        pixels = np.arange(0, size, self.of or count * self.inner)
+        return self.start + (pixels[:, None] + each[:, None]).reshape(count, -1)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units that are alike, and every array that has a slice of each. `lead` leading dimensions (a stack's
+    depth, experts) keep different ones, as many in each."""
+
+    count: int
+    cuts: tuple[Cut, ...]
+    lead: int = 0
+
+
+def find(c: Any, unit: str, arrays: Arrays) -> list[Units]:
+    """The units of a model of `config.model` c; `unit` is one of `kinds`, but not `layers`."""
+    if unit in ("heads", "mlp"):
+        return list({"heads": _heads, "mlp": _hidden}[unit](c, arrays))
+    walk = Walk(arrays)
+    CHANNELS[c.name][1](c, walk)
+    return walk.units()
+
+
+def kinds(c: Any) -> list[str]:
+    """The kinds of units that a family has."""
+    if isinstance(c, families.Transformer):
+        return ["heads", "mlp", "layers"]
+    return ["channels"] if c.name in CHANNELS else []
+
+
+def fewer(c: Any, unit: str, amount: float) -> dict[str, Any]:
+    """The keys of `config.model` that change, without `amount` of the units."""
+    changes: dict[str, Any] = {}
+    for key in {"heads": ("kv_heads",), "mlp": ("mlp_width",)}.get(unit) or CHANNELS[c.name][0]:
+        value = getattr(c, key)
+        if isinstance(value, tuple):
+            changes[key] = tuple(_left(count, amount) for count in value)
+        else:
+            changes[key] = _left(value, amount) if isinstance(value, int) else value * (1 - amount)
+        if key in FOLLOWS:
+            changes[FOLLOWS[key]] = changes[key] * getattr(c, FOLLOWS[key]) // value
+    return changes
+
+
+FOLLOWS = {"kv_heads": "heads", "groups": "width"}  # so many heads for each of keys and values, and so on
+EVEN = 8  # widths above eight times this stay multiples of it, which matrix units like
+
+
+def _left(count: int, amount: float) -> int:
+    left = max(round(count * (1 - amount)), 1)
+    return round(left / EVEN) * EVEN if left >= EVEN * EVEN else left
+
+
+# ------------------------------------------------------------------------------------------- transformers
+
+STACKS = ("params/blocks", "params/encoder/blocks", "params/decoder/blocks")
+
+
+def _heads(c: families.Transformer, arrays: Arrays) -> Iterable[Units]:
+    """Key and value heads with the query heads that read them. A stack with relative positions keeps the same
+    heads in all its layers, which share the table."""
+    ratio = c.heads // c.kv_heads
+    for stack in STACKS:
+        for name in ("attention", "cross"):
+            at = f"{stack}/{name}"
+            if f"{at}/q/kernel" not in arrays:
+                continue
+            wide = ratio * c.head_dim
+            cuts = [Cut(f"{at}/q/{kind}", -1, wide) for kind in ("kernel", "bias")]
+            cuts += [
+                Cut(f"{at}/{part}/{kind}", -1, c.head_dim) for part in "kv" for kind in ("kernel", "bias")
+            ]
+            cuts += [Cut(f"{at}/out/kernel", -2, wide)]
+            table = f"{stack.removesuffix('/blocks')}_bias/buckets"
+            shared = name == "attention" and table in arrays
+            cuts += [Cut(table, -1, ratio)] if shared else []
+            yield Units(c.kv_heads, tuple(cut for cut in cuts if cut.path in arrays), int(not shared))
+
+
+def _hidden(c: families.Transformer, arrays: Arrays) -> Iterable[Units]:
+    """Hidden units of the MLPs, or of each expert's."""
+    for stack in STACKS:
+        at, lead = (f"{stack}/mlp/experts", 2) if c.experts else (f"{stack}/mlp", 1)
+        if f"{at}/up/kernel" in arrays:
+            cuts = [Cut(f"{at}/{part}/{kind}", -1) for part in ("up", "gate") for kind in ("kernel", "bias")]
+            cuts += [Cut(f"{at}/down/kernel", -2)]
+            yield Units(c.mlp_width, tuple(cut for cut in cuts if cut.path in arrays), lead)
+
+
+# --------------------------------------------------------------------------------------------------- walks
+
+
+@dataclass
+class Made:
+    """Channels that some layers make, `count` x `inner` of them, and all that is known of where they are."""
+
+    count: int
+    inner: int
+    cuts: list[Cut]
+
+
+Stream = list[Made]  # the channels of a value that flows through a model: those of several layers, joined
+KERNELS = ("kernel", "layer/kernel", "conv/kernel", "rows", "table")  # below a layer's path; the first there
+OTHERS = (
+    "params/{}/bias", "params/{}/scale", "params/{}/norm/scale", "params/{}/norm/bias", "rest/{}/u",
+    "rest/{}/mean", "rest/{}/var", "rest/{}/norm/mean", "rest/{}/norm/var",
+)  # fmt: skip
+
+
+class Walk:
+    """Notes, along the layers of a model, what each makes and reads. Layers are named by their paths."""
+
+    def __init__(self, arrays: Arrays):
+        self.arrays = arrays
+        self._made: list[Made] = []
+
+    def make(self, *layers: str, count: int = 0, inner: int = 1, start: int = 0, of: int = 0) -> Stream:
+        """What a layer gives out, or several whose outputs are added or multiplied.
+
+        Args:
+            count: channels, where the layer makes something else too, or an image of them.
+            inner: channels that go together.
+            start, of: where, in all that such a layer makes, they begin, and how much that is.
+        """
+        count = count or self.arrays[self.kernel(layers[0])].shape[-1]
+        self._made.append(Made(count // inner, inner, []))
+        stream = [self._made[-1]]
+        for layer in layers:
+            self.also(stream, layer, start=start, of=of)
+        return stream
+
+    def also(self, stream: Stream, *layers: str, start: int = 0, of: int = 0) -> None:
+        """These layers give out the stream too: their outputs are added to it, or they scale its channels."""
+        for layer in layers:
+            paths = [self.kernel(layer), *(path.format(layer) for path in OTHERS)]
+            for path in paths:
+                self._note(stream, path, -1, start, of)
+
+    def read(self, stream: Stream, *layers: str, axis: int = -2, start: int = 0, of: int = 0) -> None:
+        """These layers read the stream along `axis` of their kernels; `start`, `of` as in `make`."""
+        for layer in layers:
+            self._note(stream, self.kernel(layer), axis, start, of)
+
+    def chain(self, *layers: str) -> None:
+        """Layers of which each reads the one before, and only that one."""
+        for before, layer in itertools.pairwise(layers):
+            self.read(self.make(before), layer)
+
+    def units(self) -> list[Units]:
+        return [Units(made.count, tuple(made.cuts)) for made in self._made]
+
+    def kernel(self, layer: str) -> str:
+        """The path of a layer's weight; "" if there is no such layer."""
+        paths = (f"params/{layer}/{name}" for name in KERNELS)
+        return next((path for path in paths if path in self.arrays), "")
+
+    def _note(self, stream: Stream, path: str, axis: int, start: int, of: int) -> None:
+        if path in self.arrays:
+            of = of or sum(made.count * made.inner for made in stream)
+            for made in stream:
+                made.cuts.append(Cut(path, axis, made.inner, start, of))
+                start += made.count * made.inner
+
+
+# ------------------------------------------------------------------------------------------------ families
+
+
+def _names(layers: str, count: int) -> list[str]:
+    return [f"{layers}/{index}" for index in range(count)]
+
+
+def _cnn(c: families.CNN, walk: Walk) -> None:
+    walk.chain(*_names("convs", len(c.channels)), "hidden", "head")
+
+
+def _mlp(c: families.MLP, walk: Walk) -> None:
+    walk.chain(*_names("classifier/layers", len(c.widths)), "classifier/head")
+
+
+def _alexnet(c: families.AlexNet, walk: Walk) -> None:
+    walk.chain(*_names("convs", 5), *_names("classifier/layers", 2), "classifier/head")
+
+
+def _vgg(c: families.VGG, walk: Walk) -> None:
+    """A stage's convolutions have one number of channels, but each keeps its own."""
+    convs = _names("convs", sum(VGG_STAGES[c.depth]))
+    for index, (conv, reader) in enumerate(itertools.pairwise([*convs, "classifier/layers/0"])):
+        stream = walk.make(conv)
+        walk.also(stream, f"norms/{index}")
+        walk.read(stream, reader)
+    walk.chain(*_names("classifier/layers", 2), "classifier/head")
+
+
+def _resnet(c: families.ResNet, walk: Walk) -> None:
+    walk.read(_stages(c.depth, walk)[-1], "head")
+
+
+def _stages(depth: int, walk: Walk, at: str = "", count: int = 4) -> list[Stream]:
+    """What each stage of a ResNet gives out. A stream runs through all blocks of a stage, so all keep the
+    same of its channels; a block's inner channels are its own."""
+    inner, block, out = 2 if depth >= 50 else 1, 0, []
+    stream = walk.make(f"{at}stem")
+    for blocks in RESNET_STAGES[depth][:count]:
+        for _ in range(blocks):
+            convs, project = _names(f"{at}blocks/{block}/convs", inner + 1), f"{at}blocks/{block}/project"
+            walk.read(stream, convs[0])
+            walk.chain(*convs)
+            if walk.kernel(project):
+                walk.read(stream, project)
+                stream = walk.make(project, convs[-1])
+            else:
+                walk.also(stream, convs[-1])
+            block += 1
+        out.append(stream)
+    return out
+
+
+def _inception(c: families.Inception, walk: Walk) -> None:
+    stream: Stream = []
+    part, aux = 0, 0
+    for item in inception.order(c):
+        if isinstance(item, str):  # a pool; or an auxiliary classifier, which is there if it trains
+            if item == "aux":
+                first, *rest = (f"aux/{aux}/{name}" for name in ("convs/0", "convs/1", "hidden", "head"))
+                walk.read(stream, first)
+                walk.chain(first, *filter(walk.kernel, rest))
+                aux += 1
+            continue
+        layer = f"parts/{part}"
+        if isinstance(item, tuple):
+            walk.read(stream, layer)
+            stream = walk.make(layer)
+        else:
+            stream = _branches(walk, layer, item, stream)
+        part += 1
+    walk.read(stream, "head")
+
+
+def _branches(walk: Walk, at: str, branches: Any, stream: Stream) -> Stream:
+    """A module's branches side by side, their channels joined; a pool alone passes on what it reads."""
+    joined: Stream = []
+    for index, branch in enumerate(branches):
+        value = stream
+        for step, item in enumerate(part for part in branch if not isinstance(part, str)):
+            layer = f"{at}/branches/{index}/{step}"
+            if isinstance(item[0], int):
+                walk.read(value, layer)
+                value = walk.make(layer)
+            else:
+                value = _branches(walk, layer, item, value)
+        joined += value
+    return joined
+
+
+def _rnn(c: families.RNN, walk: Walk) -> None:
+    """Hidden units, and the embedding's; a tied output layer reads the units of the embedding."""
+    embedded = stream = walk.make("embed")
+    tied = not walk.kernel("head") and not walk.kernel("out")
+    for index in range(c.depth):
+        inputs, state = f"layers/{index}/inputs", f"layers/{index}/state"
+        walk.read(stream, inputs, axis=-3)
+        if tied and index == c.depth - 1:
+            walk.also(embedded, inputs)
+            stream = embedded
+        else:
+            stream = walk.make(inputs)
+        walk.also(stream, state)
+        walk.read(stream, state, axis=-3)
+    if walk.kernel("out"):
+        walk.read(stream, "out")
+        walk.also(embedded, "out")
+    walk.read(stream, "head")
+
+
+def _gan(c: families.GAN, walk: Walk) -> None:
+    g, d = "generator", "discriminator"
+    norm = f"params/{g}/norms/0/scale" if c.arch == "dcgan" else f"params/{g}/blocks/0/norms/0/scale"
+    stream = walk.make(f"{g}/seed/dense", count=walk.arrays[norm].shape[0])
+    stream = (_dcgan if c.arch == "dcgan" else _resnet_gan)(walk, stream)
+    walk.read(stream, f"{d}/verdict/dense")
+    walk.also(stream, f"{d}/verdict/rows")
+
+
+def _dcgan(walk: Walk, stream: Stream) -> Stream:
+    """-> what the discriminator's last convolution gives out."""
+    g, d = "generator", "discriminator"
+    levels = sum(bool(walk.kernel(f"{g}/ups/{index}")) for index in range(12))
+    for index in range(levels):
+        walk.also(stream, f"{g}/norms/{index}")
+        walk.read(stream, f"{g}/ups/{index}")
+        if index < levels - 1:
+            stream = walk.make(f"{g}/ups/{index}")
+    for index in range(levels):
+        if index:
+            walk.read(stream, f"{d}/convs/{index}")
+        stream = walk.make(f"{d}/convs/{index}")
+        if index:
+            walk.also(stream, f"{d}/norms/{index - 1}")
+    return stream
+
+
+def _resnet_gan(walk: Walk, stream: Stream) -> Stream:
+    """-> what the discriminator's last block gives out."""
+    for side in ("generator", "discriminator"):
+        blocks = [at for at in _names(f"{side}/blocks", 12) if walk.kernel(f"{at}/convs/0")]
+        for at in blocks:
+            first, second, project = f"{at}/convs/0", f"{at}/convs/1", f"{at}/project"
+            walk.also(stream, f"{at}/norms/0")
+            walk.read(stream, first, project)
+            inner = walk.make(first)
+            walk.also(inner, f"{at}/norms/1")
+            walk.read(inner, second)
+            if walk.kernel(project):
+                stream = walk.make(project, second)
+            else:
+                walk.also(stream, second)
+        if side == "generator":
+            walk.also(stream, "generator/norm")
+            walk.read(stream, "generator/last")
+            stream = []  # the discriminator begins with an image
+    return stream
+
+
+def _detector(c: families.Detector, walk: Walk) -> None:
+    """The backbone's channels, the pyramid's, and of the heads' whole groups of a GroupNorm, whose statistics
+    all of a group's channels share."""
+    stages = _stages(c.depth, walk, "backbone/", c.levels[-1])
+    laterals, smooths = _names("laterals", len(c.levels)), _names("smooths", len(c.levels))
+    pyramid, levels = walk.make(*laterals), walk.make(*smooths)
+    walk.read(pyramid, *smooths)
+    for stage, lateral in zip(c.levels, laterals, strict=True):
+        walk.read(stages[stage - 1], lateral)
+    for head in ("classes", "boxes"):
+        stream = levels
+        for index in range(c.head_depth):
+            walk.read(stream, f"{head}/convs/{index}")
+            stream = walk.make(f"{head}/convs/{index}", inner=c.width // c.groups)
+            walk.also(stream, f"{head}/norms/{index}")
+        walk.read(stream, f"{head}/last")
+
+
+def _recommender(c: families.Recommender, walk: Walk) -> None:
+    {"mf": _mf, "ncf": _ncf, "two_tower": _two_tower, "dlrm": _dlrm}[c.kind](c, walk)
+
+
+def _mf(c: families.Recommender, walk: Walk) -> None:
+    walk.make("users", "items", count=c.width, of=c.width + 1)  # a bias is the last number of a row
+
+
+def _ncf(c: families.Recommender, walk: Walk) -> None:
+    """A row holds a part that is multiplied and one for the network."""
+    first, row, joined = c.widths[0], c.width + c.widths[0], c.width + c.widths[-1]
+    walk.read(walk.make("users", "items", count=c.width, of=row), "head", of=joined)
+    for table, layer in (("users", "of_user"), ("items", "of_item")):
+        walk.read(walk.make(table, count=first, start=c.width, of=row), layer)
+    hidden = walk.make("of_user", "of_item")
+    for layer in _names("tower/layers", len(c.widths) - 1):
+        walk.read(hidden, layer)
+        hidden = walk.make(layer)
+    walk.read(hidden, "head", start=c.width, of=joined)
+
+
+def _two_tower(c: families.Recommender, walk: Walk) -> None:
+    towers = [_names(f"{side}_tower/layers", len(c.widths)) for side in ("user", "item")]
+    for table, layers in zip(("users", "items"), towers, strict=True):
+        walk.chain(table, *layers)
+    walk.make(towers[0][-1], towers[1][-1])
+
+
+def _dlrm(c: families.Recommender, walk: Walk) -> None:
+    """The categories' vectors and that of the numbers are multiplied with each other; the numbers' own comes
+    first in what the network reads."""
+    bottom, top = _names("bottom/layers", len(c.bottom) + 1), _names("top/layers", len(c.widths))
+    vectors = walk.make(*(layer for layer in (bottom[-1], "inputs/embed") if walk.kernel(layer)))
+    if walk.kernel(bottom[0]):
+        walk.chain(*bottom)
+        walk.read(vectors, top[0], of=walk.arrays[walk.kernel(top[0])].shape[-2])
+    walk.chain(*top, "head")
+
+
+# By family: the keys of its config that become smaller, and the walk that finds the units.
+CHANNELS: dict[str, tuple[tuple[str, ...], Callable[[Any, Walk], None]]] = {
+    "cnn": (("channels", "width"), _cnn),
+    "mlp": (("widths",), _mlp),
+    "alexnet": (("channels", "width"), _alexnet),
+    "vgg": (("channels", "width"), _vgg),
+    "resnet": (("channels",), _resnet),
+    "inception": (("multiplier",), _inception),
+    "rnn": (("width", "embed_width"), _rnn),
+    "gan": (("width", "discriminator_width"), _gan),
+    "detector": (("channels", "groups"), _detector),
+    "recommender": (("width", "widths", "bottom"), _recommender),
+}

@@ -1,0 +1,40 @@
+"""WHAT CAN I SET? All keys of a config, with their defaults, types and checks. Nothing here imports JAX.
+
+config = load("configs/gpt.py:size=124m", ["optim.lr=3e-4"])
+"""
+
+from bigmodel.config.adapt import Distill, Init, Lora, Prune, Quantize
+from bigmodel.config.data import Data
+from bigmodel.config.files import difference, from_dict, load, override, parse_arg
+from bigmodel.config.optim import OTHERS, Group, Optim, optim_groups
+from bigmodel.config.parsing import InputError
+from bigmodel.config.run import Check, Checkpoint, Config, Eval, Log, Mesh, flatten, to_dict
+from bigmodel.config.task import Task
+
+__all__ = [
+    "OTHERS",
+    "Check",
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Distill",
+    "Eval",
+    "Group",
+    "Init",
+    "InputError",
+    "Log",
+    "Lora",
+    "Mesh",
+    "Optim",
+    "Prune",
+    "Quantize",
+    "Task",
+    "difference",
+    "flatten",
+    "from_dict",
+    "load",
+    "optim_groups",
+    "override",
+    "parse_arg",
+    "to_dict",
+]

@@ -1,0 +1,47 @@
+"""Recommenders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from bigmodel.config.families.base import LABEL_TASKS, at_least_0, positive
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """Who likes what: `mf`, `ncf`, `two_tower` on ids of users and items; `dlrm` on rows of a table."""
+
+    name: str = "recommender"
+    kind: Literal["mf", "ncf", "two_tower", "dlrm"] = "mf"
+    users: int = 1024  # rows of the users' table: one for whoever is unknown, then one for each user
+    items: int = 512
+    rows: int = 0  # dlrm: categories over all columns, an unknown one for each among them
+    width: int = 16  # of an embedding (ncf: of its product part)
+    widths: tuple[int, ...] = (64, 32, 16)  # ncf's network, each tower, dlrm's last network
+    bottom: tuple[int, ...] = (64, 32)  # dlrm: hidden layers under the numbers
+    temperature: float = 0.1  # two_tower: cosines are divided by it
+    num_classes: int = 2  # dlrm
+
+    @property
+    def TASKS(self) -> tuple[str, ...]:
+        return LABEL_TASKS if self.kind == "dlrm" else ("rank",)
+
+    @property
+    def INPUTS(self) -> tuple[str, ...]:
+        return ("table",)
+
+    def resolve(self) -> Self:
+        return self
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from positive(self, "users", "items", "width", "widths", "num_classes")
+        yield from at_least_0(self, "rows")
+        if self.bottom:
+            yield from positive(self, "bottom")
+        if self.temperature <= 0:
+            yield "temperature", f"is {self.temperature}: set it above 0, such as 0.1"
+
+    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
+        return ()

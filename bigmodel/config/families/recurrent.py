@@ -1,0 +1,48 @@
+"""Recurrent networks over tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from bigmodel.config.families.base import LABEL_TASKS, positive, rate
+
+
+@dataclass(frozen=True)
+class RNN:
+    """LSTM or GRU over tokens: a language model, or a classifier that reads the last state."""
+
+    TASKS = ("lm", *LABEL_TASKS)
+    INPUTS = ("text",)
+    STARTS = "separator"  # what stands before a whole text
+    name: str = "rnn"
+    cell: Literal["lstm", "gru"] = "lstm"
+    depth: int = 2
+    width: int = 512
+    embed_width: int = 0  # 0: width
+    vocab_size: int = 264
+    dropout: float = 0.0  # between the layers, not from step to step
+    tie_embeddings: bool = False  # a language model's output layer is the embedding's table
+    num_classes: int = 2  # of a classifier, or numbers of a regression
+
+    def resolve(self) -> Self:
+        return dataclasses.replace(self, embed_width=self.embed_width or self.width)
+
+    def formula_flops(self, seq_len: int) -> float | None:
+        """Of training a language model on one token: 6 for each weight of a matrix product."""
+        gates = {"lstm": 4, "gru": 3}[self.cell]
+        inputs = self.embed_width + (self.depth - 1) * self.width
+        products = gates * self.width * (inputs + self.depth * self.width)
+        products += (self.embed_width if self.tie_embeddings else self.width) * self.vocab_size
+        if self.tie_embeddings and self.embed_width != self.width:
+            products += self.width * self.embed_width
+        return 6.0 * products
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from positive(self, "depth", "width", "embed_width", "vocab_size", "num_classes")
+        yield from rate(self)
+
+    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
+        return ()

@@ -1,0 +1,201 @@
+"""The Transformer stack and its settings: GPT, BERT, T5 and ViT."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+from bigmodel.config.families.base import LABEL_TASKS, above_0, at_least_0, positive, rate
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A stack of Transformer blocks, as every family below shapes it; zeros mean "derived"."""
+
+    INPUTS: ClassVar[tuple[str, ...]] = ("text",)
+    STARTS: ClassVar[str] = (
+        "separator"  # what stands before a whole text, as the family learnt it: cls, or ""
+    )
+    name: str = "transformer"
+    depth: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 0  # grouped-query attention (Ainslie et al. 2023); 0: as many as heads
+    head_dim: int = 0  # 0: width / heads
+    mlp_width: int = 0  # 0: 4 x width, but 8/3 x width (up to a multiple of 128) for swiglu and geglu
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    norm_order: Literal["pre", "post"] = "pre"  # x + f(norm(x)), or norm(x + f(x))
+    position: Literal["learned", "rope", "relative"] = "learned"
+    rope_theta: float = 10_000.0
+    window: int = 0  # a token sees itself and so many before it, less one; 0: all (Beltagy et al. 2020)
+    scale_attention: bool = True  # scores times 1 / sqrt(head_dim)
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu"  # gelu: the tanh approximation
+    experts: int = 0  # mixture of experts in place of each MLP; 0: none
+    experts_per_token: int = 2  # 1 as in Switch, 2 as in GShard and Mixtral
+    capacity_factor: float = (
+        1.25  # an expert's places in an example, times an even share; what is over is lost
+    )
+    balance_loss: float = 0.01  # weight of the load-balancing loss (Fedus et al. 2021, eq. 4)
+    router_z_loss: float = 0.001  # weight of the router's z-loss (Zoph et al. 2022, eq. 5)
+    bias: bool = True
+    dropout: float = 0.0
+    attention_block: int = 0  # rows of a TPU attention kernel's block; 0: 512
+    scan: bool = True  # one compiled block scanned over depth; False unrolls (same values)
+
+    def resolve(self) -> Self:
+        """Fills in the derived sizes (the zeros)."""
+        gated = self.mlp in ("swiglu", "geglu")
+        mlp_width = -(-8 * self.width // 3 // 128) * 128 if gated else 4 * self.width
+        return dataclasses.replace(
+            self,
+            kv_heads=self.kv_heads or self.heads,
+            head_dim=self.head_dim or self.width // max(self.heads, 1),
+            mlp_width=self.mlp_width or mlp_width,
+        )
+
+    @property
+    def expert_share(self) -> float:
+        """Of an expert layer's parameters, the share that one token passes through."""
+        return self.experts_per_token / self.experts if self.experts else 1.0
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from positive(self, "depth", "width", "heads", "kv_heads", "head_dim", "mlp_width")
+        if self.width % max(self.heads, 1) and self.head_dim == self.width // max(self.heads, 1):
+            yield "heads", f"is {self.heads}, which does not divide model.width={self.width}; take a divisor"
+        if self.heads % max(self.kv_heads, 1):
+            yield (
+                "kv_heads",
+                f"is {self.kv_heads}, which does not divide model.heads={self.heads}; take a divisor",
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            yield "head_dim", f"is {self.head_dim}: rope needs an even one"
+        if self.window < 0 or (self.window and self.name != "gpt"):
+            yield "window", f"is {self.window}: set it to 0, or for model.name=gpt to 1 or more"
+        yield from rate(self)
+        yield from above_0(self, "norm_eps", "rope_theta")
+        yield from positive(self, "experts_per_token")
+        yield from at_least_0(self, "attention_block")
+        yield from self._expert_problems()
+
+    def _expert_problems(self) -> Iterable[tuple[str, str]]:
+        yield from at_least_0(self, "experts", "balance_loss", "router_z_loss")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            yield (
+                "experts_per_token",
+                f"is {self.experts_per_token}: choose 1 to model.experts={self.experts}",
+            )
+        if self.capacity_factor <= 0:
+            yield "capacity_factor", f"is {self.capacity_factor}: set it above 0, such as 1.25"
+
+    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
+        for key in ("heads", "kv_heads"):
+            if getattr(self, key) % tensor:
+                yield key, f"is {getattr(self, key)}, which mesh.tensor={tensor} does not divide; lower that"
+
+
+@dataclass(frozen=True)
+class GPT(Transformer):
+    """Decoder-only language model; GPT-2, Llama and Mixtral are settings of it."""
+
+    TASKS = ("lm", *LABEL_TASKS)
+    name: str = "gpt"
+    vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
+    position: Literal["learned", "rope"] = "learned"
+    tie_embeddings: bool = True
+    num_classes: int = 2  # of a classifier, or numbers of a regression, which read the last token
+
+    def attention_flops(self, seq_len: int) -> float:
+        """Training FLOPs of attention's scores and sums for one token, nothing masked but what lies outside
+        the window (PaLM, appendix B)."""
+        return 12.0 * self.depth * self.heads * self.head_dim * min(self.window or seq_len, seq_len)
+
+    def formula_flops(self, seq_len: int) -> float | None:
+        """Of training on one token: 6 for each weight of a matrix product, and attention. None: experts."""
+        attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
+        mlp = (3 if self.mlp in ("swiglu", "geglu") else 2) * self.width * self.mlp_width
+        products = self.depth * (attention + mlp) + self.width * self.vocab_size
+        return None if self.experts else 6.0 * products + self.attention_flops(seq_len)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from positive(self, "vocab_size", "num_classes")
+        yield from super().problems()
+
+
+@dataclass(frozen=True)
+class BERT(Transformer):
+    """Encoder with a masked-word head (Devlin et al. 2018)."""
+
+    TASKS = ("mlm", *LABEL_TASKS)
+    STARTS = "cls"
+    name: str = "bert"
+    vocab_size: int = 264  # [MASK] and [CLS] are its last two ids
+    norm_eps: float = 1e-12
+    norm_order: Literal["pre", "post"] = "post"
+    position: Literal["learned", "rope"] = "learned"
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu_exact"
+    token_types: int = 2  # a type for each sentence of a pair; 0: none
+    pooler: bool = False  # Dense + tanh on the first position: what next-sentence prediction reads
+    head: Literal["mlm", "none"] = "mlm"  # of the task mlm; none: the encoder alone
+    num_classes: int = 2  # of a classifier, or numbers of a regression
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from positive(self, "vocab_size", "num_classes")
+        yield from super().problems()
+        if self.token_types < 0:
+            yield "token_types", f"is {self.token_types}: set it to 0 or more"
+
+
+@dataclass(frozen=True)
+class T5(Transformer):
+    """Encoder and decoder with relative positions (Raffel et al. 2020); `depth` is of each."""
+
+    TASKS = ("seq2seq", *LABEL_TASKS)
+    STARTS = ""
+    name: str = "t5"
+    vocab_size: int = 384  # the sentinels are its last ids, counted down
+    decoder_depth: int = 0  # 0: as deep as the encoder
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = 1e-6
+    position: Literal["relative"] = "relative"
+    relative_buckets: int = 32
+    relative_distance: int = 128  # from here on, all distances share a bucket
+    scale_attention: bool = False
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "relu"  # v1.1: geglu
+    bias: bool = False
+    tie_embeddings: bool = True  # v1.1: false
+    scale_output: bool = True  # a tied table's output is scaled by 1 / sqrt(width), as it is for the input
+    num_classes: int = 2  # of a classifier, or numbers of a regression: the encoder alone, and its mean
+
+    def resolve(self) -> Self:
+        resolved = super().resolve()
+        return dataclasses.replace(resolved, decoder_depth=self.decoder_depth or self.depth)
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from positive(self, "vocab_size", "decoder_depth", "num_classes")
+        yield from super().problems()
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            yield "relative_buckets", f"is {self.relative_buckets}: choose a multiple of 4"
+        if self.relative_distance <= self.relative_buckets // 2:
+            yield "relative_distance", f"is {self.relative_distance}: set it above half of relative_buckets"
+
+
+@dataclass(frozen=True)
+class ViT(Transformer):
+    """Image classifier on patches (Dosovitskiy et al. 2020)."""
+
+    INPUTS = ("image",)
+    TASKS = LABEL_TASKS
+    name: str = "vit"
+    patch: int = 4  # pixels a side
+    pool: Literal["cls", "mean"] = "cls"  # what the classifier reads: an extra token, or the patches' mean
+    num_classes: int = 10
+    norm_eps: float = 1e-6
+    position: Literal["learned"] = "learned"
+    mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu_exact"
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        yield from positive(self, "patch", "num_classes")
+        yield from super().problems()

@@ -1,0 +1,86 @@
+"""What numbers the keys of a config may hold: (key, what is wrong and the fix) for each that may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bigmodel.config import parsing
+
+INT32, UINT32 = 2**31 - 1, 2**32 - 1
+FLOAT32 = (1.2e-38, 3.4e38)  # the least and the largest that float32 holds in full
+
+
+def size_problems(flat: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Numbers that the arrays of a run cannot hold: they would come out as others there.
+
+    Args:
+        flat: a config's values by dotted key.
+    """
+    for key, value in flat.items():
+        if key.startswith("compiler_options"):
+            continue
+        most = UINT32 if key == "seed" else INT32
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, int) and abs(x) > most:
+                yield key, f"is {x}: set it to {most} or less"
+            if isinstance(x, float) and abs(x) > FLOAT32[1]:
+                yield key, f"is {x}, more than float32 holds; set it below {FLOAT32[1]:g}"
+            if isinstance(x, float) and 0 < abs(x) < FLOAT32[0]:
+                yield key, f"is {x}, which is 0 as float32; set it to 0, or above {FLOAT32[0]:g}"
+
+
+def data_problems(data: Any) -> Iterable[tuple[str, str]]:
+    """Of the keys of `data`."""
+    for key in ("min_count", "max_boxes"):
+        if getattr(data, key) < 1:
+            yield key, f"is {getattr(data, key)}: set it to 1 or more"
+    for key in ("name", "split", "eval_split"):
+        if not getattr(data, key).strip():
+            yield key, "is empty; name one"
+    for key in ("image_size", "mixup", "cutmix", "max_skipped"):
+        if getattr(data, key) < 0:
+            yield key, f"is {getattr(data, key)}: set it to 0 or more"
+    if not 0 < data.eval_crop <= 1:
+        yield "eval_crop", f"is {data.eval_crop}: choose a value above 0, up to 1"
+    if data.std and min(data.std) <= 0:
+        yield "std", f"is {data.std}: give numbers above 0, such as 0.229,0.224,0.225"
+
+
+def optim_problems(optim: Any) -> Iterable[tuple[str, str]]:
+    """Of the keys of `optim`, or of one of its groups."""
+    for key in (
+        "lr",
+        "warmup_steps",
+        "decay_steps",
+        "end_lr",
+        "eps",
+        "weight_decay",
+        "l1",
+        "l2",
+        "clip_norm",
+    ):
+        if getattr(optim, key) < 0:
+            yield key, f"is {getattr(optim, key)}: set it to 0 or more"
+    for key in ("b1", "b2", "ema_decay"):
+        if not 0 <= getattr(optim, key) < 1:
+            yield key, f"is {getattr(optim, key)}: choose a value from 0 to below 1"
+    if optim.every < 1:
+        yield "every", f"is {optim.every}: set it to 1 or more"
+    yield from parsing.regex_problems(optim, "weight_decay_on", "penalty_on", "freeze", "on")
+
+
+def mesh_problems(sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
+    """Of the axes' sizes."""
+    for key, size in sizes.items():
+        if size < 1 and size != -1:
+            yield key, f"is {size}: set it to 1 or more, or to -1 for whatever devices are left"
+    free = [key for key, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"
+    for key in ("context", "pipe"):
+        if sizes[key] != 1:
+            yield (
+                key,
+                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use another axis",
+            )

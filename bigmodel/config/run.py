@@ -1,0 +1,181 @@
+"""One frozen `Config`: everything that decides what a run computes, and the checks that cross groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bigmodel.config import parsing, ranges
+from bigmodel.config.adapt import Distill, Init, Lora, Prune, Quantize
+from bigmodel.config.data import Data
+from bigmodel.config.families import GPT, Model
+from bigmodel.config.optim import Optim, group_problems, optim_groups
+from bigmodel.config.parsing import InputError
+from bigmodel.config.task import Task
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the device mesh's axes; one may be -1, "whatever is left"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    pipe: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 1000  # the last step is always saved
+    keep: int = 3
+    async_save: bool = True
+
+
+@dataclass(frozen=True)
+class Check:
+    # Before its first step a run compares its gradient with the loss, and its outputs over the order of rows.
+    gradient: Literal["auto", "always", "never"] = "auto"  # auto: where two or more mesh axes are above 1
+
+
+@dataclass(frozen=True)
+class Eval:
+    every_steps: int = 1000  # the last step is always evaluated
+    batches: int = -1  # -1: the whole split
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = 10
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes. `workdir` and `resume` are flags, not config."""
+
+    seed: int = 0
+    steps: int = 1000  # updates; steps that float16's loss scale skips come on top
+    budget: float = 0.0  # training FLOPs; when set, it decides `steps`
+    batch_size: int = 32  # examples a step, over the whole mesh
+    microbatches: int = 0  # gradient accumulation; 0: 1, but on a CPU pieces of about 1,024 tokens
+    seq_len: int = 256
+    compute_dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
+    remat: Remat = "none"
+    model: Model = field(default_factory=GPT)
+    task: Task = field(default_factory=Task)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    prune: Prune = field(default_factory=Prune)
+    quantize: Quantize = field(default_factory=Quantize)
+    distill: Distill = field(default_factory=Distill)
+    lora: Lora = field(default_factory=Lora)
+    init: Init = field(default_factory=Init)
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    check: Check = Check()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+    def replace(self, **changes: Any) -> Config:
+        return dataclasses.replace(self, **changes)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The inverse of `from_dict`; plain values, fit for JSON."""
+    plain = dataclasses.asdict(config, dict_factory=lambda pairs: {parsing.key_of(k): v for k, v in pairs})
+    return json.loads(json.dumps(plain))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {dotted key: value}."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def check(config: Config) -> None:
+    """Raises InputError at the first value that cannot make a run."""
+    for key, problem in _problems(config):
+        raise InputError(f"{key} {problem}")
+
+
+def _problems(config: Config) -> Iterable[tuple[str, str]]:
+    c = config
+    yield from ranges.size_problems(flatten(to_dict(c)))
+    counts = {
+        "batch_size": c.batch_size,
+        "log.every_steps": c.log.every_steps,
+        "checkpoint.keep": c.checkpoint.keep,
+    }
+    counts |= {"eval.every_steps": c.eval.every_steps, "checkpoint.every_steps": c.checkpoint.every_steps}
+    counts |= {"data.prefetch": c.data.prefetch, "steps": c.steps}
+    for key, value in counts.items():
+        if value < 1:
+            yield key, f"is {value}: set it to 1 or more"
+    for key in ("seed", "microbatches", "budget"):
+        if getattr(c, key) < 0:
+            yield key, f"is {getattr(c, key)}: set it to 0 or more"
+    shortest = {"lm": 2, "mlm": 5 if c.task.next_sentence else 2, "seq2seq": 4}.get(c.task.name, 1)
+    if c.seq_len < shortest:
+        yield "seq_len", f"is {c.seq_len}: task.name={c.task.name} needs {shortest} or more"
+    if c.microbatches and c.batch_size % c.microbatches:
+        yield "microbatches", f"is {c.microbatches}, no divisor of batch_size={c.batch_size}; take one"
+    if c.eval.batches == 0 or c.eval.batches < -1:
+        yield "eval.batches", f"is {c.eval.batches}: set it to 1 or more, or to -1 for the whole split"
+    yield from ((f"task.{key}", problem) for key, problem in _task_problems(c))
+    yield from ((f"data.{key}", problem) for key, problem in ranges.data_problems(c.data))
+    yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
+    yield from ((f"optim.{key}", problem) for key, problem in ranges.optim_problems(c.optim))
+    for name, group in optim_groups(c.optim).items():
+        yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in group_problems(name, group))
+    for name in ("prune", "quantize", "distill", "lora", "init"):
+        yield from ((f"{name}.{key}", problem) for key, problem in getattr(c, name).problems())
+    yield from ((f"mesh.{key}", problem) for key, problem in ranges.mesh_problems(dataclasses.asdict(c.mesh)))
+    if not re.fullmatch(r"bytes|bpe:\d+|hf:.+", c.data.tokenizer):
+        yield (
+            "data.tokenizer",
+            f"is {c.data.tokenizer!r}: choose bytes, bpe:VOCAB_SIZE such as bpe:8192, or hf:DIR",
+        )
+
+
+def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
+    task, known = c.task, c.model.TASKS
+    if task.name not in known:
+        yield "name", f"is {task.name}, which model.name={c.model.name} does not do; set it to {known[0]}"
+    if not 0 <= task.label_smoothing < 1:
+        yield "label_smoothing", f"is {task.label_smoothing}: choose 0 <= label_smoothing < 1"
+    if not 0 < task.mask_rate < 1:
+        yield "mask_rate", f"is {task.mask_rate}: choose 0 < mask_rate < 1"
+    if task.mean_span < 1:
+        yield "mean_span", f"is {task.mean_span}: set it to 1 or more"
+    if task.target_len < 0 or task.target_len == 1:
+        yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
+    if task.goes_on not in (0, 1):
+        yield "goes_on", f"is {task.goes_on}: set it to 0 or 1"
+    if task.next_sentence and not getattr(c.model, "pooler", False):
+        yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
+    for key in ("focal_gamma", "aux_weight", "huber_delta", "eval_negatives", "gradient_penalty"):
+        if getattr(task, key) < 0:
+            yield key, f"is {getattr(task, key)}: set it to 0 or more"
+    if task.gan_loss == "wgan-gp" and getattr(c.model, "norm", "") == "batch":
+        yield "gan_loss", "is wgan-gp, whose penalty is an example's own; set model.norm to none or spectral"
+    for key in ("most_detections", "top_k", "negatives"):
+        if getattr(task, key) < 1:
+            yield key, f"is {getattr(task, key)}: set it to 1 or more"
+    for key in ("least_score", "nms_overlap"):
+        if not 0 < getattr(task, key) < 1:
+            yield key, f"is {getattr(task, key)}: choose 0 < {key} < 1"

@@ -1,0 +1,172 @@
+"""A trained model as StableHLO, which runs wherever jax runs, without this package.
+
+The functions hold no weights: these lie beside them, in safetensors. A batch may be of any size. Written for
+CPUs, NVIDIA GPUs and TPUs at once, so with no kernel that only one of them has.
+
+Legend: B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from safetensors import SafetensorError
+from safetensors.flax import save_file
+
+from bigmodel import config as config_lib
+from bigmodel import disk, trees
+from bigmodel.config import InputError
+from bigmodel.data import fitted
+from bigmodel.infer import decoder as decoder_lib
+from bigmodel.infer import loading, saved_model
+from bigmodel.infer.decoder import Decoder
+from bigmodel.program import Program, State
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+Inputs = Mapping[str, Any]
+
+
+def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[str]:
+    """The run in `directory` -> a new directory with its functions, weights and loader; -> its files' names.
+
+    Raises:
+        InputError: no run there, `out` exists, or it cannot be written.
+    """
+    target = pathlib.Path(out)
+    if target.exists():
+        raise InputError(f"--out={target} exists; give a new directory")
+    if not target.parent.is_dir():
+        raise InputError(f"--out={target}: {target.parent} is no directory; make it")
+    built, state = loading.load(directory)
+    names, weights, tree = _weights(built, state)
+    functions = {"forward": _forward(built)}
+    if built.config.task.name == "lm" and Decoder.keeps_cache(built.config):
+        functions |= _decoding(built)
+    with disk.writing(target):
+        scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name))
+    try:
+        with disk.writing(target):
+            for name, (function, inputs) in functions.items():
+                exported = _export(function, tree, weights, inputs)
+                (scratch / f"{name}.stablehlo").write_bytes(exported.serialize())
+            _write_weights(scratch / "weights.safetensors", dict(zip(names, weights, strict=True)))
+            about: dict[str, Any] = {"functions": list(functions), "weights": names}
+            about["fitted"] = dict(fitted.read(directory))  # what inputs are encoded by, classes are called
+            if (tokenizer := pathlib.Path(directory) / "tokenizer.json").is_file():
+                shutil.copyfile(tokenizer, scratch / "tokenizer.json")
+            about["sha256"] = {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(scratch.iterdir())
+            }
+            disk.write_json(scratch / "model.json", about | {"config": config_lib.to_dict(built.config)})
+            shutil.copy(saved_model.__file__, scratch / "saved_model.py")
+            os.chmod(scratch, 0o755)
+            scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return sorted(path.name for path in target.iterdir())
+
+
+def _write_weights(path: pathlib.Path, weights: dict[str, jax.Array]) -> None:
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:  # it has errors of its own for a disk that is full
+        raise OSError(str(error)) from error
+    os.chmod(path, 0o644)
+
+
+def _weights(built: Program, state: State) -> tuple[list[str], list[jax.Array], Any]:
+    """-> (names, arrays, the tree they make): what `apply` takes, quantized weights in their places."""
+    whole = built.evaluated(state)
+    held = {part: state["rest"][part] for part in built.model.held}
+    rest = {part: value for part, value in state["rest"].items() if part not in held}
+    params = built.model.unpack(whole, held)
+    leaves, tree = jax.tree_util.tree_flatten_with_path((params, rest))
+    names = [trees.path_str(path).removeprefix("0/") for path, _ in leaves]
+    return names, [jnp.asarray(leaf) for _, leaf in leaves], tree
+
+
+def _export(function: Callable[..., Any], tree: Any, weights: list[jax.Array], inputs: Inputs) -> Any:
+    def flat(weights: list[jax.Array], inputs: Inputs) -> Any:
+        return function(*jax.tree.unflatten(tree, weights), inputs)
+
+    specs = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
+    return export.export(jax.jit(flat), platforms=PLATFORMS)(specs, dict(inputs))
+
+
+def _forward(built: Program) -> tuple[Callable[..., Any], Inputs]:
+    """The whole forward pass over what it reads of a batch; any B."""
+
+    def forward(params: Any, rest: Any, batch: Inputs) -> Any:
+        outputs, _ = bare(built).apply(params, rest, batch, key=None, train=False)
+        return outputs
+
+    (b,) = export.symbolic_shape("b")
+    spec = {k: jax.ShapeDtypeStruct((b, *s.shape[1:]), s.dtype) for k, s in built.batch_spec.items()}
+    return forward, {key: spec[key] for key in _read_by(built)}
+
+
+def bare(built: Program) -> Any:
+    """The model with its quantized weights among the parameters."""
+    return decoder_lib.unheld(built.model)
+
+
+def _read_by(built: Program) -> list[str]:
+    """Which arrays of a batch the outputs depend on."""
+
+    def outputs(batch: Inputs, params: Any, rest: Any) -> Any:
+        return built.model.apply(params, rest, batch, key=None, train=False)[0]
+
+    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype) for k, s in built.batch_spec.items()}
+    specs = (built.model.params_spec, built.model.rest_spec)
+    jaxpr = jax.make_jaxpr(outputs)(batch, *specs).jaxpr
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return [key for key, var in zip(sorted(batch), jaxpr.invars, strict=False) if id(var) in used]
+
+
+def _decoding(built: Program) -> dict[str, tuple[Callable[..., Any], Inputs]]:
+    """`prefill` and `decode` of a language model: see saved_model.py."""
+    config, model = built.config, bare(built)
+    length = decoder_lib.context(config)
+    (b,) = export.symbolic_shape("b")
+
+    def apply(params: Any, rest: Any, batch: Inputs) -> dict[str, Any]:
+        outputs, _ = model.apply(params, rest, batch, key=None, train=False)
+        return {"logits": outputs["logits"][:, 0], "cache": outputs["cache"]}
+
+    def prefill(params: Any, rest: Any, inputs: Inputs) -> dict[str, Any]:
+        tokens_BL, length_B = inputs["tokens"], inputs["lengths"]
+        at_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BL.shape)
+        cache = {
+            k: jnp.zeros((s.shape[0], tokens_BL.shape[0], *s.shape[2:]), s.dtype) for k, s in spec.items()
+        }
+        batch = {
+            "tokens": tokens_BL, "positions": at_BL, "cache": cache, "read_at": length_B[:, None] - 1,
+            "segments": (at_BL < length_B[:, None]).astype(jnp.int32),
+        }  # fmt: skip
+        return apply(params, rest, batch)
+
+    def decode(params: Any, rest: Any, inputs: Inputs) -> dict[str, Any]:
+        batch = {
+            "tokens": inputs["token"][:, None],
+            "positions": inputs["at"][:, None],
+            "cache": inputs["cache"],
+        }
+        return apply(params, rest, batch)
+
+    spec = decoder_lib.cache_spec(config, 1)
+    rows = jax.ShapeDtypeStruct((b,), jnp.int32)
+    cache = {k: jax.ShapeDtypeStruct((s.shape[0], b, *s.shape[2:]), s.dtype) for k, s in spec.items()}
+    return {
+        "prefill": (prefill, {"tokens": jax.ShapeDtypeStruct((b, length), jnp.int32), "lengths": rows}),
+        "decode": (decode, {"token": rows, "at": rows, "cache": cache}),
+    }

@@ -1,0 +1,445 @@
+"""Predictions of a trained model for raw inputs: images, texts or rows of numbers in, plain values out.
+
+What an input has to be follows from what the model's batches hold: `image` (a file, or base64 of one, or
+nested lists of bytes), `tokens` (text), a table's columns, `user` and `item` as the ratings call them, the
+`serial` number of a GAN's image. Keys that only training needs are zeros.
+
+Legend: B batch, L length, D width, V classes.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigmodel import data, mesh, tasks, trees
+from bigmodel.config import InputError
+from bigmodel.data import boxes as box_data
+from bigmodel.data import cells, labels, ratings, tables, transforms
+from bigmodel.data.tables import Columns
+from bigmodel.data.tokenizers import Tokenizer
+from bigmodel.infer import decoder as decoder_lib
+from bigmodel.infer import generate, image_files, loading
+from bigmodel.infer.sampling import GREEDY
+from bigmodel.program import Program, State
+
+Row = dict[str, Any]
+
+
+class Predictor:
+    """A model's compiled forward pass at the config's batch size; the last batch of many inputs is padded."""
+
+    def __init__(
+        self, program: Program, state: State, *, names: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None, columns: Columns | None = None,
+        ids: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            names: of the classes; none: their numbers.
+            tokenizer: of a model that reads text.
+            columns: of a model that reads rows of a table.
+            ids: of users and items by name, of a model that reads those.
+
+        Raises:
+            InputError: the model writes text, which `infer.Writer` does.
+        """
+        if program.config.task.name in decoder_lib.READERS:
+            raise InputError(
+                f"model.name={program.config.model.name} with task.name={program.config.task.name} writes "
+                "text; use scripts/generate.py"
+            )
+        self.program, self.names, self.tokenizer = program, names, tokenizer
+        self.columns, self.ids = columns, ids
+        self.decode_image: Callable[[bytes, int], np.ndarray] = image_files.decode
+        self._state = (program.evaluated(state), state["rest"])
+        here = mesh.replicated(program.mesh)
+        self._forward = jax.jit(self._outputs, out_shardings=here)
+
+    @classmethod
+    def load(cls, directory: pathlib.Path, step: int | None = None) -> Predictor:
+        """The run in `directory`. Raises InputError as `infer.load`."""
+        return cls.of(*loading.load(directory, step), directory)
+
+    @classmethod
+    def of(cls, program: Program, state: State, directory: pathlib.Path) -> Predictor:
+        """A run that is loaded already, with what its directory knows of names and tokens."""
+        config, spec = program.config, program.batch_spec
+        return cls(
+            program, state,
+            names=data.class_names(config, directory) if spec.keys() & {"label", "labels"} else (),
+            tokenizer=data.get_tokenizer(config, directory) if "tokens" in spec else None,
+            columns=tables.fitted(config, directory) if spec.keys() & TABLE else None,
+            ids=ratings.ids(config, data.Facts(config, directory)) if "user" in spec else None,
+        )  # fmt: skip
+
+    @property
+    def reads(self) -> str:
+        """`text`, `image` or `row`."""
+        key = next(key for key in READERS if key in self.program.batch_spec)
+        return {"image": "image", "tokens": "text"}.get(key, "row")
+
+    @property
+    def rows(self) -> int:
+        """How many inputs one pass takes."""
+        return self.program.config.batch_size
+
+    def warm(self) -> None:
+        """Compiles the forward pass, so that no input waits for it."""
+        self._outputs_of([])
+
+    def predict(self, inputs: Sequence[Any]) -> tuple[list[Row], int]:
+        """-> (a row for each input, how many tokens were read).
+
+        Raises:
+            InputError: an input the model cannot read or has no finite answer for, by its number.
+        """
+        return self._in_batches(inputs, self.predicted)
+
+    def embed(self, inputs: Sequence[Any]) -> tuple[list[list[float]], int]:
+        """-> (a vector of length 1 for each text, how many tokens were read): the mean over its hidden states
+        (Reimers and Gurevych 2019). A text, or its ids, is cut at `seq_len`.
+
+        Raises:
+            InputError: as `predict`, or for a model without any.
+        """
+        return self._in_batches(inputs, self.embedded)
+
+    def _in_batches(self, inputs: Sequence[Any], run: Callable[..., tuple[list[Any], int]]) -> Any:
+        rows: list[Any] = []
+        tokens, size = 0, self.rows
+        for first in range(0, len(inputs), size):
+            part = [self.read(item, first + row) for row, item in enumerate(inputs[first : first + size])]
+            new, count = run(part, first)
+            rows, tokens = rows + new, tokens + count
+        return rows, tokens
+
+    def read(self, item: Any, number: int = 0) -> dict[str, Any]:
+        """One input -> its arrays of a batch. Raises InputError with its number."""
+        read = next(READERS[key] for key in READERS if key in self.program.batch_spec)
+        try:
+            return read(self, item)
+        except (InputError, ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:
+            raise InputError(f"input {number}: {error}") from error
+
+    def predicted(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[Row], int]:
+        """`predict` of inputs that `read` gave, at most a batch's; numbered from `first` in messages."""
+        return self._written(read, first, WRITERS[self.program.config.task.name])
+
+    def embedded(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[list[float]], int]:
+        """`embed` of inputs that `read` gave, at most a batch's."""
+        rows, count = self._written(read, first, _embedding)
+        return [row["embedding"] for row in rows], count
+
+    def _written(
+        self, read: Sequence[dict[str, Any]], first: int, write: Callable[..., Row]
+    ) -> tuple[list[Row], int]:
+        each, tokens = self._outputs_of(read)
+        rows: list[Row] = []
+        for index, arrays in enumerate(read):
+            out = {key: value[index] for key, value in each.items()}
+            for key, value in out.items():
+                if value.dtype.kind == "f" and not np.isfinite(value).all():
+                    raise InputError(
+                        f"input {first + index}: the model's {key} is not finite; mend the input if its "
+                        "numbers are far from the training data's, else the run has diverged"
+                    )
+            out |= {key: value for key, value in arrays.items() if key not in self.program.batch_spec}
+            rows.append(write(self, out))
+        return rows, tokens
+
+    def _outputs_of(self, read: Sequence[dict[str, Any]]) -> tuple[dict[str, np.ndarray], int]:
+        """-> (the model's outputs for a batch of inputs, how many tokens it read)."""
+        size, spec = self.program.config.batch_size, self.program.batch_spec
+        batch = {key: np.zeros(s.shape, s.dtype) for key, s in spec.items()}
+        batch["mask"] = (np.arange(size) < len(read)).astype(np.float32)
+        for row, arrays in enumerate(read):
+            for key in arrays.keys() & spec.keys():
+                batch[key][row] = arrays[key]
+        tokens = int((batch["segments"] > 0).sum()) if "segments" in batch else 0
+        outputs = jax.device_get(self._forward(*self._state, self.program.put(batch)))
+        return {key: value for key, value in _flat(outputs) if value.ndim and len(value) == size}, tokens
+
+    def _outputs(self, params: Any, rest: Any, batch: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
+            outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
+        task = self.program.config.task
+        keep = tasks.PREDICTIONS.get(task.name)
+        if keep is not None:
+            outputs = keep(outputs, task)
+        out = dict(outputs) if isinstance(outputs, Mapping) else {"logits": outputs}
+        out.pop("losses", None)
+        if "hidden" in out:  # one vector a text: the mean of its tokens
+            real_BL1 = (batch["segments"] > 0).astype(jnp.float32)[..., None]
+            hidden_BLD = out.pop("hidden").astype(jnp.float32)
+            out["mean"] = (hidden_BLD * real_BL1).sum(1) / jnp.maximum(real_BL1.sum(1), 1.0)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), out)
+        if task.name == "mlm":
+            wide.pop("logits", None)
+        return wide
+
+
+class Answerer:
+    """A model that writes text, asked for entire answers: greedy, up to what its context holds.
+
+    Answers are written `rows` at a time, prompts padded to one of two lengths: so four programs are compiled.
+    """
+
+    reads, rows = "text", 4
+
+    def __init__(self, writer: generate.Writer) -> None:
+        self.writer = writer
+        most = decoder_lib.context(writer.decoder.program.config)
+        self.length = max(most // 2, 1) if writer.continues else most
+        seq_len = writer.decoder.program.config.seq_len
+        self.paddings = (-(-seq_len // 4), seq_len)
+
+    def warm(self) -> None:
+        """Compiles what `predicted` calls."""
+        decoder = self.writer.decoder
+        for padding in self.paddings:
+            prompts = [[0] * padding] * (self.rows + 1)
+            state = decoder.prefill(prompts, [self.length] * len(prompts), [GREEDY] * len(prompts))
+            decoder.decode(state, 1)
+
+    def read(self, item: Any, number: int = 0) -> dict[str, Any]:
+        """A text, or a row with a column `text` -> its ids. Raises InputError with its number."""
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise InputError(f"input {number}: a text is needed, or a row with a column `text`")
+        try:
+            return {"ids": self.writer.encode(text)}
+        except (InputError, ValueError) as error:
+            raise InputError(f"input {number}: {error}") from error
+
+    def predicted(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[Row], int]:
+        """At most `rows` inputs that `read` gave -> ({"text"} for each, how many tokens were read)."""
+        prompts = [arrays["ids"] for arrays in read]
+        longest = max(map(len, prompts))
+        padding = next((p for p in self.paddings if p >= longest), self.paddings[-1])
+        unused = self.rows + 1 - len(prompts)  # of which one makes the prompts' padding
+        lengths = [self.length] * len(prompts) + [0] * unused
+        filled = prompts + [np.zeros(padding, np.int32)] * unused
+        answers = generate.generate(self.writer.decoder, filled, lengths)
+        rows = [{"text": self.writer.decode(ids)[0]} for ids in answers[: len(prompts)]]
+        return rows, sum(map(len, prompts))
+
+    def embedded(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[list[float]], int]:
+        """Raises InputError."""
+        name = self.writer.decoder.program.config.model.name
+        raise InputError(f"model.name={name} gives no embeddings; use an encoder's run")
+
+
+def _flat(outputs: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
+    return [(trees.path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(dict(outputs))]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _read_image(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """A path, base64 of a PNG or JPEG, or nested lists [H, W, C] of 0..255."""
+    config, shape = predictor.program.config, predictor.program.batch_spec["image"].shape[1:]
+    item = item.get("image") if isinstance(item, Mapping) else item
+    if isinstance(item, str | pathlib.Path):
+        image = predictor.decode_image(_bytes_of(item), shape[-1])
+    else:
+        image = np.asarray(item)
+        if image.ndim != 3 or image.dtype.kind not in "iu" or image.min() < 0 or image.max() > 255:
+            raise InputError("an image must be a file, base64 of one, or lists [H, W, C] of 0..255")
+        image = image.astype(np.uint8)
+    size = np.array(image.shape[:2], np.float32)
+    scale = size / shape[:2]
+    if config.data.image_size and config.task.name == "detect":  # as in training
+        whole = np.array([[0, 0, *size]], np.float32)
+        image, inner = box_data.letterbox(image, whole, config.data.image_size)
+        scale = size / inner[0, 2:]
+    elif config.data.image_size:
+        image = transforms.fitted(image, config.data, config.data.eval_crop)
+    elif image.shape[:2] != shape[:2]:
+        image = cv2.resize(image, (shape[1], shape[0]), interpolation=cv2.INTER_AREA).reshape(*shape[:2], -1)
+    if image.shape != shape:
+        raise InputError(f"an image of shape {image.shape}, but the model reads {shape}")
+    batch = transforms.normalise({"image": image[None]}, config.data.mean, config.data.std)
+    return {"image": batch["image"][0], "size": size, "scale": scale}
+
+
+def _bytes_of(item: str | pathlib.Path) -> bytes:
+    if isinstance(item, pathlib.Path):
+        try:
+            return item.read_bytes()
+        except OSError as error:
+            raise InputError(f"{item}: {error.strerror}") from error
+    try:
+        return base64.b64decode(item.rpartition("base64,")[2], validate=True)
+    except binascii.Error as error:
+        raise InputError("no base64 of an image") from error
+
+
+def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """As labelled texts are read in training (data/batches.py); or a text's ids, without special ones."""
+    assert predictor.tokenizer is not None
+    program, tokenizer = predictor.program, predictor.tokenizer
+    name = program.config.data.text
+    text = item.get(name, item.get("text")) if isinstance(item, Mapping) else item
+    ids: bytes | np.ndarray
+    if isinstance(text, str):
+        ids = _utf8(text)
+    elif isinstance(text, list) and text and all(type(i) is int for i in text):
+        if not 0 <= min(text) <= max(text) < tokenizer.vocab_size:
+            raise InputError(f"token ids must lie in 0 to {tokenizer.vocab_size - 1}")
+        ids = np.array(text, np.int32)
+    else:
+        also = f" or `{name}`" if name != "text" else ""
+        raise InputError(f"a text is needed, or a row with a column `text`{also}")
+    rows = data.whole_texts(program.config, tokenizer)([ids])
+    return {key: value[0] for key, value in rows.items() if key in program.batch_spec}
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"text holds a lone surrogate at character {error.start}") from None
+
+
+def _read_serial(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """Which image is drawn: a number, or a row with `serial` and, of a GAN with classes, `label`."""
+    spec = predictor.program.batch_spec
+    row = item if isinstance(item, Mapping) else {"serial": item}
+    if row.get("serial") is None:
+        raise InputError("a row with a column `serial` is needed, or a number")
+    most = {"serial": 2**31, "label": getattr(predictor.program.config.model, "num_classes", 0)}
+    out = {key: _number(key, row[key]) for key in most if key in spec and row.get(key) is not None}
+    for key, value in out.items():
+        if not 0 <= value < most[key] or value % 1:
+            raise InputError(f"{key} is {row[key]}: give a whole number from 0 to {most[key] - 1}")
+    return out
+
+
+def _number(key: str, value: Any) -> float:
+    """A finite number that float32 holds; as text with a decimal point, for a comma may mean either."""
+    number = value
+    if isinstance(value, str):
+        number = None if "," in value else cells.number(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise InputError(f"{key} is {value!r}, no number; write it like 1234.5")
+    if not abs(number) <= cells.LARGEST:
+        raise InputError(f"{key} is {value!r}, no finite number or more than float32 holds")
+    return float(number)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and cells.is_missing(value))
+
+
+def _read_row(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """A row of the table that the model learnt from, as numbers or text; null, NaN and what training reads as
+    missing are a missing number."""
+    assert predictor.columns is not None
+    wanted = (*predictor.columns.numeric, *predictor.columns.categories)
+    missing = [key for key in wanted if not isinstance(item, Mapping) or key not in item]
+    if missing:
+        raise InputError(f"no column {missing[0]!r}; a row with {', '.join(wanted)} is needed")
+    row: dict[str, np.ndarray] = {
+        key: np.array([item[key] if item[key] is not None else ""], object)
+        for key in predictor.columns.categories
+    }
+    for key in predictor.columns.numeric:
+        row[key] = np.array([np.nan if _is_missing(item[key]) else _number(key, item[key])])
+    return {key: value[0] for key, value in predictor.columns.encode(row).items()}
+
+
+def _read_pair(predictor: Predictor, item: Any) -> dict[str, Any]:
+    """A user and an item, by name; whoever is not among the ratings is the unknown one."""
+    assert predictor.ids is not None
+    if not isinstance(item, Mapping) or any(item.get(key) is None for key in predictor.ids):
+        raise InputError(f"a row with columns {' and '.join(predictor.ids)} is needed")
+    return {key: labels.id_of(item[key], ids, 0) for key, ids in predictor.ids.items()}
+
+
+TABLE = {"numeric", "categorical"}
+READERS: dict[str, Callable[[Predictor, Any], dict[str, Any]]] = {
+    "serial": _read_serial,  # before image: a GAN's batch has both
+    "image": _read_image,
+    "tokens": _read_text,
+    **dict.fromkeys(TABLE, _read_row),
+    "user": _read_pair,
+}
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def _class_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
+    share_V = np.exp(out["logits"] - out["logits"].max())
+    share_V = share_V / share_V.sum()
+    best = np.argsort(-share_V, kind="stable")[:5]  # of equals the first, as in evaluation
+    names = [_name(predictor, i) for i in best]
+    top = {name: round(float(share_V[i]), 6) for name, i in zip(names, best, strict=True)}
+    return {"label": int(best[0]), "name": names[0], "probability": float(share_V[best[0]]), "top": top}
+
+
+def _labels_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
+    share_V = 1 / (1 + np.exp(-out["logits"]))
+    labels_N = np.flatnonzero(share_V > 0.5).tolist()
+    names = [_name(predictor, label) for label in labels_N]
+    return {"labels": labels_N, "names": names, "probabilities": share_V.tolist()}
+
+
+def _value(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
+    """Numbers in the label's own units, which training standardised."""
+    mean, deviation = predictor.columns.label_scale if predictor.columns else (0.0, 1.0)
+    return {"value": (out["logits"].astype(np.float64) * deviation + mean).tolist()}
+
+
+def _embedding(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
+    """A text's vector of length 1: the mean of its tokens' hidden states."""
+    if "mean" not in out:
+        raise InputError(
+            f"model.name={predictor.program.config.model.name} gives no embeddings; use an encoder's run"
+        )
+    vector = out["mean"] / max(math.sqrt(float((out["mean"] ** 2).sum())), 1e-12)
+    return {"embedding": vector.tolist()}
+
+
+def _picture(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
+    """A generated image in -1..1 as base64 of a PNG."""
+    image = np.clip((out["fake"] + 1) * 127.5, 0, 255).round().astype(np.uint8)
+    _, png = cv2.imencode(".png", image if image.shape[-1] == 1 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return {"image": base64.b64encode(png.tobytes()).decode()}
+
+
+def _boxes(predictor: Predictor, out: Mapping[str, Any]) -> Row:
+    """What was found, the surest first; boxes (y0, x0, y1, x1) in pixels of the image as it was given."""
+    sure = out["scores"] > 0
+    boxes = np.clip(out["found"][sure] * np.tile(out["scale"], 2), 0, np.tile(out["size"], 2))
+    labels_N = out["classes"][sure].astype(int).tolist()
+    return {
+        "boxes": boxes.round(2).tolist(), "scores": out["scores"][sure].tolist(), "labels": labels_N,
+        "names": [_name(predictor, label) for label in labels_N],
+    }  # fmt: skip
+
+
+def _name(predictor: Predictor, label: int) -> str:
+    return predictor.names[label] if label < len(predictor.names) else str(label)
+
+
+def _score(predictor: Predictor, out: Mapping[str, Any]) -> Row:
+    """How much the user likes the item: a rating, or logits."""
+    return {"score": float(out["scores"][0])}
+
+
+WRITERS: dict[str, Callable[[Predictor, Mapping[str, np.ndarray]], Row]] = {
+    "classify": _class_of, "multilabel": _labels_of, "regress": _value, "mlm": _embedding, "gan": _picture,
+    "detect": _boxes, "rank": _score,
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What computers can do: datasheets of chips, energy counters, free memory."""

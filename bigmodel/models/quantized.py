@@ -1,0 +1,131 @@
+"""How a model's weights are held: as floats, or quantized with their codes in `rest`, where nothing trains.
+
+`wrap` changes a Definition's specs, `init` and `apply` by `config.quantize`; the modules do not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigmodel import trees
+from bigmodel.config import InputError, Quantize
+from bigmodel.models import weights
+from bigmodel.models.module import Definition, Tree
+
+PARTS = ("codes", "scale", "activation")  # of a quantized weight; in `rest` a tree of each
+
+
+def wrap(definition: Definition, how: Quantize) -> Definition:
+    """The definition whose weights are held as `how` says.
+
+    Raises:
+        InputError: no weight has a name that `quantize.on` finds, or the group does not divide one's inputs.
+    """
+    if how.weights == "none":
+        return definition
+    sums = chosen(definition, how)
+
+    def as_held(path: Any, w: Any) -> Any:
+        name = trees.path_str(path)
+        if name not in sums:
+            return w
+        if how.aware:
+            return weights.Rounded(w, sums[name], how.weights, how.group)
+        quantized = weights.quantize(w, sums[name], how.weights, how.group)
+        return (
+            with_activation(quantized, sums[name], jnp.float32(1))
+            if rounds_inputs(how, sums[name])
+            else quantized
+        )
+
+    def pack(params: Tree) -> tuple[Tree, Tree]:
+        return split(jax.tree_util.tree_map_with_path(as_held, params), how)
+
+    def unpack(params: Tree, held: Tree) -> Tree:
+        if how.aware:
+            return jax.tree_util.tree_map_with_path(as_held, params)
+        return join(params, held, definition.params_spec, how)
+
+    if how.aware:
+        return dataclasses.replace(definition, unpack=unpack)
+    params_spec, held_spec = jax.eval_shape(pack, definition.params_spec)
+    return dataclasses.replace(
+        definition, params_spec=params_spec, rest_spec={**definition.rest_spec, **held_spec},
+        held=tuple(held_spec), pack=pack, unpack=unpack,
+    )  # fmt: skip
+
+
+def rounds_inputs(how: Quantize, sums: tuple[int, ...]) -> bool:
+    """Whether a weight with these summed axes has its inputs quantized too: a product's, a convolution's."""
+    return how.activations != "none" and sums in ((-2,), (-4, -3, -2))
+
+
+def with_activation(w: weights.Quantized, sums: tuple[int, ...], scale: jax.Array) -> weights.Quantized:
+    """`w` with a scale of its inputs for each of its leading dimensions (a stack's depth)."""
+    lead = w.shape[: w.ndim + min(sums)]
+    return dataclasses.replace(w, activation=jnp.broadcast_to(scale, lead))
+
+
+def chosen(definition: Definition, how: Quantize) -> dict[str, tuple[int, ...]]:
+    """Path -> summed axes, of the weights that are quantized. Raises as `wrap`."""
+    known = definition.products
+    sums = {name: axes for name, axes in known.items() if re.search(how.on, "/" + name)}
+    if not sums:
+        raise InputError(
+            f"quantize.on={how.on!r} finds no weight of this model; it has {', '.join(sorted(known))}"
+        )
+    if how.group:
+        for path, w in jax.tree_util.tree_leaves_with_path(definition.whole_spec):
+            name = trees.path_str(path)
+            inputs = w.shape[max(sums[name])] if name in sums else 0
+            if inputs > how.group and inputs % how.group:
+                raise InputError(
+                    f"quantize.group={how.group} does not divide the {inputs} inputs of {name}; "
+                    "choose a divisor, 0 for one scale an output, or leave the weight out with quantize.on"
+                )
+    return sums
+
+
+def split(params: Tree, how: Quantize) -> tuple[Tree, Tree]:
+    """Parameters, some of them `weights.Quantized` -> (the plain ones, {"codes", "scale", ...})."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_quantized)
+    flat = {trees.path_str(path): w for path, w in leaves}
+    plain = {name: w for name, w in flat.items() if not _is_quantized(w)}
+    parts = PARTS[: 2 + (how.activations != "none")]
+    held = {
+        part: trees.nest(
+            {
+                n: getattr(w, part)
+                for n, w in flat.items()
+                if _is_quantized(w) and getattr(w, part) is not None
+            }
+        )
+        for part in parts
+    }
+    return trees.nest(plain), held
+
+
+def join(params: Tree, held: Mapping[str, Tree], whole_spec: Tree, how: Quantize) -> Tree:
+    """The inverse of `split`."""
+    flat = {part: trees.by_path(tree) for part, tree in {"params": params, **held}.items()}
+
+    def leaf(path: Any, spec: Any) -> Any:
+        name = trees.path_str(path)
+        if name in flat["params"]:
+            return flat["params"][name]
+        activation = flat.get("activation", {}).get(name)
+        return weights.Quantized(
+            flat["codes"][name], flat["scale"][name], activation, how.weights, spec.shape[-1]
+        )  # fmt: skip
+
+    return jax.tree_util.tree_map_with_path(leaf, whole_spec)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, weights.Quantized)
