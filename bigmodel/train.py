@@ -96,7 +96,7 @@ def run(
             train_data = data.make_pipeline(config, "train", path, **rows)
             eval_data = data.make_pipeline(config, "eval", path, **rows)
             start.agree_on_data(train_data, eval_data)
-            the_program = start.build(config, the_mesh)
+            the_program = planner.build_within_budget(config, the_mesh)
         return Run(the_program, path, train_data, eval_data, spent, end, force).train(stack)
 
 

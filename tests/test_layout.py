@@ -4,101 +4,43 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 
 import pytest
 from conftest import ROOT
 
-# A file may import from files above it, wherever in the file the import stands. `|` joins equals that do
-# not import each other. A package's __init__ collects its own files and stands below them.
-ORDER = """
-    __init__
-    typed | saved_model | memory | ending
-    disk | ranges
-    families/checks | smaller
-    families/transformers | families/images | families/recurrent | families/recommenders
-    families/__init__
-    tuning
-    config
-    workdir | hardware
-    fitted
-    energy
-    mesh
-    data/builders/__init__ | data/builders/python_source | data/builders/digits | data/builders/shapes
-    data/builders/lowrank_ratings | data/builders/clicks | data/builders/python_packages
-    data/builders/prepare | data/files
-    data/cells
-    data/delimited
-    data/sources | data/randaugment | data/tokenizing
-    data/tokenizer_files | data/chat | data/generation | data/token_cache
-    data/backends
-    data/pretrained
-    data/transforms
-    data/text | data/objectives | data/balance | data/labels
-    data/facts
-    data/images | data/tables | data/ratings
-    data/objects
-    data/batches
-    data/pipeline
-    data/__init__
-    models/products
-    models/ops
-    models/weights
-    models/module
-    models/layers | models/attention | models/cache | models/held | models/embedding
-    models/lora | models/distilled
-    models/moe | models/recommender | models/vision | models/resnet | models/gan | models/recurrent
-    models/transformer | models/inception | models/detector
-    models/gpt | models/bert | models/t5 | models/vit
-    models/__init__
-    metrics | detection
-    ranking
-    tasks
-    optim | sparsity
-    program
-    selfcheck
-    digests
-    manifest
-    checkpoint
-    parameters | fingerprint
-    distill
-    huggingface/files | huggingface/layouts | huggingface/known | huggingface/names | huggingface/processors
-    huggingface/configs | huggingface/companions
-    huggingface/__init__
-    transfer
-    plan/__init__
-    plan/flops
-    plan/hlo
-    plan/schedule | plan/calibrate | plan/target
-    plan/costs | plan/cpu_costs | plan/compiled
-    plan/thunks
-    plan/estimate
-    plan/receipt | plan/candidates
-    plan/planner | plan/timeline | plan/fits
-    plan/search
-    ledger
-    log
-    sampling | stops | image_files
-    decoder | pictures
-    infer
-    engine | predict | openai_api | scoring | speculative | beam | export | plan/serve
-    worker | connections | logprobs
-    service
-    access | answers
-    serve
-    evaluate | start
-    train
-    compress/__init__ | compress/recipe | compress/trained | compress/units
-    compress/observe
-    compress/solve | compress/structure | compress/report
-    compress/quantize | compress/prune | compress/distill
-    compress/stages
-"""
-# Imported by name when asked for (`importlib`), which is why they stand above: data/builders/__init__.
-LEVEL = {
-    name.strip(): level for level, line in enumerate(ORDER.strip().splitlines()) for name in line.split("|")
-}
 PACKAGE = ROOT / "bigmodel"
 FILES = {str(p.relative_to(PACKAGE).with_suffix("")): p for p in sorted(PACKAGE.rglob("*.py"))}
+# The README's tree is the one list of the import order: a file may import from files before it, wherever in
+# the file the import stands. A package's __init__ that the tree does not list stands after its folder.
+
+
+def readme_order() -> list[str]:
+    """Files as `data/tfds`, in the order in which the README's tree lists them."""
+    block = re.search(r"\n    bigmodel/\n((?: {6}.*\n)+)", (ROOT / "README.md").read_text())
+    assert block is not None
+    folders: list[tuple[int, str]] = []
+    found = ["__init__"]
+
+    def close(indent: int) -> None:
+        while folders and folders[-1][0] >= indent:
+            inside = "".join(name for _, name in folders)
+            folders.pop()
+            if f"{inside}__init__" in FILES and f"{inside}__init__" not in found:
+                found.append(f"{inside}__init__")
+
+    for line in block[1].splitlines():
+        indent = len(line) - len(line.lstrip())
+        close(indent)
+        for word in re.findall(r"[\w/]+\.py\b|^\w+/", line.strip()):
+            if word.endswith("/"):
+                folders.append((indent, word))
+            else:
+                found.append("".join(name for _, name in folders) + word.removesuffix(".py"))
+    close(0)
+    return found
+
+
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 70
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "factory", "misc"}
 
@@ -133,8 +75,16 @@ def imports(path: pathlib.Path) -> set[str]:
     return found
 
 
+LEVEL = {name: level for level, name in enumerate(readme_order())}
+
+
 def test_every_file_has_its_place():
-    assert FILES.keys() == LEVEL.keys(), "put the file into ORDER, where its imports allow"
+    assert len(LEVEL) == len(readme_order())
+    assert FILES.keys() == LEVEL.keys(), "put the file into the README's tree, where its imports allow"
+
+
+def test_the_root_holds_at_most_16_modules():
+    assert sum("/" not in name for name in FILES) - 1 <= 16  # beside __init__
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -145,10 +95,10 @@ def test_a_file_imports_only_from_above(name):
 
 
 def test_the_reader_of_imports_sees_lazy_ones():
-    assert as_file("bigmodel.data.tokenizers.Bytes") == "data/tokenizing"
+    assert as_file("bigmodel.data.tokenizers.Bytes") == "data/tokenizers"
     assert as_file("bigmodel.data.make_pipeline") == "data/__init__"
     assert as_file("jax.numpy") is None
-    assert "tokenizers.Tokenizer" in imports(FILES["data/tokenizing"])  # inside a function
+    assert "tokenizers.Tokenizer" in imports(FILES["data/tokenizers"])  # inside a function
 
 
 def test_flax_stays_under_models():

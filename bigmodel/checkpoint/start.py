@@ -9,32 +9,14 @@ from typing import Any, Literal
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import data, log, program, units, workdir
+from bigmodel import log, workdir
 from bigmodel.checkpoint import fingerprint, teachers, transfer
 from bigmodel.checkpoint.checkpoints import Checkpoints
-from bigmodel.config import Config, InputError, ranges
+from bigmodel.config import Config, InputError
 from bigmodel.data import Pipeline, fitted
-from bigmodel.plan import estimate
 from bigmodel.program import Program, State
 
 Resume = Literal["auto", "never", "must"]
-
-
-def build(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
-    """The Program; a budget is first turned into steps, which the learning rate's schedule needs.
-
-    Raises:
-        InputError: the budget buys more steps than a counter holds; and as `program.build`.
-    """
-    spec = data.batch_spec(config)
-    built = program.build(config, the_mesh, spec)
-    if not config.budget:
-        return built
-    config = config.replace(steps=estimate.steps_for_budget(built))
-    if config.steps > ranges.INT32:
-        raise InputError(f"budget is {config.budget}, which buys {config.steps:,} steps; set it lower")
-    log.say(f"budget    {units.quantity(config.budget)}FLOP buys {config.steps:,} steps")
-    return program.build(config, the_mesh, spec)
 
 
 def check_resume(path: pathlib.Path, resume: Resume) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from bigmodel import disk, optim, trees
-from bigmodel.data import corpus
 from bigmodel.plan import calibrate, cpu_schedule, flops, hlo, schedule
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.costs_chip import ChipCosts, attention_flops, gemm_flops

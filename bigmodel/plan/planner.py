@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, disk, mesh, program, units
-from bigmodel.config import Config, InputError
+from bigmodel import data, disk, log, mesh, program, units
+from bigmodel.config import Config, InputError, ranges
 from bigmodel.machines import chips
 from bigmodel.plan import candidates, estimate, receipt, target
 from bigmodel.plan import compiled as compiled_lib
@@ -66,6 +66,23 @@ def build(config: Config, aim: Target) -> Program:
     """The very Program that `train` runs, on the target's mesh."""
     chips.check_dtype(aim.chip, config.compute_dtype)
     return program.build(config, mesh.make_mesh(config, aim.devices), data.batch_spec(config))
+
+
+def build_within_budget(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
+    """Builds the Program; a budget is first turned into steps, which the learning rate's schedule needs.
+
+    Raises:
+        InputError: the budget buys more steps than a counter holds; and as `program.build`.
+    """
+    spec = data.batch_spec(config)
+    built = program.build(config, the_mesh, spec)
+    if not config.budget:
+        return built
+    config = config.replace(steps=estimate.steps_for_budget(built))
+    if config.steps > ranges.INT32:
+        raise InputError(f"budget is {config.budget}, which buys {config.steps:,} steps; set it lower")
+    log.say(f"budget    {units.quantity(config.budget)}FLOP buys {config.steps:,} steps")
+    return program.build(config, the_mesh, spec)
 
 
 def compile_for(built: Program, aim: Target) -> Compiled:
