@@ -33,7 +33,15 @@ SMALL = {
 
 def test_the_readme_has_its_commands():
     scripts = {command.split()[1] for command in COMMANDS}
-    names = ("quickstart.sh", "test.sh", "plan.py", "train.py", "evaluate.py", "generate.py", "bench.py")
+    names = (
+        "quickstart.sh",
+        "test.sh",
+        "plan.py",
+        "train.py",
+        "evaluate.py",
+        "generate.py",
+        "bench/bench.py",
+    )
     assert scripts >= {f"scripts/{name}" for name in names}
 
 
@@ -56,7 +64,7 @@ def tiny(command: str, folder: pathlib.Path) -> tuple[str, list[str]]:
         args = [a.replace("cnn.py:data=mnist", "cnn.py") for a in args]
     for large, small in SMALL.items():
         args = [word.replace(large, small) for word in args]
-    return pathlib.Path(words[1]).name, args
+    return words[1].removeprefix("scripts/"), args
 
 
 def commands_of_configs() -> list[str]:
@@ -94,8 +102,8 @@ def test_benchmarks_run(tmp_path):
     made = [f"--config=configs/gpt.py:size=toy,seq_len=64 --workdir={tmp_path}/small".split(), TINY]
     assert run_script("train.py", *made[0], *made[1][3:], limit_s=200).code == 0
     few = {
-        "bench.py": ["--rivals=ours", "--rounds=1", "--steps=1"],
-        "bench_serve.py": [
+        "bench/bench.py": ["--rivals=ours", "--rounds=1", "--steps=1"],
+        "bench/bench_serve.py": [
             "--requests=4",
             "--alone=2",
             "--clients=2",
@@ -108,7 +116,7 @@ def test_benchmarks_run(tmp_path):
         if "/bench" in command:
             script, args = tiny(command, tmp_path)
             args = [a.replace("=bench.json", f"={tmp_path}/bench.json") for a in args]
-            if script == "bench.py" and not any(a.startswith("--cases") for a in args):
+            if script == "bench/bench.py" and not any(a.startswith("--cases") for a in args):
                 args.append("--cases=gpt-small")
             ran = run_script(script, *args, *few[script], limit_s=500)
             assert ran.code == 0, (command, args, ran)

@@ -1,4 +1,4 @@
-"""The models of scripts/bench.py as one writes them in PyTorch, by family; float32, no dropout.
+"""The models of scripts/bench/bench.py as one writes them in PyTorch, by family; float32, no dropout.
 
 Each is called with a batch's tensors and gives logits where the task has targets.
 """

@@ -1,7 +1,7 @@
 """Puts load on two servers in other processes: one batches, one serves requests one after another.
 
-    python scripts/bench_serve.py --workdir=runs/small                   # 64 clients, 2,000 requests
-    python scripts/bench_serve.py --workdir=runs/small --requests=200 --clients=16
+    python scripts/bench/bench_serve.py --workdir=runs/small                   # 64 clients, 2,000 requests
+    python scripts/bench/bench_serve.py --workdir=runs/small --requests=200 --clients=16
 
 Starts scripts/serve.py on loopback twice, with --slots slots and with a single one. Both get the same
 requests from the same number of clients, each of which asks again when it is answered: so the single slot
@@ -26,11 +26,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import cli
-
 from bigmodel.config import InputError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # scripts/
+import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = 50  # different ones; their answers are written offline first
 ALONE = "one at a time"
 

@@ -1,4 +1,4 @@
-"""The models of scripts/bench.py in idiomatic Flax NNX, by family: none of our array functions.
+"""The models of scripts/bench/bench.py in idiomatic Flax NNX, by family: none of our array functions.
 
 Each is called with a batch and gives logits where the task has targets.
 """

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import turns
+import interleave
 
 GPT2 = "configs/gpt.py:size=124m,seq_len=1024"
 CASES = {"decode-1": (GPT2, 1), "decode-8": (GPT2, 8)}  # the model, and prompts at once
@@ -36,7 +36,7 @@ def ours(path: str, batch: int, quantized: bool = False) -> Run:
     from bigmodel.infer import generate
 
     more = {"quantize.weights": "int8"} if quantized else {}
-    config = config_lib.load(turns.ROOT / path, {"batch_size": 1, "compute_dtype": "float32", **more})
+    config = config_lib.load(interleave.ROOT / path, {"batch_size": 1, "compute_dtype": "float32", **more})
     built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
     params, rest = jax.jit(built.model.init)(jax.random.key(0))
     decoder = decoder_lib.Decoder(built, {"params": params, "rest": rest})
@@ -56,7 +56,7 @@ def torch(path: str, batch: int) -> Run:
 
     from bigmodel import config as config_lib
 
-    config = config_lib.load(turns.ROOT / path)
+    config = config_lib.load(interleave.ROOT / path)
     c: Any = config.model
     t.set_num_threads(os.cpu_count() or 1)
     t.manual_seed(0)
@@ -78,5 +78,5 @@ def torch(path: str, batch: int) -> Run:
 MAKERS: dict[str, Callable[[str, int], Run]] = {"ours": ours, "int8": int8, "torch": torch}
 
 
-def rival(case: str, name: str) -> turns.Rival:
-    return turns.Rival(MAKERS[name](*CASES[case]), warm=1)
+def rival(case: str, name: str) -> interleave.Rival:
+    return interleave.Rival(MAKERS[name](*CASES[case]), warm=1)

@@ -2,9 +2,9 @@
 
 Each rival is a process of its own, run in turn.
 
-    python scripts/bench.py --json=bench.json                    # all cases and rivals that are installed
-    python scripts/bench.py --cases=gpt-small,bert --rivals=ours,bare --rounds=5
-    python scripts/bench.py --cases=decode-1,decode-8            # bench_decode.py says what these are
+    python scripts/bench/bench.py --json=bench.json   # all cases and rivals that are installed
+    python scripts/bench/bench.py --cases=gpt-small,bert --rivals=ours,bare --rounds=5
+    python scripts/bench/bench.py --cases=decode-1,decode-8            # bench_decode.py says what these are
 
 Rivals in training (all float32, AdamW, clipping to norm 1, no dropout, as many parameters):
     ours     the compiled Program, fed batches that are in place; like `loop` and `bare` with the allocator
@@ -31,11 +31,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import bench_decode
-import cli
-import turns
+import interleave
 
 from bigmodel import config as config_lib
 from bigmodel.config import Config
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # scripts/
+import cli
 
 
 class Case(NamedTuple):
@@ -77,7 +79,7 @@ TARGETS = {  # of a task: what is to be predicted, and what weighs it
 
 def load_case(case: str) -> Config:
     fixed = {"optim.name": "adamw", "optim.lr": 3e-4, "steps": 10**6, "log.tensorboard": False}
-    return config_lib.load(f"{turns.ROOT}/configs/{CASES[case].config}", CASES[case].overrides | fixed)
+    return config_lib.load(f"{interleave.ROOT}/configs/{CASES[case].config}", CASES[case].overrides | fixed)
 
 
 def random_batch(case: str, config: Config, seed: int) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def build(case: str, config: Config) -> Any:
     return program.build(config, mesh.make_mesh(config, jax.devices()[:1]), spec)
 
 
-def ours(case: str, config: Config) -> turns.Rival:
+def ours(case: str, config: Config) -> interleave.Rival:
     import jax
 
     program = build(case, config)
@@ -130,7 +132,7 @@ def ours(case: str, config: Config) -> turns.Rival:
     return _steps(compiled, program.init(jax.random.key(0)), batches, program.state_spec["params"])
 
 
-def loop(case: str, config: Config) -> turns.Rival:
+def loop(case: str, config: Config) -> interleave.Rival:
     """The real loop of bigmodel/train.py over a pipeline that draws the same random batches."""
     import jax
 
@@ -164,10 +166,10 @@ def loop(case: str, config: Config) -> turns.Rival:
         the_loop.step(index + 1, batch, wait_s)
         return the_loop.state
 
-    return turns.Rival(step, wait=jax.block_until_ready)
+    return interleave.Rival(step, wait=jax.block_until_ready)
 
 
-def bare(case: str, config: Config) -> turns.Rival:
+def bare(case: str, config: Config) -> interleave.Rival:
     """What one writes by hand: value_and_grad, a scan over microbatches, optax, jit with donation."""
     import jax
     import jax.numpy as jnp
@@ -213,7 +215,7 @@ def bare(case: str, config: Config) -> turns.Rival:
     return _jax_steps(case, config, train_step, (params, rest, tx.init(params)))
 
 
-def flax(case: str, config: Config) -> turns.Rival:
+def flax(case: str, config: Config) -> interleave.Rival:
     import bench_flax
     import jax
     import optax
@@ -250,14 +252,14 @@ def _mean_loss(config: Config, logits: Any, batch: Any) -> Any:
     return (nats * weight).sum() / weight.sum()
 
 
-def _jax_steps(case: str, config: Config, train_step: Callable[..., Any], state: Any) -> turns.Rival:
+def _jax_steps(case: str, config: Config, train_step: Callable[..., Any], state: Any) -> interleave.Rival:
     import jax
 
     batches = [jax.device_put(batch) for batch in four_batches(case, config)]
     return _steps(jax.jit(train_step, donate_argnums=0), state, batches, state[0])
 
 
-def _steps(train_step: Callable[..., Any], state: Any, batches: list[Any], params: Any) -> turns.Rival:
+def _steps(train_step: Callable[..., Any], state: Any, batches: list[Any], params: Any) -> interleave.Rival:
     """(state, batch) -> (state, what is waited for), over the batches in turn."""
     import jax
 
@@ -270,10 +272,10 @@ def _steps(train_step: Callable[..., Any], state: Any, batches: list[Any], param
         return last
 
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    return turns.Rival(step, parameters, jax.block_until_ready)
+    return interleave.Rival(step, parameters, jax.block_until_ready)
 
 
-def torch(case: str, config: Config, compiled: bool = False) -> turns.Rival:
+def torch(case: str, config: Config, compiled: bool = False) -> interleave.Rival:
     """PyTorch as nanoGPT writes it: AdamW, gradient clipping."""
     import bench_torch
     import torch as t
@@ -301,16 +303,16 @@ def torch(case: str, config: Config, compiled: bool = False) -> turns.Rival:
         optimizer.zero_grad(set_to_none=True)
         value.item()
 
-    return turns.Rival(step, sum(p.numel() for p in trained))
+    return interleave.Rival(step, sum(p.numel() for p in trained))
 
 
-MAKERS: dict[str, Callable[[str, Config], turns.Rival]] = {
+MAKERS: dict[str, Callable[[str, Config], interleave.Rival]] = {
     "ours": ours, "loop": loop, "bare": bare, "flax": flax, "torch": torch,
     "torch-compile": lambda case, config: torch(case, config, compiled=True),
 }  # fmt: skip
 
 
-def rival(case: str, name: str) -> turns.Rival:
+def rival(case: str, name: str) -> interleave.Rival:
     if name in ("ours", "int8", "loop", "bare"):  # the others keep the allocator that Python comes with
         cli.keep_memory()
     if case in bench_decode.CASES:
@@ -324,22 +326,22 @@ def main() -> int:
     decoded, trained = bench_decode.CASES, CASES
     known = dict.fromkeys(trained, tuple(MAKERS)) | dict.fromkeys(decoded, tuple(bench_decode.MAKERS))
     needs = dict.fromkeys(trained, ("torch",)) | dict.fromkeys(decoded, ("torch", "transformers"))
-    turns.add_flags(flags, known, rounds=7)
+    interleave.add_flags(flags, known, rounds=7)
     flags.add_argument("--steps", type=int, default=0, help="steps a round; 0: a few seconds' worth")
     args, _ = cli.parse(flags)
     results: dict[str, Any] = {}
-    for case, rivals in turns.chosen(args, known, needs).items():
+    for case, rivals in interleave.chosen(args, known, needs).items():
         steps = args.steps or (trained[case].steps if case in trained else 1)
         made = ("tokens", decoded[case][1] * bench_decode.NEW) if case in decoded else None
-        results[case] = turns.compare(__file__, case, rivals, args.rounds, steps)
-        turns.show(case, results[case], made)
+        results[case] = interleave.compare(__file__, case, rivals, args.rounds, steps)
+        interleave.show(case, results[case], made)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    if (mine := turns.worker_of(sys.argv)) is None:
+    if (mine := interleave.worker_of(sys.argv)) is None:
         cli.run(main)
     else:
-        turns.work(*mine, rival)
+        interleave.work(*mine, rival)

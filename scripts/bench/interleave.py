@@ -24,7 +24,7 @@ from bigmodel.config import InputError
 
 Rivals = Mapping[str, Sequence[str]]  # of each case
 WORKER = "--worker="  # the flag of a process that serves one rival: --worker=CASE:RIVAL
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Rival(NamedTuple):

@@ -1,0 +1,42 @@
+"""Plain English: how docstrings begin, and words that say nothing as names."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from test_layout import FILES, tree
+
+# "Returns ...", "Splits ...", "Training FLOPs per token.": what a thing does or is, not a clause about it.
+BEGINNINGS = {"Of", "As", "What", "Whether", "How", "That"}
+RETIRED = {"held", "told", "whole", "more", "beside", "shown", "asked", "way", "kept", "seen"}
+# Rooms that still have some; a room leaves this list once and for all.
+UNREAD = {
+    "checkpoint", "compress", "config", "data", "disk", "ending", "energy", "evaluate", "huggingface", "infer",
+    "ledger", "log", "machines", "mesh", "metrics", "models", "optim", "pictures", "plan", "program",
+    "selfcheck", "sparsity", "tasks", "train", "trees", "units", "workdir",
+}  # fmt: skip
+READ = [name for name in FILES if name.split("/")[0] not in UNREAD]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_docstrings_begin_with_what_a_thing_does_or_is(name):
+    kinds = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    nodes = [node for node in ast.walk(tree(FILES[name])) if isinstance(node, kinds)]
+    found = [text.splitlines()[0] for node in nodes if (text := ast.get_docstring(node))]
+    assert not [line for line in found if line.split()[0].rstrip(",:") in BEGINNINGS]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_names_say_something(name):
+    names = set()
+    for node in ast.walk(tree(FILES[name])):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    assert not RETIRED & {name.strip("_") for name in names}
