@@ -18,12 +18,12 @@ ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
 def has_accelerator() -> bool:
-    """Whether this machine shows the device file of a GPU or a TPU."""
+    """True if this machine shows the device file of a GPU or a TPU."""
     return any(map(os.path.exists, ACCELERATORS))
 
 
 def keep_to_cpu() -> None:
-    """Of no effect once JAX is imported."""
+    """Keeps JAX to the CPU; has no effect after JAX has been imported."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
