@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from bigmodel import config as config_lib
-from bigmodel.config import Config, InputError, load
+from bigmodel.config import Config, InputError, load, parsing
 from bigmodel.config.families import CNN, GPT
 
 FILE, CONV = ROOT / "configs" / "gpt.py", ROOT / "configs" / "cnn.py"
@@ -237,3 +237,80 @@ def test_a_dict_of_nothing_is_the_default():
     assert config_lib.from_dict({}).model == GPT().resolve()
     assert config_lib.from_dict({"model": {"name": "cnn"}, "task": {"name": "classify"}}).model == CNN()
     assert isinstance(config_lib.from_dict({}), Config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    name: str = ""
+
+    def corners(self) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot(Shape):
+    name: str = "dot"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line(Shape):
+    name: str = "line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    shape: Dot | Line = Dot()
+
+
+OWN = """
+import dataclasses
+from test_config import Shape
+
+@dataclasses.dataclass(frozen=True)
+class Square(Shape):
+    side: float = 1.0
+
+class Bare(Shape): ...
+class Other: ...
+"""
+
+
+def test_a_class_of_ones_own_is_named_by_its_file_or_module(tmp_path, monkeypatch):
+    (tmp_path / "shapes_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in (f"{tmp_path}/shapes_of_mine.py:Square", "shapes_of_mine:Square"):
+        tree = {"shape": {"name": name, "side": "2"}}
+        shape = parsing.build(Drawing, tree, "").shape
+        assert (type(shape).__name__, shape.name, shape.side) == ("Square", name, 2.0)
+        assert shape == parsing.build(Drawing, tree, "").shape  # one class, however often it is read
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    file = tmp_path / "shapes_of_mine.py"
+    for side in (1.0, 3.0):
+        file.write_text(OWN.replace("1.0", str(side)))
+        assert parsing.build(Drawing, {"shape": {"name": f"{file}:Square"}}, "").shape.side == side
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none.py:Square", ["none.py", "does not exist", "correct the path"]),
+        ("shapes.py:Sqare", ["has no 'Sqare'", "did you mean 'Square'?"]),
+        ("shapes.py:Other", ["is no Shape", "derive it from test_config.Shape"]),
+        ("shapes.py:OWN", ["has no 'OWN'"]),
+        ("shapes.py:dataclasses", ["is no Shape"]),
+        ("shapes.py:Bare", ["dataclass(frozen=True)"]),
+        ("broken.py:Square", ["broken.py", "cannot be read", "line 2: ZeroDivisionError"]),
+        ("no_such_package.x:Square", ["'no_such_package.x' cannot be imported", "PYTHONPATH"]),
+    ],
+)
+def test_a_bad_reference_is_one_line(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("x = 1\ny = x / 0\n")
+    with pytest.raises(InputError) as caught:
+        parsing.build(Drawing, {"shape": {"name": name}}, "")
+    for word in (f"shape.name={name!r}", *words):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -7,7 +7,6 @@ ConfigDict goes further than this file."""
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -94,14 +93,11 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 def _get_config(path: pathlib.Path, arg: str | None) -> ml_collections.ConfigDict:
     if not path.is_file():
         raise InputError(f"--config file {str(path)!r} does not exist; give one such as configs/gpt.py")
-    module_spec = importlib.util.spec_from_file_location(f"bigmodel_config_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
+    if path.suffix != ".py":
         raise InputError(f"--config file {str(path)!r} is not a Python file; give one such as configs/gpt.py")
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        return module.get_config(arg)
-    except (SyntaxError, ImportError, AttributeError) as error:
+        return parsing.read_file(path, "--config file").get_config(arg)
+    except AttributeError as error:
         raise InputError(f"--config file {str(path)!r} cannot be read: {error}") from error
 
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
 import json
 import math
+import pathlib
 import re
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +27,9 @@ class InputError(ValueError):
 def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     """Dataclass `cls` from a nested dict; text is parsed by the field's type.
 
-    A field typed as a union of dataclasses takes the one whose `name` the dict gives.
+    A field typed as a union of dataclasses takes the one whose `name` the dict gives. A name such as
+    `path/to/file.py:Class` or `package.module:Class` is a class of one's own: a frozen dataclass derived from
+    the base that the union's members share. It keeps that name.
 
     Args:
         prefix: the dotted path before this level's keys, for messages.
@@ -29,7 +38,7 @@ def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
         InputError: an unknown key (with the nearest known one), or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
-    fields = {key_of(name): name for name in hints}
+    fields = {key_of(field.name): field.name for field in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
             raise InputError(f"config key {prefix + key!r} is unknown{nearest(key, fields, prefix)}")
@@ -59,9 +68,85 @@ def _by_name(classes: tuple[Any, ...], value: Any, key: str) -> Any:
     """The one of several dataclasses whose `name` the value gives; the first one's if it gives none."""
     known = {cls.name: cls for cls in classes}
     name = value.get("name", classes[0].name) if isinstance(value, Mapping) else value
+    if isinstance(name, str) and ":" in name:
+        base = next(c for c in classes[0].__mro__ if all(issubclass(cls, c) for cls in classes))
+        return _own_class(name, base, f"{key}.name={name!r}")
     if not isinstance(name, str) or name not in known:
         raise InputError(f"{key}.name={name!r} is unknown{nearest(str(name), known)}")
     return known[name]
+
+
+def _own_class(reference: str, base: type, setting: str) -> Any:
+    """The class that `reference` names, if it can hold a group's keys."""
+    found = refer(reference, setting)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"{setting} is no {base.__name__}; derive it from {base.__module__}.{base.__name__}")
+    if "__dataclass_params__" not in vars(found):
+        raise InputError(f"{setting} holds no keys; put @dataclass(frozen=True) before the class")
+    return found
+
+
+def refer(reference: str, setting: str) -> Any:
+    """The attribute that `path/to/file.py:name` or `package.module:name` means; reading it runs that file.
+
+    Args:
+        setting: where the reference stands, for messages.
+
+    Raises:
+        InputError: no such file, module or attribute, or a file that cannot be read.
+    """
+    where, _, name = reference.rpartition(":")
+    if where.endswith(".py"):
+        module = read_file(where, setting)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except (ImportError, ValueError, SyntaxError) as error:
+            fix = "give path/to/file.py:Class, or a module that is installed or on PYTHONPATH"
+            raise InputError(f"{setting}: {where!r} cannot be imported ({error}); {fix}") from error
+    if not hasattr(module, name):
+        classes = [key for key, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__]
+        raise InputError(f"{setting}: {where} has no {name!r}{nearest(name, classes)}")
+    return getattr(module, name)
+
+
+def read_file(path: str | pathlib.Path, setting: str) -> types.ModuleType:
+    """A Python file as a module; it runs once, and again when its text has changed.
+
+    Raises:
+        InputError: a missing file, or one that cannot be read.
+    """
+    file = pathlib.Path(path).absolute()
+    if not file.is_file():
+        raise InputError(f"{setting}: {str(path)!r} does not exist in {pathlib.Path.cwd()}; correct the path")
+    try:
+        return _run_file(file, digest(file))
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)]
+        at = f"line {lines[-1]}: " if lines else ""
+        raise InputError(f"{setting} {str(path)!r} cannot be read: {at}{error!r}") from error
+
+
+def digest(path: str | pathlib.Path) -> str:
+    """Fingerprint of a file's text."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+@functools.cache
+def _run_file(path: pathlib.Path, digest: str) -> types.ModuleType:
+    name = f"{path.stem}_{digest[:12]}"  # dataclasses look up their type hints in sys.modules
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def parse(text: str, hint: Any, key: str) -> Any:
