@@ -5,7 +5,7 @@
 
 Measured on 2 CPU cores: mnist, 1,400 steps of 128, 99.4 % test accuracy in 3 min 40 s.
 A student of channels 8, 16 and width 32 reaches 98.42 % in 400 steps alone, 98.73 % when that model
-teaches it (five seeds; the command is in the README, under Compress).
+teaches it (five seeds; the command is in BENCHMARKS.md, under Compression).
 `digits` (8x8, 1,797 images) comes with scikit-learn and needs no download; any TFDS image classification
 set with one image size works: prepare it with scripts/prepare_data.py.
 """

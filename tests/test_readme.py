@@ -1,4 +1,4 @@
-"""Every command of the README runs, at tiny size, in the order in which it is written."""
+"""Every command of the README and of the pages beside it runs, at tiny size, in the order of the text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from conftest import ROOT, run_script, script_env
 from bigmodel import config as config_lib
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for line in re.findall(r"^    (.*)$", README, re.MULTILINE)
-    if line.startswith(("python scripts/", "bash scripts/"))
-]
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/GUIDE.md", "BENCHMARKS.md")}
+
+
+def commands(text: str) -> list[str]:
+    """The indented lines that run a script; a backslash goes on to the next line."""
+    lines = re.findall(r"^    (.*)$", re.sub(r" *\\\n\s+", " ", text), re.MULTILINE)
+    scripts = ("python scripts/", "bash scripts/")
+    return [line.split("  #")[0].strip() for line in lines if line.startswith(scripts)]
+
+
+COMMANDS = commands(README)
+BENCHMARKS = [c for c in commands(PAGES["BENCHMARKS.md"]) if "/bench" in c]
 TINY = [
     "--config.model.depth=1", "--config.model.width=32", "--config.model.heads=2",
     "--config.model.vocab_size=264", "--config.batch_size=8", "--config.seq_len=32",
@@ -27,27 +34,43 @@ TINY = [
 ]  # fmt: skip
 SMALL = {
     "v5e:16x16": "v5e:2x4", "--search=2": "--search=1",
-    "v5p:8x16x16": "v5p:2x2x2", "fsdp=512": "fsdp=4", "tensor=4": "tensor=2",
+    "microbatches=2": "microbatches=1", "v5p:8x16x16": "v5p:2x2x2", "fsdp=512": "fsdp=4", "tensor=4": "tensor=2",
 }  # fmt: skip
 
 
 def test_the_readme_has_its_commands():
     scripts = {command.split()[1] for command in COMMANDS}
-    names = (
-        "quickstart.sh",
-        "test.sh",
-        "plan.py",
-        "train.py",
-        "evaluate.py",
-        "generate.py",
-        "bench/bench.py",
-    )
+    names = ("quickstart.sh", "test.sh", "plan.py", "train.py", "evaluate.py", "generate.py", "compress.py")
     assert scripts >= {f"scripts/{name}" for name in names}
+    assert {c.split()[1] for c in BENCHMARKS} == {f"scripts/bench/{x}.py" for x in ("bench", "bench_serve")}
 
 
-def test_every_path_named_in_the_readme_exists():
-    for path in re.findall(r"(?:scripts|configs|notebooks|tests|bigmodel)/[\w./]+\w", README):
-        assert (ROOT / path).exists(), path
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "SECURITY.md"])
+def test_every_path_named_exists(page):
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"(?:scripts|configs|notebooks|tests|bigmodel|examples|docs)/[\w./]+\w", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for link in re.findall(r"\]\(([^):#]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_the_sweep_of_the_readme_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    tiny_keys = dict(word.removeprefix("--config.").split("=") for word in TINY)
+    for text, small in {
+        'size=toy", overrides': f'size=toy", {tiny_keys} | overrides',
+        '["sweep"]()': '["sweep"]()[:2]',
+        "runs/": f"{tmp_path}/",
+    }.items():
+        assert text in code
+        code = code.replace(text, small)
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "sweep" / "1" / "checkpoints" / "3").is_dir()
 
 
 def tiny(command: str, folder: pathlib.Path) -> tuple[str, list[str]]:
@@ -91,7 +114,8 @@ def test_python_commands_run(tmp_path, all_of_them):
     done: set[str] = set()
     for command in COMMANDS:
         script, args = tiny(command, tmp_path)
-        if command.startswith("python") and "/bench" not in command and (all_of_them or script not in done):
+        endless = script == "serve.py"  # tests/test_serve.py runs it
+        if command.startswith("python") and not endless and (all_of_them or script not in done):
             ran = run_script(script, *args, limit_s=200)
             assert ran.code == 0, (command, args, ran)
             done.add(script)
@@ -112,14 +136,13 @@ def test_benchmarks_run(tmp_path):
             "--rounds=1",
         ],
     }
-    for command in COMMANDS:
-        if "/bench" in command:
-            script, args = tiny(command, tmp_path)
-            args = [a.replace("=bench.json", f"={tmp_path}/bench.json") for a in args]
-            if script == "bench/bench.py" and not any(a.startswith("--cases") for a in args):
-                args.append("--cases=gpt-small")
-            ran = run_script(script, *args, *few[script], limit_s=500)
-            assert ran.code == 0, (command, args, ran)
+    for command in BENCHMARKS:
+        script, args = tiny(command, tmp_path)
+        args = [a.replace("=bench.json", f"={tmp_path}/bench.json") for a in args]
+        if script == "bench/bench.py" and not any(a.startswith("--cases") for a in args):
+            args.append("--cases=gpt-small")
+        ran = run_script(script, *args, *few[script], limit_s=500)
+        assert ran.code == 0, (command, args, ran)
 
 
 @pytest.mark.skipif(
