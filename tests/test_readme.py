@@ -34,7 +34,8 @@ TINY = [
 ]  # fmt: skip
 SMALL = {
     "v5e:16x16": "v5e:2x4", "--search=2": "--search=1",
-    "microbatches=2": "microbatches=1", "v5p:8x16x16": "v5p:2x2x2", "fsdp=512": "fsdp=4", "tensor=4": "tensor=2",
+    "microbatches=2": "microbatches=1", "v5p:8x16x16": "v5p:2x2x2", "fsdp=512": "fsdp=4",
+    "tensor=4": "tensor=2",
 }  # fmt: skip
 
 
