@@ -272,7 +272,7 @@ def bleu(program: Program, state: State, tokenizer: Tokenizer) -> dict[str, floa
     import sacrebleu
 
     source = open_source(d.name, d.eval_split, d.data_dir, keys=("source", "target"))
-    size, start = config.batch_size, special_id(tokenizer, getattr(config.model, "vocab_size", 0), "start")
+    size, start = config.batch_size, special_id(tokenizer, config.model.vocab_size, "start")
     count = len(source) if config.eval.batches < 0 else min(len(source), config.eval.batches * size)
     decoder = decoder_lib.Decoder(program, state, end=tokenizer.ends, start=start)
     writer, answers, wanted = generate.Writer(decoder, tokenizer), [], []

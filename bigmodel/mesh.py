@@ -135,13 +135,19 @@ def _check_division(config: Config, mesh: Mesh) -> None:
             f"(mesh.data x mesh.fsdp x mesh.expert = {ways}, microbatches = {pieces}); "
             f"the next that is: {-(-config.batch_size // (ways * pieces)) * ways * pieces}"
         )
-    experts, split = getattr(config.model, "experts", 0), mesh.shape["expert"]
-    if split > 1 and (not experts or experts % split):
-        raise InputError(
-            f"mesh.expert={split} does not divide model.experts={experts}; lower it to a divisor"
-        )
-    for key, problem in config.model.mesh_problems(mesh.shape["tensor"]):
-        raise InputError(f"model.{key} {problem}")
+    for axis, split in mesh.shape.items():
+        sizes = config.model.divides.get(axis)
+        if split > 1 and sizes is None:
+            raise InputError(
+                f"mesh.{axis} is {split}, but model.name={config.model.name} with these keys does not shard "
+                "over it; set it to 1 and use another axis"
+            )
+        for key, size in (sizes or {}).items():
+            if size % split:
+                raise InputError(
+                    f"model.{key} is {size}, which mesh.{axis}={split} does not divide; lower mesh.{axis} "
+                    "to a divisor"
+                )
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -115,7 +115,7 @@ def check(program: Program, state: State, rows: Mapping[str, np.ndarray]) -> Che
     else:
         along = _along(program, state, batch, grads, float(loss), norm)
     shift = None
-    if _has_dropout(config):
+    if config.model.dropout > 0:
         left_out.append("its row order not: dropout depends on it")
     elif math.isfinite(norm):
         _, again = jax.block_until_ready(gradient_of(state, other))
@@ -211,10 +211,6 @@ def _shift(a: jax.Array, b: jax.Array, program: Program, rows: Mapping[str, np.n
 
 def _on(program: Program, function: Callable[..., Any], **options: Any) -> Any:
     return jax.jit(program_lib.on_mesh(program.mesh, function), **options)
-
-
-def _has_dropout(config: Config) -> bool:
-    return getattr(config.model, "dropout", 0.0) > 0
 
 
 def _parts(program: Program) -> tuple[tasks.Task, int]:

@@ -139,7 +139,7 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         return data.batch_spec(config)
     n, length = config.batch_size, config.seq_len
     shapes: dict[str, Any] = {"label": ((n,), np.int32), "mask": ((n,), np.float32)}
-    if "image" in config.model.INPUTS:
+    if "image" in config.model.inputs:
         shapes["image"] = ((n, *image_shape(config)), np.float32)
     else:
         shapes |= dict.fromkeys(("tokens", "segments", "positions"), ((n, length), np.int32))
@@ -173,7 +173,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     n, length = config.batch_size, config.seq_len
     mask = np.ones(n, np.float32)
-    if config.task.name in LABEL_TASKS and "text" in config.model.INPUTS:
+    if config.task.name in LABEL_TASKS and "text" in config.model.inputs:
         texts = [rng.integers(0, 40, rng.integers(3, length)) for _ in range(n)]
         label = rng.integers(0, config.model.num_classes, n).astype(np.int32)
         return {

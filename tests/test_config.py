@@ -120,7 +120,6 @@ BAD = [  # override -> what the message must name: the key, and the fix
     ("data.tokenizer=words", ["data.tokenizer is 'words'", "bpe:8192"]),
     ("mesh.fsdp=0", ["mesh.fsdp is 0", "1 or more"]),
     ("mesh.fsdp=-1", ["mesh.fsdp is -1", "mesh.data", "only one axis"]),
-    ("mesh.pipe=2", ["mesh.pipe is 2", "set it to 1"]),
     ("seed=99999999999999999999", ["seed is 99999999999999999999", "4294967295 or less"]),
     ("seed=4294967296", ["seed is 4294967296", "4294967295 or less"]),
     ("steps=99999999999999999999", ["steps is 9", "2147483647 or less"]),

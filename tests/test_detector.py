@@ -80,7 +80,7 @@ def test_places_and_targets_by_hand():
     model = config.model
     assert isinstance(model, Detector)
     assert model.strides == (4, 8)
-    where = box_data.places(model, (32, 32))
+    where = box_data.places(model.strides, (32, 32))
     assert where.center.shape == (64 + 16, 2)
     np.testing.assert_array_equal(where.center[[0, 1, 8, 64]], [[2, 2], [2, 6], [6, 2], [4, 4]])
     boxes = np.array([[4, 4, 16, 16], [8, 8, 12, 12]], np.float32)  # the smaller one inside the larger

@@ -72,7 +72,9 @@ def test_the_state_is_born_on_the_mesh_with_the_same_values():
         ({"batch_size": 12}, r"batch_size=12 is not a multiple of 8 .*the next that is: 16"),
         ({"microbatches": 2}, r"batch_size=8 is not a multiple of 16 .*microbatches = 2"),
         ({"mesh__tensor": 8}, r"model\.heads is 4, which mesh\.tensor=8 does not divide"),
-        ({"mesh__expert": 2}, r"mesh\.expert=2 does not divide model\.experts=0; lower it"),
+        ({"mesh__expert": 2}, r"mesh\.expert is 2, but model\.name=gpt .*does not shard over it"),
+        ({"mesh__pipe": 2}, r"mesh\.pipe is 2, .*set it to 1"),
+        ({"mesh__expert": 8, "model__experts": 4}, r"model\.experts is 4, which mesh\.expert=8 does not"),
         ({"mesh__tensor": 4, "model__kv_heads": 2}, r"model\.kv_heads is 2, which mesh\.tensor=4"),
     ],
 )

@@ -138,7 +138,7 @@ def test_flops_on_the_jaxpr_are_the_formula():
     for keys in ({}, {"model__cell": "gru", "model__tie_embeddings": True, "model__embed_width": 16}):
         part = built("rnn", **SGD, **keys)
         tokens = part.config.batch_size * part.config.seq_len
-        assert flops.model_flops(part) == part.config.model.formula_flops(16) * tokens
+        assert flops.model_flops(part) == part.config.model.flops_per_token(16) * tokens
 
 
 def test_a_published_parameter_count():

@@ -180,7 +180,7 @@ def is_imported(checkpoints: Checkpoints) -> bool:
 def _model(pretrained: Pretrained) -> Definition:
     """The model that a Hugging Face config describes; of images it needs no dataset."""
     config = pretrained.config
-    if hasattr(config.model, "vocab_size"):
+    if config.model.vocab_size:
         tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.int32)
         names = ["tokens", *(["next_sentence"] if config.task.next_sentence else [])]
         return models.define(config, dict.fromkeys(names, tokens))
@@ -248,7 +248,7 @@ def _keep_files(pretrained: Pretrained, config: Config, path: pathlib.Path) -> N
     tokenizer_files.keep(source, origin, ORIGIN_FILES)
     huggingface.write_unused(pretrained, origin)
     kind, _, there = config.data.tokenizer.partition(":")
-    if not hasattr(config.model, "vocab_size"):
+    if not config.model.vocab_size:
         if not config.data.mean:
             log.warning(
                 "%s has no preprocessor_config.json: pixels are normalised by 0.5 and 0.5; if the model "
@@ -331,13 +331,13 @@ def _names(path: pathlib.Path, config: Config) -> tuple[str, ...]:
             names = data.class_names(config, path)
         except InputError as error:
             log.warning("the names of the classes are not known, LABEL_0 and so on stand for them: %s", error)
-    return names if len(names) == getattr(config.model, "num_classes", 0) else ()
+    return names if len(names) == config.model.num_classes else ()
 
 
 def _files(path: pathlib.Path, config: Config, layout: Layout, arrays: Arrays) -> dict[str, dict[str, Any]]:
     """File name -> its JSON, of a model that was trained here, in the workdir `path`."""
     tree = huggingface.write_config(config, layout, arrays, _names(path, config))
-    if hasattr(config.model, "vocab_size"):
+    if config.model.vocab_size:
         tokenizer = data.get_tokenizer(config, path)
         tree |= huggingface.companions.ids(config, tokenizer)
         return {"config.json": tree, **huggingface.companions.texts(config, tokenizer)}

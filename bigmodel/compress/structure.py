@@ -115,8 +115,7 @@ def _take(x: jax.Array, axis: int, mask: np.ndarray) -> jax.Array:
 
 def _without_layers(model: Trained, amount: float) -> Trained:
     """One layer after another goes: each time the one without which the loss is lowest."""
-    for key in ("depth", "decoder_depth"):
-        depth = getattr(model.config.model, key, 0)
+    for key, (_, depth) in model.config.model.stacks.items():
         target = max(round(depth * (1 - amount)), 1)
         for _ in range(depth - target):
             model = _without_one(model, key)
@@ -124,10 +123,9 @@ def _without_layers(model: Trained, amount: float) -> Trained:
 
 
 def _without_one(model: Trained, key: str) -> Trained:
-    depth = getattr(model.config.model, key)
-    two = hasattr(model.config.model, "decoder_depth")
-    stack = "blocks" if not two else ("decoder/blocks" if key == "decoder_depth" else "encoder/blocks")
-    config = model.config.replace(model=dataclasses.replace(model.config.model, **{key: depth - 1}))
+    stack, depth = model.config.model.stacks[key]
+    changes: dict[str, Any] = {key: depth - 1}
+    config = model.config.replace(model=dataclasses.replace(model.config.model, **changes))
     flat = {name: x for name, x in trees.by_path(model.params).items() if name.startswith(stack + "/")}
 
     def without(layer: int) -> Any:

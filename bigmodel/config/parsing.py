@@ -28,8 +28,8 @@ def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     """Dataclass `cls` from a nested dict; text is parsed by the field's type.
 
     A field typed as a union of dataclasses takes the one whose `name` the dict gives. A name such as
-    `path/to/file.py:Class` or `package.module:Class` is a class of one's own: a frozen dataclass derived from
-    the base that the union's members share. It keeps that name.
+    `path/to/file.py:Class` or `package.module:Class` is a class of one's own, which keeps that name: a frozen
+    dataclass derived from B where the type is `Annotated[B, union]`, else from the union's common base.
 
     Args:
         prefix: the dotted path before this level's keys, for messages.
@@ -37,7 +37,7 @@ def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     Raises:
         InputError: an unknown key (with the nearest known one), or a value of the wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {key_of(field.name): field.name for field in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
@@ -53,8 +53,13 @@ def key_of(field: str) -> str:
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:
-    if isinstance(hint, types.UnionType) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
-        hint = _by_name(typing.get_args(hint), value, key)
+    if typing.get_origin(hint) is typing.Annotated:
+        base, classes = typing.get_args(hint)
+        hint = _by_name(typing.get_args(classes), base, value, key)
+    elif isinstance(hint, types.UnionType) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        classes = typing.get_args(hint)
+        base = next(c for c in classes[0].__mro__ if all(issubclass(cls, c) for cls in classes))
+        hint = _by_name(classes, base, value, key)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise InputError(f"{key} is a group of keys, not a value; set one of them, e.g. {key}.name")
@@ -64,12 +69,11 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     return _typed(value, hint, key)
 
 
-def _by_name(classes: tuple[Any, ...], value: Any, key: str) -> Any:
+def _by_name(classes: tuple[Any, ...], base: type, value: Any, key: str) -> Any:
     """The one of several dataclasses whose `name` the value gives; the first one's if it gives none."""
     known = {cls.name: cls for cls in classes}
     name = value.get("name", classes[0].name) if isinstance(value, Mapping) else value
     if isinstance(name, str) and ":" in name:
-        base = next(c for c in classes[0].__mro__ if all(issubclass(cls, c) for cls in classes))
         return _own_class(name, base, f"{key}.name={name!r}")
     if not isinstance(name, str) or name not in known:
         raise InputError(f"{key}.name={name!r} is unknown{nearest(str(name), known)}")

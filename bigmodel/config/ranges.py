@@ -78,9 +78,3 @@ def mesh_problems(sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
     free = [key for key, size in sizes.items() if size == -1]
     if len(free) > 1:
         yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"
-    for key in ("context", "pipe"):
-        if sizes[key] != 1:
-            yield (
-                key,
-                f"is {sizes[key]}, but no model shards over it yet; set it to 1 and use another axis",
-            )

@@ -153,7 +153,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
-    task, known = c.task, c.model.TASKS
+    task, known = c.task, c.model.tasks
     if task.name not in known:
         yield "name", f"is {task.name}, which model.name={c.model.name} does not do; set it to {known[0]}"
     if not 0 <= task.label_smoothing < 1:
@@ -166,12 +166,12 @@ def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
         yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
     if task.goes_on not in (0, 1):
         yield "goes_on", f"is {task.goes_on}: set it to 0 or 1"
-    if task.next_sentence and not getattr(c.model, "pooler", False):
+    if task.next_sentence and not c.model.pooler:
         yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
     for key in ("focal_gamma", "aux_weight", "huber_delta", "eval_negatives", "gradient_penalty"):
         if getattr(task, key) < 0:
             yield key, f"is {getattr(task, key)}: set it to 0 or more"
-    if task.gan_loss == "wgan-gp" and getattr(c.model, "norm", "") == "batch":
+    if task.gan_loss == "wgan-gp" and c.model.mixes_examples:
         yield "gan_loss", "is wgan-gp, whose penalty is an example's own; set model.norm to none or spectral"
     for key in ("most_detections", "top_k", "negatives"):
         if getattr(task, key) < 1:

@@ -100,7 +100,7 @@ def _lm_shapes(config: Config, _: Facts) -> Shapes:
 def _mlm(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     task, seed = config.task, config.seed if train else EVAL_SEED
     tokenizer = _tokenizer(config, facts, special=2)
-    vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
+    vocab_size: int = config.model.vocab_size or tokenizer.vocab_size + 2
     mask_id, cls = (corpus.special_id(tokenizer, vocab_size, role) for role in ("mask", "cls"))
     length = config.seq_len - 3 if task.next_sentence else config.seq_len
     packed, about = _packed(config, split, tokenizer, length)
@@ -150,7 +150,7 @@ def _seq2seq(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     inputs, targets, window = _lengths(config, facts)
     spans = 0 if paired else objectives.span_counts(window, task.mask_rate, task.mean_span)[1]
     tokenizer = _tokenizer(config, facts, special=spans)
-    vocab_size: int = getattr(config.model, "vocab_size", tokenizer.vocab_size + spans)
+    vocab_size: int = config.model.vocab_size or tokenizer.vocab_size + spans
     shape: dict[str, Any] = {"inputs": inputs, "targets": targets, "end": tokenizer.separator}
     shape["start"] = corpus.special_id(tokenizer, vocab_size, "start")
     token_bytes = _all_bytes(tokenizer, vocab_size)
@@ -268,7 +268,7 @@ def _objects(config: Config, split: str, facts: Facts, train: bool) -> Parts:
 
 def _texts(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     d = config.data
-    tokenizer = _tokenizer(config, facts, special=2 if _starts(config) == "cls" else 0)
+    tokenizer = _tokenizer(config, facts, special=2 if config.model.starts == "cls" else 0)
     arrange = whole_texts(config, tokenizer)
     _texts_shapes(config, facts)  # whatever is wrong with the features
     opened = facts.open(split, tuple(filter(None, (d.text, d.label, d.group))))
@@ -290,7 +290,7 @@ def whole_texts(
     config: Config, tokenizer: tokenizers.Tokenizer
 ) -> Callable[[Sequence[bytes | np.ndarray]], transforms.Batch]:
     """UTF-8 texts, or ids of texts -> a batch's arrays, with what the model was taught to see around them."""
-    starts, vocab_size = _starts(config), getattr(config.model, "vocab_size", tokenizer.vocab_size + 2)
+    starts, vocab_size = config.model.starts, config.model.vocab_size or tokenizer.vocab_size + 2
     if isinstance(tokenizer, pretrained.Pretrained) and tokenizer.imported:
         pad = tokenizer.trailing_pad if starts == "separator" else None
         return lambda texts: objectives.given_texts(
@@ -311,10 +311,6 @@ def whole_texts(
         return arrange([next(plain) if isinstance(x, bytes) else x for x in texts])
 
     return encoded
-
-
-def _starts(config: Config) -> str:
-    return getattr(config.model, "STARTS", "separator")
 
 
 def _texts_shapes(config: Config, facts: Facts) -> Shapes:
@@ -385,7 +381,7 @@ CONTENTS = {  # of what one output is made from
 
 def _content(config: Config, facts: Facts) -> Kind:
     """The first that the model takes and the dataset has; if it has none, the last, whose error tells."""
-    takes, shown = config.model.INPUTS, {"image": "image", "text": config.data.text}
+    takes, shown = config.model.inputs, {"image": "image", "text": config.data.text}
     return CONTENTS[next((kind for kind in takes if shown.get(kind) in facts.features), takes[-1])]
 
 
@@ -410,7 +406,7 @@ def _tokenizer(config: Config, facts: Facts, special: int) -> tokenizers.Tokeniz
     facts.get("tokenizer", lambda: tokenizer.fingerprint)
     own = getattr(tokenizer, "special", {})
     needed = getattr(tokenizer, "text_ids", tokenizer.vocab_size) + (0 if own else special)  # it has its own
-    room = getattr(config.model, "vocab_size", needed)
+    room = config.model.vocab_size or needed
     if needed > room:
         more = f" and task.name={config.task.name} needs {special} more" if special else ""
         raise InputError(

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.config.families import Detector
 from bigmodel.data import images, labels, tfds, transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
@@ -151,28 +150,28 @@ class Places(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def places(model: Detector, size: tuple[int, int]) -> Places:
+def places(strides: tuple[int, ...], size: tuple[int, int]) -> Places:
     """Of images of a size. A grid takes boxes whose farthest edge is 4 to 8 strides away, the finest smaller,
     the coarsest larger ones too (Tian et al. 2019, section 3.2).
 
     Raises:
         InputError: a size that the strides do not divide.
     """
-    coarsest = model.strides[-1]
+    coarsest = strides[-1]
     if size[0] % coarsest or size[1] % coarsest:
         raise InputError(
             f"model.name=detector needs images whose sides are multiples of {coarsest}, its coarsest stride, "
             f"these have {size[0]} x {size[1]}; set data.image_size to one"
         )
-    centers, strides, reaches = [], [], []
-    for index, stride in enumerate(model.strides):
+    centers, steps, reaches = [], [], []
+    for index, stride in enumerate(strides):
         y, x = (stride * (np.arange(side // stride) + 0.5) for side in size)
         centers.append(np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2))
         count = len(centers[-1])
-        last = index == len(model.strides) - 1
-        strides.append(np.full(count, stride, np.float32))
+        last = index == len(strides) - 1
+        steps.append(np.full(count, stride, np.float32))
         reaches.append(np.tile([0 if not index else 4 * stride, np.inf if last else 8 * stride], (count, 1)))
-    return Places(*(np.concatenate(parts).astype(np.float32) for parts in (centers, strides, reaches)))
+    return Places(*(np.concatenate(parts).astype(np.float32) for parts in (centers, steps, reaches)))
 
 
 def targets(
@@ -187,11 +186,10 @@ def targets(
     A place gives the box that it lies in, near the middle (1.5 strides), if the box suits its grid; of
     several the smallest (Tian et al. 2019, section 3.2; the middle is of the authors' later version).
     """
-    assert isinstance(config.model, Detector)
     most = config.data.max_boxes
     out_boxes, out_labels = np.zeros((most, 4), np.float32), np.full(most, -1, np.int32)
     out_boxes[: len(boxes)], out_labels[: len(labels)] = boxes, labels
-    where = places(config.model, (size[0], size[1]))
+    where = places(config.model.strides, (size[0], size[1]))
     count = len(where.stride)
     out = {"boxes": out_boxes, "labels": out_labels, "place_label": np.full(count, -1, np.int32)}
     if crowds is not None:
@@ -226,8 +224,7 @@ def shapes(config: Config, facts: Facts) -> Shapes:
         InputError: as `check`.
     """
     image = check(config, facts.features)
-    assert isinstance(config.model, Detector)
-    most, count = config.data.max_boxes, len(places(config.model, image[:2]).stride)
+    most, count = config.data.max_boxes, len(places(config.model.strides, image[:2]).stride)
     crowds: Shapes = {"crowds": ((most,), np.int32)} if tfds.CROWDS in facts.features else {}
     return crowds | {
         "image": (image, np.float32),

@@ -186,7 +186,7 @@ def name_of(config: Config) -> str:
 
 
 def classes_of(config: Config) -> int:
-    return getattr(config.model, "num_classes", sys.maxsize)
+    return config.model.num_classes
 
 
 def column(source: Source, key: str) -> np.ndarray:
@@ -222,7 +222,7 @@ def _reading(config: Config) -> Reading:
     d, name = config.data, name_of(config)
     return {
         "text": {d.text, *d.categorical} | (set(d.ignore) - {name, d.group}),
-        "only": None if "table" in config.model.INPUTS else {name, d.group},
+        "only": None if "table" in config.model.inputs else {name, d.group},
         "required": {name} - {""},
         "decimal": d.decimal,
         "max_skipped": d.max_skipped,

@@ -85,10 +85,11 @@ def load(config: Config, facts: Facts | None = None) -> Ratings:
         fingerprint=fingerprint,
         names=names,
     )
-    for key, largest in (("users", found.users), ("items", found.items)):
-        if getattr(config.model, key) <= largest:
+    model = config.model
+    for key, room, largest in (("users", model.users, found.users), ("items", model.items, found.items)):
+        if room <= largest:
             raise InputError(
-                f"model.{key} is {getattr(config.model, key)}, but data.name={d.name!r} has {largest} and "
+                f"model.{key} is {room}, but data.name={d.name!r} has {largest} and "
                 f"the unknown one; set model.{key} to {-(-(largest + 1) // 128) * 128} or more"
             )
     return found

@@ -161,7 +161,7 @@ def fitted(config: Config, workdir: pathlib.Path | None = None, facts: Facts | N
         return dataclasses.asdict(fit(config, facts.open(config.data.split)))
 
     columns = Columns(**facts.get("columns", made, compare=False))
-    room = getattr(config.model, "rows", 0)
+    room = config.model.rows
     if columns.rows > room:
         raise InputError(
             f"model.rows is {room}, but the table's {len(columns.categories)} columns of categories need "

@@ -32,8 +32,8 @@ def texts(config: Config, tokenizer: Tokenizer) -> dict[str, Tree]:
     for name, id in roles.values():
         _place(tree, name, id)
     if config.task.name == "seq2seq" and not isinstance(tokenizer, Pretrained):
-        for number in range(config.model.vocab_size - tokenizer.vocab_size):  # type: ignore[union-attr]
-            _place(tree, f"<extra_id_{number}>", config.model.vocab_size - 1 - number)  # type: ignore[union-attr]
+        for number in range(config.model.vocab_size - tokenizer.vocab_size):
+            _place(tree, f"<extra_id_{number}>", config.model.vocab_size - 1 - number)
     before, after = _around(config)
     pieces = [*(roles[role] for role in before), None, *(roles[role] for role in after)]
     single = [
@@ -64,14 +64,14 @@ def ids(config: Config, tokenizer: Tokenizer) -> Tree:
         return out  # a pad id would hide the separator at a text's end from transformers' classifiers
     out["pad_token_id"] = tokenizer.separator
     if config.task.name == "seq2seq":
-        start = special_id(tokenizer, getattr(config.model, "vocab_size", 0), "start")
+        start = special_id(tokenizer, config.model.vocab_size, "start")
         out |= {"decoder_start_token_id": start, "pad_token_id": start}
     return out
 
 
 def _roles(config: Config, tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
     """Role -> a token and its id."""
-    vocab_size = getattr(config.model, "vocab_size", 0)
+    vocab_size = config.model.vocab_size
     end = _name(tokenizer, tokenizer.separator, SEPARATOR)
     out = {"eos": (end, tokenizer.separator), "pad": (end, tokenizer.separator)}
     out["bos"] = (_name(tokenizer, tokenizer.first, end), tokenizer.first)
@@ -87,7 +87,7 @@ def _around(config: Config) -> tuple[list[str], list[str]]:
     """Roles of what stands before a text and after it, as in training."""
     if config.task.name == "lm":
         return ["bos"], []
-    starts = {"cls": ["cls"], "separator": ["eos"]}.get(getattr(config.model, "STARTS", "separator"), [])
+    starts = {"cls": ["cls"], "separator": ["eos"]}.get(config.model.starts, [])
     return ([] if config.task.name == "seq2seq" else starts), ["eos"]
 
 

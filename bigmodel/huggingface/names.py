@@ -59,7 +59,7 @@ def facts(config: Config, names: tuple[str, ...], channels: int) -> dict[str, An
     if task == "regress" and len(names) > 1:
         shape = (len(names),)
     features = {d.label: Feature(shape, dtype, None if task == "regress" else len(names), names)}
-    if hasattr(config.model, "vocab_size"):
+    if config.model.vocab_size:
         features[d.text] = Feature((), "text")
     else:
         features["image"] = Feature((None, None, channels), "uint8")

@@ -19,7 +19,6 @@ import numpy as np
 
 from bigmodel import mesh, tasks
 from bigmodel.config import Config, InputError
-from bigmodel.config.families import Transformer
 from bigmodel.infer import sampling
 from bigmodel.infer.sampling import Sampling
 from bigmodel.models import cache as cache_lib
@@ -41,10 +40,8 @@ def context(config: Config) -> int:
 
 def cache_spec(config: Config, rows: int, slots: int = 0, dtype: str = "") -> dict[str, jax.ShapeDtypeStruct]:
     """A cache's shapes, with a leading [depth]; by default for the whole context, or its window."""
-    model: Any = config.model
-    slots = slots or min(context(config), model.window or context(config))
-    depth = getattr(model, "decoder_depth", model.depth)
-    return cache_lib.spec(model, depth, rows, slots, dtype or config.compute_dtype)
+    slots = slots or min(context(config), config.model.window or context(config))
+    return cache_lib.spec(config.model, rows, slots, dtype or config.compute_dtype)
 
 
 # -------------------------------------------------------------------------------------------- the decoder
@@ -87,12 +84,11 @@ class Decoder:
                 f"model.name={config.model.name} with task.name={config.task.name} generates no text; "
                 f"use a run whose task is one of {', '.join(READERS)}"
             )
-        model: Any = config.model
         self.keeps = self.keeps_cache(config)
         self.batches = self.keeps and config.task.name == "lm"  # fit for continuous batching
-        self.slots = slots or min(context(config), getattr(model, "window", 0) or context(config))
+        self.slots = slots or min(context(config), config.model.window or context(config))
         self.cache_dtype = cache_dtype or config.compute_dtype
-        self.depth = getattr(model, "decoder_depth", model.depth)
+        self.depth = config.model.cached_layers
         self.model, self.params, self.rest = for_decoding(built, state)
         self._prefill = self.jit(self._started, donate=(2,))
         self._decode = self.jit(self.decoded, donate=(2,))
@@ -100,7 +96,7 @@ class Decoder:
     @staticmethod
     def keeps_cache(config: Config) -> bool:
         """Whether the model keeps keys and values; if not, every id costs a pass over the whole text."""
-        return isinstance(config.model, Transformer)
+        return config.model.cached_layers > 0
 
     def jit(self, function: Callable[..., Any], donate: tuple[int, ...] = ()) -> Any:
         """`jax.jit` of a function that calls `apply`, on the program's mesh."""
@@ -183,8 +179,7 @@ class Decoder:
 
     @property
     def vocabulary(self) -> int:
-        model: Any = self.program.config.model
-        return model.vocab_size
+        return self.program.config.model.vocab_size
 
     def apply(self, params: Params, rest: Any, batch: dict[str, Any]) -> tuple[jax.Array | None, Any]:
         """-> (logits, cache); to be traced."""
@@ -306,8 +301,7 @@ def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]
     """The model, its parameters and its rest as decoding reads them: quantized weights in their places,
     matrices in the compute dtype, a stack's layers apart."""
     config, model = built.config, built.model
-    c: Any = config.model
-
+    deepest = max((layers for _, layers in config.model.stacks.values()), default=0)
     devices = built.mesh.devices.flat
     one_cpu = len(devices) == 1 and devices[0].platform == "cpu"  # of several, each has a part of the outputs
 
@@ -321,8 +315,7 @@ def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]
 
     def arrange(params: Params, held: Any) -> Params:
         params = jax.tree.map(cast, model.unpack(params, held), is_leaf=quantized)
-        shallow = max(c.depth, getattr(c, "decoder_depth", 0)) <= UNROLLED
-        return module.unstack(params) if shallow and isinstance(c, Transformer) else params
+        return module.unstack(params) if deepest <= UNROLLED else params
 
     held = {part: state["rest"][part] for part in model.held}
     rest = {part: value for part, value in state["rest"].items() if part not in held}

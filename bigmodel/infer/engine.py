@@ -94,7 +94,7 @@ class Engine:
         prompts = sizes.prompts or max(sizes.slots // 4, 1)
         self.sizes = dataclasses.replace(sizes, pages=pages, prompts=prompts)
         slots = sizes.slots
-        self.vocabulary: int = getattr(config.model, "vocab_size", 0)
+        self.vocabulary = config.model.vocab_size
         self._cache = decoder.empty_cache(pages, sizes.page, paged=True)
         here = mesh.replicated(decoder.program.mesh)
         self._seen_BV = jnp.zeros((slots, self.vocabulary), bool, device=here)

@@ -89,7 +89,7 @@ class Writer:
     def of(cls, built: Program, state: State, directory: str | os.PathLike[str], **options: Any) -> Writer:
         """A run that is loaded already, with its directory's tokenizer."""
         tokenizer = data.get_tokenizer(built.config, pathlib.Path(directory))
-        start = special_id(tokenizer, getattr(built.config.model, "vocab_size", 0), "start")
+        start = special_id(tokenizer, built.config.model.vocab_size, "start")
         decoder = Decoder(built, state, end=tokenizer.ends, start=start, **options)
         loading.check_decoding(decoder)
         return cls(decoder, tokenizer)
@@ -122,7 +122,7 @@ class Writer:
         return self._checked(ids)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
-        most = getattr(self.decoder.program.config.model, "vocab_size", 0)
+        most = self.decoder.program.config.model.vocab_size
         if len(ids) and ids.max() >= most:
             raise InputError(
                 f"the prompt holds {self.tokenizer.decode([int(ids.max())])!r}, token {ids.max()}, but the "

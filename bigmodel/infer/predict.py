@@ -318,7 +318,7 @@ def _read_serial(predictor: Predictor, item: Any) -> dict[str, Any]:
     row = item if isinstance(item, Mapping) else {"serial": item}
     if row.get("serial") is None:
         raise InputError("a row with a column `serial` is needed, or a number")
-    most = {"serial": 2**31, "label": getattr(predictor.program.config.model, "num_classes", 0)}
+    most = {"serial": 2**31, "label": predictor.program.config.model.num_classes}
     out = {key: _number(key, row[key]) for key in most if key in spec and row.get(key) is not None}
     for key, value in out.items():
         if not 0 <= value < most[key] or value % 1:

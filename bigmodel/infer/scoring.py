@@ -35,8 +35,7 @@ class Scorer:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.context = decoder, context(decoder.program.config)
         self.chunk = min(CHUNK, self.context)
-        model: Any = decoder.program.config.model
-        self.top = min(TOP, model.vocab_size)
+        self.top = min(TOP, decoder.program.config.model.vocab_size)
         self._score = decoder.jit(self._scored, donate=(2,))
 
     def warm(self) -> None:

@@ -118,8 +118,8 @@ def _params(built: Program) -> tuple[Any, Any]:
         return jax.ShapeDtypeStruct(s.shape, config.compute_dtype if floats else s.dtype, sharding=where)
 
     stacked = jax.tree_util.tree_map_with_path(placed, whole)
-    model_config: Any = config.model
-    return (_apart(stacked) if model_config.depth <= decoder_lib.UNROLLED else stacked), rest
+    shallow = config.model.cached_layers <= decoder_lib.UNROLLED
+    return (_apart(stacked) if shallow else stacked), rest
 
 
 def _apart(tree: Any) -> Any:
@@ -137,12 +137,11 @@ def _apart(tree: Any) -> Any:
 
 def _cache(built: Program, rows: int) -> Any:
     """Specs of `rows` rows of cache, rows over the batch axes and heads over tensor, as `empty_cache`'s."""
-    model: Any = built.config.model
 
     def one(s: jax.ShapeDtypeStruct) -> Any:
         axes: tuple[mesh.Axes, ...] = (mesh.BATCH, "tensor", None, None)
         where = mesh.sharding(built.mesh, s.shape[1:], *axes[: len(s.shape) - 1])
-        if model.depth > decoder_lib.UNROLLED:
+        if built.config.model.cached_layers > decoder_lib.UNROLLED:
             where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
             return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
         layer = jax.ShapeDtypeStruct(s.shape[1:], s.dtype, sharding=where)

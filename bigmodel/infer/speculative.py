@@ -33,14 +33,14 @@ class Speculative:
 
     def __init__(self, target: Decoder, draft: Decoder, proposals: int = 4) -> None:
         """Raises InputError for models that cannot go together, or no proposals."""
-        sizes = [getattr(d.program.config.model, "vocab_size", 0) for d in (target, draft)]
+        sizes = [d.program.config.model.vocab_size for d in (target, draft)]
         if sizes[0] != sizes[1]:
             raise InputError(
                 f"the draft has model.vocab_size={sizes[1]}, the model {sizes[0]}; take a draft of the same "
                 "vocabulary"
             )
         for decoder in (target, draft):
-            if not decoder.batches or getattr(decoder.program.config.model, "window", None):
+            if not decoder.batches or decoder.program.config.model.window:
                 raise InputError(
                     f"model.name={decoder.program.config.model.name}: both models must be Transformers of "
                     "task.name=lm without a window"

@@ -1,4 +1,4 @@
-"""Model families by the name that `config.model.name` gives them."""
+"""Definitions of models: a family's module, with storage, adapters and a teacher around it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,8 @@ import jax
 
 from bigmodel import workdir
 from bigmodel.config import Config
-from bigmodel.models import (
-    bert,
-    detector,
-    distilled,
-    gan,
-    gpt,
-    inception,
-    module,
-    quantized,
-    recommender,
-    recurrent,
-    resnet,
-    t5,
-    vision,
-    vit,
-)
+from bigmodel.models import distilled, module, quantized
 from bigmodel.models.lora import wrap as with_adapters
-
-FAMILIES = {
-    "gpt": gpt.GPT,
-    "bert": bert.BERT,
-    "t5": t5.T5,
-    "rnn": recurrent.RNN,
-    "recommender": recommender.make,
-    "vit": vit.ViT,
-    "cnn": vision.CNN,
-    "mlp": vision.MLP,
-    "alexnet": vision.AlexNet,
-    "vgg": vision.VGG,
-    "resnet": resnet.ResNet,
-    "inception": inception.Inception,
-    "gan": gan.GAN,
-    "detector": detector.Detector,
-}
 
 
 def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
@@ -55,6 +23,6 @@ def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.D
 
 
 def _alone(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
-    family = FAMILIES[config.model.name]
-    definition = quantized.wrap(module.define(lambda rngs: family(config, spec, rngs)), config.quantize)
+    make = config.model.module()
+    definition = quantized.wrap(module.define(lambda rngs: make(config, spec, rngs)), config.quantize)
     return with_adapters(definition, config.lora)

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel import mesh
-from bigmodel.config.families import Transformer
+from bigmodel.config.families import Family, Transformer
 
 Cache = dict[str, Any]
 NAMES = ("k", "v")
 
 
-def spec(c: Transformer, depth: int, rows: int, slots: int, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of an empty cache, with a leading [depth]. `dtype`: the compute dtype's, or int8."""
-    shape = (depth, rows, c.kv_heads, slots, c.head_dim)
+def spec(c: Family, rows: int, slots: int, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of an empty cache, with a leading [layers]. `dtype`: the compute dtype's, or int8."""
+    assert isinstance(c, Transformer)
+    shape = (c.cached_layers, rows, c.kv_heads, slots, c.head_dim)
     out = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name in NAMES}
     if dtype == "int8":
         out |= {f"{name}_scale": jax.ShapeDtypeStruct(shape[:-1], jnp.float32) for name in NAMES}

@@ -88,7 +88,7 @@ class Detector(nnx.Module):
             scale = self.scales[...][index].astype(jnp.float32)
             rest.append(jnp.concatenate([scale * box_BPC[..., :4], box_BPC[..., 4:]], -1))
         raw_BP5 = jnp.concatenate(rest, 1)
-        where = places(self.c, (image_BHWC.shape[1], image_BHWC.shape[2]))
+        where = places(self.c.strides, (image_BHWC.shape[1], image_BHWC.shape[2]))
         # exp, as in the paper, but no further than e^4 strides: beyond, float32 would overflow.
         far_BP4 = jnp.exp(jnp.minimum(raw_BP5[..., :4], 4.0)) * where.stride[:, None]
         sign = np.array([-1, -1, 1, 1], np.float32)

@@ -3,7 +3,6 @@
 The closed form knows what must be held and what must be moved. It drops what cannot fit, says what would, and
 decides what is worth compiling; it does not rank.
 
-Legend of sizes: D width, F hidden units, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from jax.sharding import Mesh
 from bigmodel import data, disk, program
 from bigmodel import mesh as mesh_lib
 from bigmodel.config import Config, InputError
-from bigmodel.config.families import Transformer
 from bigmodel.plan import calibrate, estimate, flops
 from bigmodel.plan.costs_chip import MATMUL, ChipCosts
 from bigmodel.plan.costs_cpu import CpuCosts
@@ -53,8 +51,7 @@ class Candidate:
 
 def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[Candidate]:
     """Every legal way to run `config` on the target that changes, beside the mesh, only what `over` names."""
-    transformer = isinstance(config.model, Transformer)
-    policies = tuple(RECOMPUTED) if transformer and "remat" in over else (config.remat,)
+    policies = tuple(RECOMPUTED) if config.model.remats and "remat" in over else (config.remat,)
     pieces_tried = MICROBATCHES if "microbatches" in over else (max(config.microbatches, 1),)
     shares = BATCHES if "batch_size" in over else (1.0,)
     sizes = sorted({round(config.batch_size * share) for share in shares})
@@ -87,8 +84,8 @@ def _step_flops(config: Config, one: Program) -> Callable[[float], float]:
 
 
 def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
-    """Sizes of the axes that multiply to the number of devices; `expert` only for a mixture of them."""
-    names = ["data", "fsdp", "tensor"] + (["expert"] if getattr(config.model, "experts", 0) else [])
+    """Sizes of the axes that the model shards over, which multiply to the number of devices."""
+    names = list(config.model.divides)
 
     def split(left: int, names: list[str]) -> Iterator[dict[str, int]]:
         if len(names) == 1:
@@ -148,24 +145,16 @@ def _speed(config: Config, aim: Target, mesh: Mesh) -> float:
 
 
 def _activations(config: Config, mesh: Mesh) -> tuple[float, float]:
-    """-> (saved between forward and backward, at work at once); of Transformers, else 0."""
-    c = config.model
-    if not isinstance(c, Transformer):
-        return 0.0, 0.0
-    tensor, size = mesh.shape["tensor"], 4 if config.compute_dtype == "float32" else 2
+    """-> bytes of one device: (saved between forward and backward, at work at once)."""
+    size = 4 if config.compute_dtype == "float32" else 2
     tokens = config.batch_size * config.seq_len / config.microbatches / mesh_lib.batch_ways(mesh)
-    hidden = c.mlp_width * (2 if c.mlp in ("swiglu", "geglu") else 1)
-    projections = (c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.width + hidden
-    widths = {"full": c.width, "minimal": c.width + projections, "dots": c.width + projections}
-    saved = widths.get(config.remat, 2 * c.width + 2 * projections)
-    layer = 2 * projections + 2 * c.width
-    vocabulary = getattr(c, "vocab_size", 0) * (4 + size)
-    return tokens * c.depth * saved * size / tensor, tokens * (layer * size + vocabulary) / tensor
+    saved, working = config.model.activation_bytes(config.remat, size)
+    return tokens * saved / mesh.shape["tensor"], tokens * working / mesh.shape["tensor"]
 
 
 def _moved(config: Config, mesh: Mesh, costs: Costs, held: _Held) -> tuple[float, float]:
     """-> (seconds of transfers that compute can hide, seconds of those that it waits for)."""
-    shape, c = mesh.shape, config.model
+    shape, (layers, width) = mesh.shape, config.model.stream
     compute_size = 4 if config.compute_dtype == "float32" else 2
     param_bytes = held.params * shape["fsdp"]  # gathered over fsdp, cut by the other axes
     gathered_bytes = param_bytes * compute_size / (4 if config.param_dtype == "float32" else 2)
@@ -177,14 +166,12 @@ def _moved(config: Config, mesh: Mesh, costs: Costs, held: _Held) -> tuple[float
     hidden = gathers * time_s("all-gather", "fsdp", gathered_bytes)
     hidden += config.microbatches * time_s("reduce-scatter", "fsdp", param_bytes)
     hidden += time_s("all-reduce", "data", held.params)
-    if not isinstance(c, Transformer):
-        return hidden, 0.0
     tokens = config.batch_size * config.seq_len / mesh_lib.batch_ways(mesh)
-    stream = tokens * c.width * compute_size
-    passes = c.depth * (6 if config.remat == "full" else 4)
+    stream = tokens * width * compute_size
+    passes = layers * (6 if config.remat == "full" else 4)
     exposed = passes * (time_s("all-gather", "tensor", stream) + time_s("reduce-scatter", "tensor", stream))
-    if getattr(c, "experts", 0):  # there and back, forward and backward: every token to each of its experts
-        exposed += 4 * c.depth * time_s("all-to-all", "expert", stream * c.experts_per_token)
+    if config.model.experts:  # there and back, forward and backward: every token to each of its experts
+        exposed += 4 * layers * time_s("all-to-all", "expert", stream * config.model.experts_per_token)
     return hidden, exposed
 
 

@@ -43,7 +43,7 @@ def weights(program: Program) -> Any:
 
 def active_parameters(program: Program) -> int:
     """Parameters that one token passes through: of experts, its own share."""
-    spec, share = program.model.whole_spec, getattr(program.config.model, "expert_share", 1.0)
+    spec, share = program.model.whole_spec, program.config.model.expert_share
     experts = sum(
         math.prod(s.shape)
         for path, s in jax.tree_util.tree_leaves_with_path(spec)

@@ -11,7 +11,6 @@ import jax
 from bigmodel import data, program
 from bigmodel import mesh as mesh_lib
 from bigmodel.config import InputError, override
-from bigmodel.config.families import Transformer
 from bigmodel.machines import memory
 from bigmodel.machines.memory import Room
 from bigmodel.plan import compiled as compiled_lib
@@ -123,7 +122,7 @@ def _smaller_steps(built: Program, state: float, rest: float, free: float) -> It
     def fits(share: float) -> bool:
         return state + gradients + (rest - gradients) * share <= 0.9 * free
 
-    remat = [] if not isinstance(config.model, Transformer) or config.remat == "full" else ["full"]
+    remat = config.model.remats and config.remat != "full"
     most = config.batch_size // ways
     divisors = [n for n in range(pieces + 1, most + 1) if config.batch_size % (n * ways) == 0]
     if finer := next((n for n in divisors if fits(pieces / n)), None):

@@ -112,16 +112,15 @@ def by_formula(config: Config) -> float | None:
     """Training FLOPs a token by the family's formula; None: it has none for this task, or some parameters are
     frozen."""
     frozen = config.optim.freeze or config.lora.rank
-    formula = getattr(config.model, "formula_flops", None)
-    return formula(config.seq_len) if formula and not frozen and config.task.name in TOKEN_TASKS else None
+    known = not frozen and config.task.name in TOKEN_TASKS
+    return config.model.flops_per_token(config.seq_len) if known else None
 
 
 def masked_per_token(config: Config) -> float:
     """The part of `by_formula` that a causal mask takes away: half of attention; of a window what the first
     tokens lack."""
-    formula = getattr(config.model, "attention_flops", None)
-    sees = min(getattr(config.model, "window", 0) or config.seq_len, config.seq_len)
-    return formula(config.seq_len) * sees / (2 * config.seq_len) if formula else 0.0
+    sees = min(config.model.window or config.seq_len, config.seq_len)
+    return config.model.attention_flops(config.seq_len) * sees / (2 * config.seq_len)
 
 
 def _jaxpr_flops(jaxpr: Any, windowed: bool = False) -> float:

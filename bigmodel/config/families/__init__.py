@@ -1,10 +1,11 @@
-"""What shapes each model family: one frozen dataclass each, the keys of `config.model`.
+"""Model families: one frozen dataclass each, the keys of `config.model`.
 
-`resolve` fills in derived sizes, `problems` and `mesh_problems` yield (key, what is wrong and the fix).
 The modules that these describe are in bigmodel/models/. Nothing here imports JAX.
 """
 
-from bigmodel.config.families.base import LABEL_TASKS, TOKEN_TASKS
+from typing import Annotated
+
+from bigmodel.config.families.base import LABEL_TASKS, TOKEN_TASKS, Family
 from bigmodel.config.families.images import (
     CNN,
     GAN,
@@ -14,7 +15,6 @@ from bigmodel.config.families.images import (
     VGG_STAGES,
     AlexNet,
     Detector,
-    ImageModel,
     Inception,
     ResNet,
 )
@@ -22,7 +22,9 @@ from bigmodel.config.families.recommenders import Recommender
 from bigmodel.config.families.recurrent import RNN
 from bigmodel.config.families.transformers import BERT, GPT, T5, Transformer, ViT
 
-Model = (
+# One of these by its name, or a class of one's own (see parsing.build).
+Model = Annotated[
+    Family,
     GPT
     | BERT
     | T5
@@ -36,8 +38,8 @@ Model = (
     | Inception
     | GAN
     | Detector
-    | Recommender
-)
+    | Recommender,
+]
 
 __all__ = [
     "BERT",
@@ -54,7 +56,7 @@ __all__ = [
     "VGG_STAGES",
     "AlexNet",
     "Detector",
-    "ImageModel",
+    "Family",
     "Inception",
     "Model",
     "Recommender",

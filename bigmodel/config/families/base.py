@@ -1,11 +1,116 @@
-"""What several families ask of their keys, and the tasks that come in groups."""
+"""A family of models: the base of every `config.model`, and checks that several families share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from bigmodel.config import parsing
 
 LABEL_TASKS = ("classify", "multilabel", "regress")  # of one output an example: an image, a text, a row
 TOKEN_TASKS = ("lm", "mlm", "seq2seq")  # on sequences of seq_len tokens
+
+
+@dataclass(frozen=True)
+class Family:
+    """The keys of one family of models, and all that the rest of bigmodel asks of it.
+
+    A family of one's own is a frozen dataclass derived from this one: its keys, with defaults, and `module`;
+    what else is below stays as it is unless it differs. `model.name=path/to/file.py:Class` uses it, see
+    examples/mixer.py.
+    """
+
+    name: str = ""
+
+    # Keys that data, decoding and the planner read: a family that has one declares it as a field.
+    vocab_size = 0  # ids of tokens
+    num_classes = 0  # outputs of a classifier, or numbers of a regression
+    rows = 0  # categories of all columns of a table
+    users = 0
+    items = 0
+    dropout = 0.0
+    window = 0  # tokens that a token sees, itself among them; 0: all before it
+    experts = 0
+    experts_per_token = 0
+    pooler = False  # has the output that next-sentence prediction reads
+
+    starts = "separator"  # stands before a text of one output: separator, cls, or "" for nothing
+    remats = False  # obeys config.remat
+    made_by = ""  # package.module:Class of the Flax module, in place of a `module` of one's own
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that it does; the first is proposed where another is set."""
+        return LABEL_TASKS
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What it reads of a dataset (image, text, table): the first of these that is there."""
+        return ("image",)
+
+    @property
+    def mixes_examples(self) -> bool:
+        """In training, an example's output depends on the others of its batch."""
+        return False
+
+    @property
+    def expert_share(self) -> float:
+        """The share of an expert layer's parameters that one token passes through."""
+        return 1.0
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers that keep keys and values while they decode; 0: there is no cache."""
+        return 0
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        """(layers, numbers of a token that each passes on), to be moved over mesh.tensor; zeros: none."""
+        return 0, 0
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from place to place, of each of a detector's grids."""
+        return ()
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, int]]:
+        """Key of a depth -> (path of those layers' stacked parameters, layers)."""
+        return {}
+
+    @property
+    def divides(self) -> Mapping[str, Mapping[str, int]]:
+        """Axis of the mesh -> the sizes, by key, that it must divide. An axis that is not here stays at 1."""
+        return {"data": {}, "fsdp": {}, "tensor": {}}
+
+    def resolve(self) -> Self:
+        """Fills in sizes that follow from others."""
+        return self
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """Yields (key, what is wrong and the fix)."""
+        return ()
+
+    def flops_per_token(self, seq_len: int) -> float | None:
+        """Training FLOPs per token by the literature's formula; None: there is none."""
+        return None
+
+    def attention_flops(self, seq_len: int) -> float:
+        """The part of `flops_per_token` that causal attention's scores and sums take, nothing masked."""
+        return 0.0
+
+    def activation_bytes(self, remat: str, size: int) -> tuple[float, float]:
+        """(saved between forward and backward, at work at once) per token, for numbers of `size` bytes."""
+        return 0.0, 0.0
+
+    def module(self) -> Callable[..., Any]:
+        """Returns what makes the Flax module: (config, specs of a batch, nnx.Rngs) -> module.
+
+        The module takes (batch, key=None or a key for dropout, train=bool) and returns a dict of outputs such
+        as {"logits": ...}.
+        """
+        return parsing.refer(self.made_by, f"the module of model.name={self.name!r}")
 
 
 def positive(model: object, *keys: str) -> Iterable[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What reads or makes images: classifiers, GANs, detectors."""
+"""Image models: classifiers, GANs, detectors."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
-from bigmodel.config.families.base import LABEL_TASKS, at_least_0, positive, rate
-
-
-@dataclass(frozen=True)
-class ImageModel:
-    """An image classifier (or regressor) without derived sizes, whose sizes suit any mesh."""
-
-    TASKS: ClassVar[tuple[str, ...]] = LABEL_TASKS
-    INPUTS: ClassVar[tuple[str, ...]] = ("image",)  # what of a dataset it can take; the first that is there
-
-    def resolve(self) -> Self:
-        return self
-
-    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
-        return ()
+from bigmodel.config.families.base import Family, at_least_0, positive, rate
 
 
 @dataclass(frozen=True)
-class CNN(ImageModel):
+class CNN(Family):
     """Conv 3x3 + ReLU for each entry of `channels`, max-pool 2 after the first, then two dense layers."""
 
+    made_by = "bigmodel.models.vision:CNN"
     name: str = "cnn"
     channels: tuple[int, ...] = (64, 128)
     width: int = 256
@@ -39,10 +26,11 @@ class CNN(ImageModel):
 
 
 @dataclass(frozen=True)
-class MLP(ImageModel):
+class MLP(Family):
     """Dense + ReLU for each entry of `widths`, then a dense layer to the classes."""
 
-    INPUTS = ("image", "table")
+    inputs = ("image", "table")
+    made_by = "bigmodel.models.vision:MLP"
     name: str = "mlp"
     widths: tuple[int, ...] = (512, 512)
     dropout: float = 0.0
@@ -60,9 +48,10 @@ Stem = Literal["imagenet", "small"]  # small: for images of 28 or 32 pixels, no 
 
 
 @dataclass(frozen=True)
-class AlexNet(ImageModel):
+class AlexNet(Family):
     """Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks": one tower."""
 
+    made_by = "bigmodel.models.vision:AlexNet"
     name: str = "alexnet"
     stem: Stem = "imagenet"
     channels: tuple[int, ...] = (64, 192, 384, 256, 256)
@@ -78,9 +67,10 @@ class AlexNet(ImageModel):
 
 
 @dataclass(frozen=True)
-class VGG(ImageModel):
+class VGG(Family):
     """Simonyan and Zisserman 2014: stages of 3x3 convolutions, each ended by a max-pool."""
 
+    made_by = "bigmodel.models.vision:VGG"
     name: str = "vgg"
     depth: int = 16  # 11, 13, 16, 19
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)  # of the stages
@@ -102,9 +92,10 @@ VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19:
 
 
 @dataclass(frozen=True)
-class ResNet(ImageModel):
+class ResNet(Family):
     """He et al. 2015, v1.5: a bottleneck's stride is on its 3x3 convolution."""
 
+    made_by = "bigmodel.models.resnet:ResNet"
     name: str = "resnet"
     depth: int = 50  # 10 (not in the paper), 18, 34 (basic blocks), 50, 101, 152 (bottlenecks)
     stem: Stem = "imagenet"
@@ -130,9 +121,10 @@ RESNET_STAGES = {  # table 1; 10 is of later authors
 
 
 @dataclass(frozen=True)
-class Inception(ImageModel):
+class Inception(Family):
     """GoogLeNet (Szegedy et al. 2014) with BatchNorm, or Inception v3 (Szegedy et al. 2015)."""
 
+    made_by = "bigmodel.models.inception:Inception"
     name: str = "inception"
     version: Literal["v1", "v3"] = "v3"
     stem: Stem = "imagenet"
@@ -149,10 +141,11 @@ class Inception(ImageModel):
 
 
 @dataclass(frozen=True)
-class GAN(ImageModel):
+class GAN(Family):
     """DCGAN (Radford et al. 2015), or a ResNet GAN (Miyato et al. 2018): a generator and a discriminator."""
 
-    TASKS = ("gan",)
+    tasks = ("gan",)
+    made_by = "bigmodel.models.gan:GAN"
     name: str = "gan"
     arch: Literal["dcgan", "resnet"] = "dcgan"
     latent: int = 100  # numbers that an image is made from
@@ -160,6 +153,10 @@ class GAN(ImageModel):
     discriminator_width: int = 64  # likewise, dcgan's first ones
     norm: Literal["batch", "spectral", "none"] = "batch"  # of the discriminator; spectral: Miyato et al. 2018
     num_classes: int = 0  # above 0: both networks are told the class
+
+    @property
+    def mixes_examples(self) -> bool:
+        return self.norm == "batch"
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from positive(self, "latent", "width", "discriminator_width")
@@ -170,10 +167,11 @@ class GAN(ImageModel):
 
 
 @dataclass(frozen=True)
-class Detector(ImageModel):
+class Detector(Family):
     """FCOS (Tian et al. 2019): boxes and classes at every place of a few grids, on a ResNet."""
 
-    TASKS = ("detect",)
+    tasks = ("detect",)
+    made_by = "bigmodel.models.detector:Detector"
     name: str = "detector"
     depth: int = 50  # of the ResNet, and so are stem and channels
     stem: Stem = "imagenet"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
-from bigmodel.config.families.base import LABEL_TASKS, at_least_0, positive
+from bigmodel.config.families.base import LABEL_TASKS, Family, at_least_0, positive
 
 
 @dataclass(frozen=True)
-class Recommender:
+class Recommender(Family):
     """Who likes what: `mf`, `ncf`, `two_tower` on ids of users and items; `dlrm` on rows of a table."""
 
+    inputs = ("table",)
+    made_by = "bigmodel.models.recommender:make"
     name: str = "recommender"
     kind: Literal["mf", "ncf", "two_tower", "dlrm"] = "mf"
     users: int = 1024  # rows of the users' table: one for whoever is unknown, then one for each user
@@ -25,15 +27,8 @@ class Recommender:
     num_classes: int = 2  # dlrm
 
     @property
-    def TASKS(self) -> tuple[str, ...]:
+    def tasks(self) -> tuple[str, ...]:
         return LABEL_TASKS if self.kind == "dlrm" else ("rank",)
-
-    @property
-    def INPUTS(self) -> tuple[str, ...]:
-        return ("table",)
-
-    def resolve(self) -> Self:
-        return self
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from positive(self, "users", "items", "width", "widths", "num_classes")
@@ -42,6 +37,3 @@ class Recommender:
             yield from positive(self, "bottom")
         if self.temperature <= 0:
             yield "temperature", f"is {self.temperature}: set it above 0, such as 0.1"
-
-    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
-        return ()

@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from bigmodel.config.families.base import LABEL_TASKS, positive, rate
+from bigmodel.config.families.base import LABEL_TASKS, Family, positive, rate
 
 
 @dataclass(frozen=True)
-class RNN:
+class RNN(Family):
     """LSTM or GRU over tokens: a language model, or a classifier that reads the last state."""
 
-    TASKS = ("lm", *LABEL_TASKS)
-    INPUTS = ("text",)
-    STARTS = "separator"  # what stands before a whole text
+    tasks = ("lm", *LABEL_TASKS)
+    inputs = ("text",)
+    made_by = "bigmodel.models.recurrent:RNN"
     name: str = "rnn"
     cell: Literal["lstm", "gru"] = "lstm"
     depth: int = 2
@@ -30,8 +30,8 @@ class RNN:
     def resolve(self) -> Self:
         return dataclasses.replace(self, embed_width=self.embed_width or self.width)
 
-    def formula_flops(self, seq_len: int) -> float | None:
-        """Of training a language model on one token: 6 for each weight of a matrix product."""
+    def flops_per_token(self, seq_len: int) -> float | None:
+        """Training FLOPs per token of a language model: 6 for each weight of a matrix product."""
         gates = {"lstm": 4, "gru": 3}[self.cell]
         inputs = self.embed_width + (self.depth - 1) * self.width
         products = gates * self.width * (inputs + self.depth * self.width)
@@ -43,6 +43,3 @@ class RNN:
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from positive(self, "depth", "width", "embed_width", "vocab_size", "num_classes")
         yield from rate(self)
-
-    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
-        return ()

@@ -1,23 +1,21 @@
-"""The Transformer stack and its settings: GPT, BERT, T5 and ViT."""
+"""Keys of the Transformer stack, and of GPT, BERT, T5 and ViT, which are settings of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
-from bigmodel.config.families.base import LABEL_TASKS, above_0, at_least_0, positive, rate
+from bigmodel.config.families.base import LABEL_TASKS, Family, above_0, at_least_0, positive, rate
 
 
 @dataclass(frozen=True)
-class Transformer:
+class Transformer(Family):
     """A stack of Transformer blocks, as every family below shapes it; zeros mean "derived"."""
 
-    INPUTS: ClassVar[tuple[str, ...]] = ("text",)
-    STARTS: ClassVar[str] = (
-        "separator"  # what stands before a whole text, as the family learnt it: cls, or ""
-    )
+    inputs = ("text",)
+    remats = True
     name: str = "transformer"
     depth: int = 4
     width: int = 128
@@ -47,8 +45,7 @@ class Transformer:
 
     def resolve(self) -> Self:
         """Fills in the derived sizes (the zeros)."""
-        gated = self.mlp in ("swiglu", "geglu")
-        mlp_width = -(-8 * self.width // 3 // 128) * 128 if gated else 4 * self.width
+        mlp_width = -(-8 * self.width // 3 // 128) * 128 if self.gated else 4 * self.width
         return dataclasses.replace(
             self,
             kv_heads=self.kv_heads or self.heads,
@@ -57,9 +54,38 @@ class Transformer:
         )
 
     @property
+    def gated(self) -> bool:
+        """The MLP multiplies its hidden units by a second projection (Shazeer 2020)."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
     def expert_share(self) -> float:
-        """Of an expert layer's parameters, the share that one token passes through."""
         return self.experts_per_token / self.experts if self.experts else 1.0
+
+    @property
+    def cached_layers(self) -> int:
+        return self.depth
+
+    @property
+    def stream(self) -> tuple[int, int]:
+        return self.depth, self.width
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, int]]:
+        return {"depth": ("blocks", self.depth)}
+
+    @property
+    def divides(self) -> Mapping[str, Mapping[str, int]]:
+        experts = {"expert": {"experts": self.experts}} if self.experts else {}
+        return {**super().divides, "tensor": {"heads": self.heads, "kv_heads": self.kv_heads}, **experts}
+
+    def activation_bytes(self, remat: str, size: int) -> tuple[float, float]:
+        hidden = self.mlp_width * (2 if self.gated else 1)
+        projections = (self.heads + 2 * self.kv_heads) * self.head_dim + 2 * self.width + hidden
+        widths = {"full": self.width, "minimal": self.width + projections, "dots": self.width + projections}
+        saved = widths.get(remat, 2 * self.width + 2 * projections)
+        layer = 2 * projections + 2 * self.width
+        return self.depth * saved * size, layer * size + self.vocab_size * (4 + size)
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from positive(self, "depth", "width", "heads", "kv_heads", "head_dim", "mlp_width")
@@ -90,17 +116,13 @@ class Transformer:
         if self.capacity_factor <= 0:
             yield "capacity_factor", f"is {self.capacity_factor}: set it above 0, such as 1.25"
 
-    def mesh_problems(self, tensor: int) -> Iterable[tuple[str, str]]:
-        for key in ("heads", "kv_heads"):
-            if getattr(self, key) % tensor:
-                yield key, f"is {getattr(self, key)}, which mesh.tensor={tensor} does not divide; lower that"
-
 
 @dataclass(frozen=True)
 class GPT(Transformer):
     """Decoder-only language model; GPT-2, Llama and Mixtral are settings of it."""
 
-    TASKS = ("lm", *LABEL_TASKS)
+    tasks = ("lm", *LABEL_TASKS)
+    made_by = "bigmodel.models.gpt:GPT"
     name: str = "gpt"
     vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
     position: Literal["learned", "rope"] = "learned"
@@ -108,14 +130,13 @@ class GPT(Transformer):
     num_classes: int = 2  # of a classifier, or numbers of a regression, which read the last token
 
     def attention_flops(self, seq_len: int) -> float:
-        """Training FLOPs of attention's scores and sums for one token, nothing masked but what lies outside
-        the window (PaLM, appendix B)."""
+        """Training FLOPs per token of scores and sums, over all of the window (PaLM, appendix B)."""
         return 12.0 * self.depth * self.heads * self.head_dim * min(self.window or seq_len, seq_len)
 
-    def formula_flops(self, seq_len: int) -> float | None:
-        """Of training on one token: 6 for each weight of a matrix product, and attention. None: experts."""
+    def flops_per_token(self, seq_len: int) -> float | None:
+        """6 for each weight of a matrix product, and attention. None: experts."""
         attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
-        mlp = (3 if self.mlp in ("swiglu", "geglu") else 2) * self.width * self.mlp_width
+        mlp = (3 if self.gated else 2) * self.width * self.mlp_width
         products = self.depth * (attention + mlp) + self.width * self.vocab_size
         return None if self.experts else 6.0 * products + self.attention_flops(seq_len)
 
@@ -128,8 +149,9 @@ class GPT(Transformer):
 class BERT(Transformer):
     """Encoder with a masked-word head (Devlin et al. 2018)."""
 
-    TASKS = ("mlm", *LABEL_TASKS)
-    STARTS = "cls"
+    tasks = ("mlm", *LABEL_TASKS)
+    starts = "cls"
+    made_by = "bigmodel.models.bert:BERT"
     name: str = "bert"
     vocab_size: int = 264  # [MASK] and [CLS] are its last two ids
     norm_eps: float = 1e-12
@@ -152,8 +174,9 @@ class BERT(Transformer):
 class T5(Transformer):
     """Encoder and decoder with relative positions (Raffel et al. 2020); `depth` is of each."""
 
-    TASKS = ("seq2seq", *LABEL_TASKS)
-    STARTS = ""
+    tasks = ("seq2seq", *LABEL_TASKS)
+    starts = ""
+    made_by = "bigmodel.models.t5:T5"
     name: str = "t5"
     vocab_size: int = 384  # the sentinels are its last ids, counted down
     decoder_depth: int = 0  # 0: as deep as the encoder
@@ -168,6 +191,17 @@ class T5(Transformer):
     tie_embeddings: bool = True  # v1.1: false
     scale_output: bool = True  # a tied table's output is scaled by 1 / sqrt(width), as it is for the input
     num_classes: int = 2  # of a classifier, or numbers of a regression: the encoder alone, and its mean
+
+    @property
+    def cached_layers(self) -> int:
+        return self.decoder_depth
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, int]]:
+        return {
+            "depth": ("encoder/blocks", self.depth),
+            "decoder_depth": ("decoder/blocks", self.decoder_depth),
+        }
 
     def resolve(self) -> Self:
         resolved = super().resolve()
@@ -186,8 +220,9 @@ class T5(Transformer):
 class ViT(Transformer):
     """Image classifier on patches (Dosovitskiy et al. 2020)."""
 
-    INPUTS = ("image",)
-    TASKS = LABEL_TASKS
+    inputs = ("image",)
+    tasks = LABEL_TASKS
+    made_by = "bigmodel.models.vit:ViT"
     name: str = "vit"
     patch: int = 4  # pixels a side
     pool: Literal["cls", "mean"] = "cls"  # what the classifier reads: an extra token, or the patches' mean
