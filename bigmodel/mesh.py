@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,36 +26,50 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bigmodel.config import Config, InputError
 
-# Outermost first: neighbours on the last axis are neighbours on the chip network, where tensor needs them.
+# Outermost first: neighbors on the last axis are neighbors on the chip network, where tensor needs them.
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
-BATCH = ("data", "fsdp", "expert")  # all split the batch; fsdp parameters and optimizer state too
-BATCH_OF_EXPERTS = ("data", "fsdp")  # inside an expert layer, where `expert` splits the experts
 
-Axes = str | tuple[str, ...] | None
+# What a layer calls a dimension of an array -> the mesh axes that split it.
+LOGICAL: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),  # examples; fsdp splits parameters and optimizer state too
+    "group": ("data", "fsdp"),  # examples inside an expert layer, where `expert` splits the experts
+    "sequence": (),
+    "width": ("tensor",),  # of the residual stream
+    "heads": ("tensor",),
+    "hidden": ("tensor",),  # units between two products
+    "vocabulary": ("tensor",),
+    "experts": ("expert",),
+    "rows": AXES,  # of large tables
+}
+
+Axes = tuple[str, ...]  # mesh axes that split one dimension; (): none does
+Layout = tuple[Axes, ...]  # of a parameter's last dimensions
+Dimension = str | Axes | None  # a name in LOGICAL, or mesh axes themselves; None: not split
+Rules = tuple[tuple[str, str], ...]  # (regular expression, the axes of the last dimensions as text)
+
+# Parameter path -> mesh axes of its last dimensions, as in `config.mesh.rules`; the first match wins, and the
+# last rule covers all. Leading dimensions (a scanned stack's depth, a convolution's window) are never split.
+RULES: Rules = (
+    (r"/(out|down)/kernel/a$", "tensor, none"),  # adapters [inputs, rank], [rank, outputs]: as their weight
+    (r"/(out|down)/kernel/b$", "none, fsdp"),
+    (r"/kernel/a$", "fsdp, none"),
+    (r"/kernel/b$", "none, tensor"),
+    (r"/router/kernel$", "fsdp, none"),
+    (r"/experts/(up|gate)/kernel$", "expert, fsdp, tensor"),  # [experts, width, hidden]
+    (r"/experts/down/kernel$", "expert, tensor, fsdp"),
+    (r"/experts/(up|gate)/bias$", "expert, tensor"),
+    (r"/experts/down/bias$", "expert, none"),
+    (r"/layers/\d+/(inputs|state)/kernel$", "fsdp, none, tensor"),  # recurrent [inputs, gates, width]
+    (r"/layers/\d+/(inputs|state)/bias$", "none, tensor"),
+    (r"/rows$", f"{'+'.join(LOGICAL['rows'])}, none"),  # large tables: rows over the full mesh
+    (r"/table$", "tensor, fsdp"),  # embeddings [vocabulary, width]
+    (r"/(q|k|v|up|gate)/bias$", "tensor"),
+    (r"/(out|down)/kernel$", "tensor, fsdp"),  # row-parallel [hidden, width]
+    (r"/kernel$", "fsdp, tensor"),  # column-parallel [width, hidden]; convolutions [.., in, out]
+    (r"", "none"),  # norms, biases, scalars: on every device
+)
 
 _plain = contextvars.ContextVar("plain", default=False)
-
-# Parameter path -> mesh axes of its last dimensions; the first match wins, and the last rule covers all.
-# Leading dimensions (a scanned stack's depth, a convolution's window) are never split.
-RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
-    (r"/(out|down)/kernel/a$", ("tensor", None)),  # adapters [inputs, rank], [rank, outputs]: as their weight
-    (r"/(out|down)/kernel/b$", (None, "fsdp")),
-    (r"/kernel/a$", ("fsdp", None)),
-    (r"/kernel/b$", (None, "tensor")),
-    (r"/router/kernel$", ("fsdp", None)),
-    (r"/experts/(up|gate)/kernel$", ("expert", "fsdp", "tensor")),  # [experts, width, hidden]
-    (r"/experts/down/kernel$", ("expert", "tensor", "fsdp")),
-    (r"/experts/(up|gate)/bias$", ("expert", "tensor")),
-    (r"/experts/down/bias$", ("expert", None)),
-    (r"/layers/\d+/(inputs|state)/kernel$", ("fsdp", None, "tensor")),  # recurrent [inputs, gates, width]
-    (r"/layers/\d+/(inputs|state)/bias$", (None, "tensor")),
-    (r"/rows$", (AXES, None)),  # large tables: rows over the whole mesh
-    (r"/table$", ("tensor", "fsdp")),  # embeddings [vocabulary, width]
-    (r"/(q|k|v|up|gate)/bias$", ("tensor",)),
-    (r"/(out|down)/kernel$", ("tensor", "fsdp")),  # row-parallel [hidden, width]
-    (r"/kernel$", ("fsdp", "tensor")),  # column-parallel [width, hidden]; convolutions [.., in, out]
-    (r"", ()),  # norms, biases, scalars: on every device
-)
 
 
 def join_cluster() -> None:
@@ -93,7 +106,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             the model's heads do not divide over them.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict(dataclasses.asdict(config.mesh))
+    sizes = config.mesh.sizes()
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if free:
@@ -151,8 +164,8 @@ def _check_division(config: Config, mesh: Mesh) -> None:
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Into how many pieces the mesh cuts a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+    """Number of pieces into which the mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
 
 
 def platform() -> str:
@@ -174,45 +187,75 @@ def plain() -> Iterator[None]:
         _plain.reset(token)
 
 
-def shard(x: jax.Array, *axes: Axes) -> jax.Array:
-    """Pins `x`'s layout: one entry a dimension, as in PartitionSpec. Without a mesh it does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or _plain.get():
+def shard(x: jax.Array, *dimensions: Dimension) -> jax.Array:
+    """Pins `x`'s layout, one entry a dimension: `shard(x, "batch", "sequence", "heads", None)`.
+
+    An entry whose axes do not divide its dimension is dropped. Without a mesh it does nothing.
+    """
+    if not is_split():
         return x
-    if len(axes) != x.ndim:
-        raise ValueError(f"shard: {len(axes)} axes for an array of shape {x.shape}")
-    return jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
+    if len(dimensions) != x.ndim:
+        raise ValueError(f"shard: {len(dimensions)} entries for an array of shape {x.shape}")
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, _fit(dimensions, x.shape, mesh))
 
 
 def is_split() -> bool:
-    """Whether the code being traced is partitioned over several devices."""
+    """True where the code being traced is partitioned over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not (mesh.empty or mesh.size == 1 or _plain.get())
 
 
-def used(axes: tuple[Axes, ...]) -> tuple[Axes, ...]:
-    """The layout in which a weight stored over `axes` is multiplied: whole over fsdp."""
-    return tuple(None if axis == "fsdp" else axis for axis in axes)
+def ways(name: str) -> int:
+    """Number of pieces into which the mesh of the code being traced splits a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL[name])
+
+
+def spec(*dimensions: Dimension) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions are these, for `jax.shard_map`."""
+    return PartitionSpec(*map(_entry, dimensions))
+
+
+def used(layout: Layout, batch: str = "batch") -> Layout:
+    """The layout in which a weight stored over `layout` is multiplied: gathered over the axes that split the
+    batch, which in an expert layer is `group`."""
+    return tuple(tuple(axis for axis in axes if axis not in LOGICAL[batch]) for axes in layout)
+
+
+def result(layout: Layout) -> Axes:
+    """The mesh axes over which a product with a weight stored over `layout` leaves its result."""
+    return tuple(axis for axes in used(layout) for axis in axes)
+
+
+def is_gathered(layout: Layout) -> bool:
+    """True where a weight stored over `layout` is gathered to be used; a large table's rows never are."""
+    return any(set(axes) & set(LOGICAL["group"]) and axes != LOGICAL["rows"] for axes in layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gather(axes: tuple[Axes, ...], w: jax.Array) -> jax.Array:
-    """A weight whose last dimensions are stored over `axes`, gathered over fsdp; its gradient is scattered
-    back to where it is stored."""
-    return shard(w, *_padded(used(axes), w.ndim))
+def gather(layout: Layout, w: jax.Array) -> jax.Array:
+    """A weight whose last dimensions are stored over `layout`, gathered over the axes that split the batch.
+
+    Its gradient is scattered back to where it is stored.
+    """
+    return shard(w, *padded(used(layout, "group"), w.ndim))
 
 
-gather.defvjp(lambda axes, w: (gather(axes, w), None), lambda axes, _, g: (shard(g, *_padded(axes, g.ndim)),))
+gather.defvjp(
+    lambda layout, w: (gather(layout, w), None),
+    lambda layout, _, g: (shard(g, *padded(layout, g.ndim)),),
+)
 
 
-def sharding(mesh: Mesh, shape: tuple[int, ...], *axes: Axes) -> NamedSharding:
-    """Where an array that `shard` would pin lies on `mesh`."""
-    return NamedSharding(mesh, _fit(axes, shape, mesh))
+def sharding(mesh: Mesh, shape: tuple[int, ...], *dimensions: Dimension) -> NamedSharding:
+    """The sharding on `mesh` of an array that `shard` would pin so."""
+    return NamedSharding(mesh, _fit(dimensions, shape, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over the axes of `BATCH`, every other dimension whole."""
-    return NamedSharding(mesh, PartitionSpec(BATCH))
+    """Examples over the axes of `batch`, every other dimension on each device in full."""
+    return NamedSharding(mesh, spec("batch"))
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> dict[str, int]:
@@ -237,26 +280,56 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where the parameter `path` ("blocks/attention/q/kernel") lies, by the first rule that matches.
+def param_sharding(mesh: Mesh, rules: Rules, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of the parameter `path` ("blocks/attention/q/kernel"), by the first rule that matches.
 
     An axis that does not divide its dimension is left out there: the array is then replicated over it.
     """
-    return NamedSharding(mesh, _fit(_padded(rule(path), len(shape)), shape, mesh))
+    return NamedSharding(mesh, _fit(padded(rule(rules, path), len(shape)), shape, mesh))
 
 
-def rule(path: str) -> tuple[Axes, ...]:
+def rules_of(config: Config) -> Rules:
+    """The config's own rules, then RULES."""
+    return (*config.mesh.parsed_rules(), *RULES)
+
+
+def check_rules(config: Config, paths: Collection[str]) -> None:
+    """Raises InputError where a rule of `mesh.rules` matches none of the parameters' paths."""
+    for pattern, _ in config.mesh.parsed_rules():
+        if not any(re.search(pattern, "/" + path) for path in paths):
+            some = ", ".join(f"/{path}" for path in list(paths)[:3])
+            raise InputError(
+                f"mesh.rules: no parameter matches {pattern!r}; match paths such as {some} "
+                "(plan.py --show-sharding lists all)"
+            )
+
+
+def rule(rules: Rules, path: str) -> Layout:
     """The mesh axes of the parameter's last dimensions, by the first rule that matches."""
-    return next(axes for pattern, axes in RULES if re.search(pattern, "/" + path))
+    return _layout(next(text for pattern, text in rules if re.search(pattern, "/" + path)))
 
 
-def _padded(axes: tuple[Axes, ...], ndim: int) -> tuple[Axes, ...]:
-    return ((None,) * (ndim - len(axes)) + axes)[-ndim:] if ndim else ()
+@functools.cache
+def _layout(text: str) -> Layout:
+    """`data+fsdp, none` -> (("data", "fsdp"), ())."""
+    entries = [entry.strip() for entry in text.split(",")]
+    return tuple(() if entry == "none" else tuple(map(str.strip, entry.split("+"))) for entry in entries)
 
 
-def _fit(axes: Sequence[Axes], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    def fits(entry: Axes, size: int) -> Axes:
+def padded(layout: Layout, ndim: int) -> Layout:
+    """The layout of the last `ndim` dimensions; those that it does not name are not split."""
+    return (((),) * (ndim - len(layout)) + layout)[-ndim:] if ndim else ()
+
+
+def _fit(dimensions: Sequence[Dimension], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    def fits(entry: Any, size: int) -> Any:
         names = (entry,) if isinstance(entry, str) else entry or ()
         return entry if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
-    return PartitionSpec(*(fits(entry, size) for entry, size in zip(axes, shape, strict=True)))
+    return PartitionSpec(*(fits(entry, size) for entry, size in zip(spec(*dimensions), shape, strict=True)))
+
+
+def _entry(dimension: Dimension) -> str | Axes | None:
+    """A dimension as `PartitionSpec` writes it: one axis's name, several, or None."""
+    axes = LOGICAL[dimension] if isinstance(dimension, str) else dimension or ()
+    return axes if len(axes) > 1 else axes[0] if axes else None

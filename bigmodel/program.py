@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from bigmodel import mesh as mesh_lib
 from bigmodel import models, optim, sparsity, tasks, trees
@@ -69,8 +69,8 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     """Config, mesh and the batch's shapes -> the Program. Makes no array and compiles nothing.
 
     Raises:
-        InputError: `microbatches` does not divide what each device gets, or its chips have no matrix units
-            for `compute_dtype`.
+        InputError: a rule of `mesh.rules` matches no parameter, `microbatches` does not divide what each
+            device gets, or its chips have no matrix units for `compute_dtype`.
     """
     chips.check_dtype(chips.chip(mesh.devices.flat[0]), config.compute_dtype)
     sharding = mesh_lib.batch_sharding(mesh)
@@ -80,7 +80,8 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
 
     init = on_mesh(mesh, lambda key: init_state(config, model, tx, key))
     spec = jax.eval_shape(init, jax.random.key(0))
-    state_spec = place(spec, mesh)
+    mesh_lib.check_rules(config, trees.by_path(spec["params"]))
+    state_spec = place(spec, mesh, model.rules)
     state_sharding = jax.tree.map(lambda s: s.sharding, state_spec)
     batch_sharding = {name: s.sharding for name, s in batch_spec.items()}
     everywhere = mesh_lib.replicated(mesh)
@@ -311,7 +312,7 @@ def cut(state: State, batch: Batch, pieces: int) -> tuple[Batch, jax.Array]:
 def _cut(x: jax.Array, pieces: int) -> jax.Array:
     """[B, ...] -> [pieces, B / pieces, ...], strided so that every device keeps its own examples."""
     x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
-    return mesh_lib.shard(x, None, mesh_lib.BATCH, *(None,) * (x.ndim - 2))
+    return mesh_lib.shard(x, None, "batch", *(None,) * (x.ndim - 2))
 
 
 def _unscale(grads: Any, scale: jax.Array | None) -> Any:
@@ -320,12 +321,16 @@ def _unscale(grads: Any, scale: jax.Array | None) -> Any:
     return jax.tree.map(lambda g: (g.astype(jnp.float32) / scale).astype(g.dtype), grads)
 
 
-def place(spec: State, mesh: Mesh) -> State:
-    """A state's shapes with their shardings on a mesh."""
-    return jax.tree_util.tree_map_with_path(lambda path, s: _placed(mesh, path, s), spec)
+def place(spec: State, mesh: Mesh, rules: mesh_lib.Rules) -> State:
+    """A state's shapes with their shardings on a mesh. Optimizer state and moving averages follow the rule of
+    their parameter."""
+    names = trees.by_path(spec["params"]).keys()
 
+    def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        keys = trees.path_str(path).split("/")
+        ends = ("/".join(keys[i:]) for i in range(len(keys)))
+        name = next((end for end in ends if end in names), "/".join(keys))
+        where = mesh_lib.param_sharding(mesh, rules, name, s.shape)
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
 
-def _placed(mesh: Mesh, path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A state leaf with its sharding; optimizer state and EMA follow the rule of their parameter."""
-    sharding: NamedSharding = mesh_lib.param_sharding(mesh, trees.path_str(path), s.shape)
-    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+    return jax.tree_util.tree_map_with_path(placed, spec)

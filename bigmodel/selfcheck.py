@@ -237,7 +237,7 @@ def _pinned(program: Program, grads: Any) -> Any:
     """Gradients, laid out as their parameters are, as the optimizer of the train step finds them."""
 
     def leaf(path: Any, g: jax.Array) -> jax.Array:
-        where = mesh_lib.param_sharding(program.mesh, trees.path_str(path), g.shape)
+        where = mesh_lib.param_sharding(program.mesh, program.model.rules, trees.path_str(path), g.shape)
         return jax.lax.with_sharding_constraint(g, where.spec)
 
     return jax.tree_util.tree_map_with_path(leaf, grads)

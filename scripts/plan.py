@@ -47,6 +47,10 @@ def main() -> int:
         help="what --search may change beside the mesh: any of remat,microbatches,batch_size",
     )  # fmt: skip
     flags.add_argument(
+        "--show-sharding", action="store_true",
+        help="print each parameter's shape, mesh axes and bytes a device, and compile nothing",
+    )  # fmt: skip
+    flags.add_argument(
         "--timeline", type=pathlib.Path, metavar="DIR", help="a step's trace and picture go here"
     )
     flags.add_argument(
@@ -60,6 +64,8 @@ def main() -> int:
         raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")
     if args.target:
         bigmodel.keep_to_cpu()
+    if args.show_sharding:
+        return _show_sharding(config, args.target)
     if args.mode == "serve":
         return _serve(config, args.target, args.prompt, assume, args.json)
     from bigmodel.plan import planner, receipt
@@ -88,6 +94,13 @@ def main() -> int:
     if args.json:
         written = plan.receipt | ({"search": ranking} if ranking else {})
         args.json.write_text(json.dumps(written, indent=2) + "\n")
+    return 0
+
+
+def _show_sharding(config: config_lib.Config, spec: str) -> int:
+    from bigmodel.plan import layout, planner, target
+
+    print("\n".join(layout.table(planner.build(config, target.of(config, spec)))))
     return 0
 
 

@@ -171,7 +171,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 def build(config: Config) -> Program:
     """The Program on as many of the eight devices as the mesh's sizes say (-1: one)."""
-    sizes = [max(size, 1) for size in config_lib.to_dict(config)["mesh"].values()]
+    sizes = [max(size, 1) for size in config.mesh.sizes().values()]
     devices = jax.devices()[: math.prod(sizes)]
     return program.build(config, mesh.make_mesh(config, devices), batch_spec(config))
 

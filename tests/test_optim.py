@@ -57,7 +57,7 @@ def test_every_optimizer_learns_and_lies_where_the_rules_say(family, name):
     assert rows["loss"][-1] < 0.97 * rows["loss"][0], rows["loss"]
     params = by_path(state["params"])
     for path, array in by_path(state).items():
-        rule = mesh.param_sharding(part.mesh, path, array.shape)
+        rule = mesh.param_sharding(part.mesh, part.model.rules, path, array.shape)
         assert array.sharding.is_equivalent_to(rule, array.ndim), path
         owner = next((p for p in params if path.endswith("/" + p)), None)
         if owner and array.shape == params[owner].shape:  # a moment, or the EMA

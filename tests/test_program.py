@@ -15,10 +15,10 @@ import pytest
 from conftest import MESHES, build, built, by_path, mesh_keys, random_batch, sized, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import mesh, train
+from bigmodel import mesh, train, units
 from bigmodel.config import Config, InputError
 from bigmodel.plan import compiled as compiled_lib
-from bigmodel.plan import estimate, flops, planner
+from bigmodel.plan import estimate, flops, layout, planner
 
 # Momentum, decay and clipping, but no Adam: its first steps are near lr * sign(g), which turns a rounding
 # error in a gradient that is almost zero into a full step. Without that amplification, ten float32 steps
@@ -61,7 +61,7 @@ def test_the_state_is_born_on_the_mesh_with_the_same_values():
     here, there = (by_path(p.init(jax.random.key(3))) for p in (one, many))
     for path, array in there.items():
         np.testing.assert_allclose(array, here[path], rtol=0, atol=1e-6, err_msg=path)
-        assert array.sharding == mesh.param_sharding(many.mesh, path, array.shape), path
+        assert array.sharding == mesh.param_sharding(many.mesh, many.model.rules, path, array.shape), path
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,56 @@ def test_the_state_is_born_on_the_mesh_with_the_same_values():
 def test_a_mesh_that_does_not_fit_is_refused(keys, message):
     with pytest.raises(InputError, match=message):
         mesh.make_mesh(tiny("gpt", **keys))
+
+
+RULES = "^/embed/ -> none,fsdp; /q/kernel$ -> data+tensor,fsdp; /up/kernel$ -> none,tensor; /out/ -> none"
+
+
+def test_own_rules_lay_out_parameters_and_change_no_value():
+    axes = mesh_keys({"data": 2, "fsdp": 2, "tensor": 2})
+    one, many = built("gpt", **SGD), built("gpt", **SGD, **axes, mesh__rules=RULES)
+    state = by_path(many.state_spec)
+    for path, spec in {
+        "embed/table": (None, "fsdp"),
+        "blocks/attention/q/kernel": (None, ("data", "tensor"), "fsdp"),
+        "blocks/mlp/up/kernel": (None, None, "tensor"),
+        "blocks/attention/out/kernel": (None, None, None),
+        "blocks/mlp/down/kernel": (None, "tensor", "fsdp"),  # as without rules
+    }.items():
+        placed = [s.sharding.spec for name, s in state.items() if name.endswith(path)]
+        assert len(placed) == 2  # with momentum
+        assert set(placed) == {jax.sharding.PartitionSpec(*spec)}, path
+    assert_same_run(steps(many, start(many), 10), steps(one, start(one), 10))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("/tabel$ -> fsdp", r"mesh\.rules: no parameter matches '/tabel\$'; match paths such as /"),
+        ("/table$ -> fsdb", r"mesh\.rules has the rule '/table\$' -> 'fsdb'; .* axes of data, fsdp"),
+        ("/table$ -> fsdp,fsdp", r"mesh\.rules .* names an axis twice"),
+        ("/(table -> fsdp", r"mesh\.rules .* no regular expression"),
+        ("/table$", r"mesh\.rules .* write REGEX -> AXIS,AXIS"),
+        ("-> fsdp", r"mesh\.rules .* write REGEX -> AXIS,AXIS"),
+    ],
+)
+def test_rules_that_say_nothing_are_refused(rules, message):
+    with pytest.raises(InputError, match=message) as caught:
+        build(tiny("gpt", mesh__rules=rules))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_sharding_table_adds_up():
+    many = built("gpt", **SGD, **mesh_keys({"data": 2, "fsdp": 2, "tensor": 2}), mesh__rules="/q/ -> tensor")
+    lines = layout.table(many)
+    paths = by_path(many.state_spec["params"])
+    assert [line.split()[0] for line in lines[1 : len(paths) + 1]] == list(paths)
+    assert any(
+        re.search(r"^blocks/attention/q/kernel +\[2, 32, 32\] +float32 +\[-, -, tensor\]", x) for x in lines
+    )
+    assert lines[-1] == f"state      {units.size(estimate.tree_bytes(many.state_spec))} a device"
+    odd = built("gpt", **mesh_keys({"tensor": 2, "data": 1}), model__vocab_size=63)
+    assert "embed/table: tensor (2) does not divide 63: replicated over it" in layout.table(odd)
 
 
 # ---------------------------------------------------------------------------------- microbatches and masks

@@ -36,7 +36,7 @@ def test_layouts_that_are_left_to_the_compiler_are_refused(family, keys, monkeyp
     assert found.along < 2e-3
     assert found.gradient < 1e-5
     assert found.outputs < 1e-5
-    monkeypatch.setattr(weights, "lay_out", lambda params: params)
+    monkeypatch.setattr(weights, "lay_out", lambda params, rules: params)
     wrong = check(program(family, **keys))
     assert wrong.problems(selfcheck.TOLERANCES["float32"])
     with pytest.raises(
@@ -130,7 +130,8 @@ def test_a_wrong_program_ends_with_4_before_its_first_step(corpus, tmp_path):
     file = tmp_path / "config_of_test.py"
     # A config file is a program: this one puts the old layouts back.
     file.write_text(
-        "from bigmodel.models import weights\nweights.lay_out = lambda params: params\n" + file.read_text()
+        "from bigmodel.models import weights\nweights.lay_out = lambda params, rules: params\n"
+        + file.read_text()
     )
     ran = run_script("train.py", flag, f"--workdir={tmp_path / 'run'}")
     assert ran.code == 4, ran.out + ran.err

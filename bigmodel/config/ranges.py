@@ -68,13 +68,3 @@ def optim_problems(optim: Any) -> Iterable[tuple[str, str]]:
     if optim.every < 1:
         yield "every", f"is {optim.every}: set it to 1 or more"
     yield from parsing.regex_problems(optim, "weight_decay_on", "penalty_on", "freeze", "on")
-
-
-def mesh_problems(sizes: Mapping[str, int]) -> Iterable[tuple[str, str]]:
-    """Of the axes' sizes."""
-    for key, size in sizes.items():
-        if size < 1 and size != -1:
-            yield key, f"is {size}: set it to 1 or more, or to -1 for whatever devices are left"
-    free = [key for key, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        yield free[1], f"is -1, and so is mesh.{free[0]}; only one axis can take what is left"

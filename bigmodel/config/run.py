@@ -13,6 +13,7 @@ from bigmodel.config import parsing, ranges
 from bigmodel.config.adapt import Distill, Init, Lora, Prune, Quantize
 from bigmodel.config.data import Data
 from bigmodel.config.families import GPT, Model
+from bigmodel.config.mesh import Mesh
 from bigmodel.config.optim import Optim, group_problems, optim_groups
 from bigmodel.config.parsing import InputError
 from bigmodel.config.task import Task
@@ -21,18 +22,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Sizes of the device mesh's axes; one may be -1, "whatever is left"."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
-    pipe: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class Config:
     distill: Distill = field(default_factory=Distill)
     lora: Lora = field(default_factory=Lora)
     init: Init = field(default_factory=Init)
-    mesh: Mesh = Mesh()
+    mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = Checkpoint()
     check: Check = Check()
     eval: Eval = Eval()
@@ -142,9 +131,8 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     yield from ((f"optim.{key}", problem) for key, problem in ranges.optim_problems(c.optim))
     for name, group in optim_groups(c.optim).items():
         yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in group_problems(name, group))
-    for name in ("prune", "quantize", "distill", "lora", "init"):
+    for name in ("prune", "quantize", "distill", "lora", "init", "mesh"):
         yield from ((f"{name}.{key}", problem) for key, problem in getattr(c, name).problems())
-    yield from ((f"mesh.{key}", problem) for key, problem in ranges.mesh_problems(dataclasses.asdict(c.mesh)))
     if not re.fullmatch(r"bytes|bpe:\d+|hf:.+", c.data.tokenizer):
         yield (
             "data.tokenizer",

@@ -108,7 +108,7 @@ class Decoder:
             return {"ids": jnp.zeros((rows, context(self.program.config)), jnp.int32)}
         spec = cache_spec(self.program.config, rows, slots or self.slots, self.cache_dtype)
 
-        axes: tuple[mesh.Axes, ...] = (None, None if paged else mesh.BATCH, "tensor", None, None)
+        axes: tuple[mesh.Dimension, ...] = (None, None if paged else "batch", "heads", None, None)
 
         def zeros(s: jax.ShapeDtypeStruct) -> Any:
             stacked = self.depth > UNROLLED

@@ -114,7 +114,7 @@ def _params(built: Program) -> tuple[Any, Any]:
 
     def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floats = len(s.shape) > 1 and s.dtype == config.param_dtype
-        where = mesh.param_sharding(built.mesh, trees.path_str(path), s.shape)
+        where = mesh.param_sharding(built.mesh, model.rules, trees.path_str(path), s.shape)
         return jax.ShapeDtypeStruct(s.shape, config.compute_dtype if floats else s.dtype, sharding=where)
 
     stacked = jax.tree_util.tree_map_with_path(placed, whole)
@@ -139,7 +139,7 @@ def _cache(built: Program, rows: int) -> Any:
     """Specs of `rows` rows of cache, rows over the batch axes and heads over tensor, as `empty_cache`'s."""
 
     def one(s: jax.ShapeDtypeStruct) -> Any:
-        axes: tuple[mesh.Axes, ...] = (mesh.BATCH, "tensor", None, None)
+        axes: tuple[mesh.Dimension, ...] = ("batch", "heads", None, None)
         where = mesh.sharding(built.mesh, s.shape[1:], *axes[: len(s.shape) - 1])
         if built.config.model.cached_layers > decoder_lib.UNROLLED:
             where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
@@ -177,7 +177,7 @@ def _compile(
 
 
 def _ids(built: Program, *shape: int) -> jax.ShapeDtypeStruct:
-    where = mesh.sharding(built.mesh, shape, mesh.BATCH, *(None,) * (len(shape) - 1))
+    where = mesh.sharding(built.mesh, shape, "batch", *(None,) * (len(shape) - 1))
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 
 

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import PartitionSpec as P
 
 from bigmodel import mesh
 
@@ -306,9 +305,9 @@ def attend_splash(
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(q_BLHK, k_BSGK, v_BSGK, segments_BL)
-    heads = P(mesh.BATCH, None, "tensor", None)
+    heads, ids = mesh.spec("batch", "sequence", "heads", None), mesh.spec("batch", "sequence")
     over_mesh = functools.partial(
-        jax.shard_map, in_specs=(heads, heads, heads, P(mesh.BATCH, None)), out_specs=heads, check_vma=False
+        jax.shard_map, in_specs=(heads, heads, heads, ids), out_specs=heads, check_vma=False
     )
     return over_mesh(local)(q_BLHK, k_BSGK, v_BSGK, segments_BL)
 

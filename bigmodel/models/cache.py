@@ -60,7 +60,7 @@ def write(
             rows = jnp.where(here_BS[:, None, :, None], new_BLGK.swapaxes(1, 2), cache[name])
         else:
             rows = cache[name].at[row_BL, :, slot_BL].set(new_BLGK, mode="drop")
-        out[name] = rows if pages_BT is not None else mesh.shard(rows, mesh.BATCH, "tensor", None, None)
+        out[name] = rows if pages_BT is not None else mesh.shard(rows, "batch", "heads", None, None)
     return out
 
 

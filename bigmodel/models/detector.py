@@ -112,7 +112,7 @@ def _enlarge(x_BHWC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     b, h, w, c = x_BHWC.shape
     times = (shape[1] // h, shape[2] // w)
     big = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (b, h, times[0], w, times[1], c))
-    return mesh.shard(big.reshape(shape), mesh.BATCH, None, None, None)
+    return mesh.shard(big.reshape(shape), "batch", None, None, None)
 
 
 def _flat(x_BHWC: jax.Array) -> jax.Array:

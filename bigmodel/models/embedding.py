@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from bigmodel import mesh
 
@@ -36,20 +35,20 @@ def lookup(table_VD: jax.Array, ids_BC: jax.Array, dtype: str) -> jax.Array:
     axes = jax.sharding.get_abstract_mesh()
     if axes.empty or axes.size == 1 or table_VD.shape[0] % axes.size or mesh.platform() == "plain":
         return table_VD[ids_BC].astype(dtype)
-    others = tuple(axis for axis in mesh.AXES if axis not in mesh.BATCH)
+    every, batch = mesh.LOGICAL["rows"], mesh.LOGICAL["batch"]
+    others = tuple(axis for axis in every if axis not in batch)
 
     def local(part_VD: jax.Array, ids_BC: jax.Array) -> jax.Array:
-        ids_BC = jax.lax.all_gather(ids_BC, mesh.BATCH, tiled=True)
-        at_BC = ids_BC - jax.lax.axis_index(mesh.AXES) * part_VD.shape[0]
+        ids_BC = jax.lax.all_gather(ids_BC, batch, tiled=True)
+        at_BC = ids_BC - jax.lax.axis_index(every) * part_VD.shape[0]
         is_here_BC = (at_BC >= 0) & (at_BC < part_VD.shape[0])
         rows_BCD = part_VD[jnp.clip(at_BC, 0, part_VD.shape[0] - 1)].astype(dtype)
         rows_BCD = jnp.where(is_here_BC[..., None], rows_BCD, jnp.zeros((), dtype))
-        rows_BCD = jax.lax.psum_scatter(rows_BCD, mesh.BATCH, tiled=True)
+        rows_BCD = jax.lax.psum_scatter(rows_BCD, batch, tiled=True)
         return jax.lax.psum(rows_BCD, others)
 
-    over_mesh = jax.shard_map(
-        local, in_specs=(P(mesh.AXES, None), P(mesh.BATCH, None)), out_specs=P(mesh.BATCH), check_vma=False
-    )
+    specs = mesh.spec("rows", None), mesh.spec("batch", None)
+    over_mesh = jax.shard_map(local, in_specs=specs, out_specs=mesh.spec("batch"), check_vma=False)
     return over_mesh(table_VD, ids_BC)
 
 

@@ -68,7 +68,7 @@ class GAN(nnx.Module):
             return jax.random.normal(key, (*serial_B.shape, self.c.latent))
         shape = (self.c.latent,)
         draw = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(jax.random.key(0), n), shape))
-        return mesh.shard(draw(serial_B), mesh.BATCH, None)
+        return mesh.shard(draw(serial_B), "batch", None)
 
     def _slope(self, key: Any, real_BHWC: jax.Array, fake_BHWC: jax.Array, class_BK: Any) -> jax.Array:
         """[B] norms of the critic's gradient at random points between real and fake (Gulrajani et al. 2017,
@@ -179,7 +179,7 @@ class Upsample(nnx.Module):
         rows = [jnp.stack([self._part(x_BHWI, kernel, a, b) for b in (0, 1)], 3) for a in (0, 1)]
         y = jnp.stack(rows, 2)  # [B, H, 2, W, 2, O]
         b, h, _, w, _, o = y.shape
-        return mesh.shard(y.reshape(b, 2 * h, 2 * w, o), mesh.BATCH, None, None, None)
+        return mesh.shard(y.reshape(b, 2 * h, 2 * w, o), "batch", None, None, None)
 
     def _part(self, x_BHWI: jax.Array, kernel: jax.Array, a: int, b: int) -> jax.Array:
         pads = ((1 - a, a), (1 - b, b))
@@ -222,7 +222,7 @@ class Seed(nnx.Module):
     def __call__(self, z_BZ: jax.Array, class_BK: jax.Array | None) -> jax.Array:
         if class_BK is not None:
             z_BZ = jnp.concatenate([z_BZ, class_BK.astype(z_BZ.dtype)], -1)
-        return mesh.shard(self.dense(z_BZ).reshape(-1, *self.shape), mesh.BATCH, None, None, None)
+        return mesh.shard(self.dense(z_BZ).reshape(-1, *self.shape), "batch", None, None, None)
 
 
 # -------------------------------------------------------------------------------------------------- DCGAN

@@ -44,7 +44,7 @@ class Embed(nnx.Module):
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (v, d), dtype))
 
     def __call__(self, ids_BL: jax.Array, dtype: str) -> jax.Array:
-        return mesh.shard(weights.rows(self.table[...], ids_BL, dtype), mesh.BATCH, None, None)
+        return mesh.shard(weights.rows(self.table[...], ids_BL, dtype), "batch", "sequence", None)
 
     def attend(self, x_BLD: jax.Array) -> jax.Array:
         return weights.attend(x_BLD, self.table[...])
@@ -107,7 +107,7 @@ def rope(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
 def shard_stream(x_BLD: jax.Array) -> jax.Array:
     """Pins the residual stream: examples over the batch axes, width over the tensor axis, so that what is
     saved between layers is cut by the whole mesh (as MaxText does); a layer's products gather it again."""
-    return mesh.shard(x_BLD, mesh.BATCH, None, "tensor")
+    return mesh.shard(x_BLD, "batch", "sequence", "width")
 
 
 class Conv(nnx.Module):
@@ -135,7 +135,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = weights.conv(x, self.kernel[...], self.strides, self.padding)
-        y = mesh.shard(y, mesh.BATCH, None, None, None)
+        y = mesh.shard(y, "batch", None, None, None)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

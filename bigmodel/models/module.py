@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from bigmodel import mesh
 from bigmodel.models import weights
 
 Tree = dict[str, Any]  # nested dict of arrays, or of ShapeDtypeStructs
@@ -36,6 +37,7 @@ class Definition:
     unpack: Callable[[Tree, Tree], Tree] = lambda params, held: params  # the inverse
     # What training runs forward beside it: part of `rest` -> its definition, whose params and rest are there.
     frozen: Mapping[str, Definition] = field(default_factory=dict)
+    rules: mesh.Rules = mesh.RULES  # where parameters lie on a mesh
     more: Callable[[jax.Array], Tree] = lambda key: {}  # parameters that the module itself has not
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
@@ -62,7 +64,7 @@ class Definition:
         """-> (the module, the parts of `rest` that are not its own)."""
         held = {part: rest[part] for part in self.held}
         rest = {part: value for part, value in rest.items() if part not in held}
-        return nnx.merge(self.graph, weights.lay_out(self.unpack(params, held)), rest), held
+        return nnx.merge(self.graph, weights.lay_out(self.unpack(params, held), self.rules), rest), held
 
 
 def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:

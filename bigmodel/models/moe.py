@@ -54,17 +54,17 @@ class Experts(nnx.Module):
         self.down = ExpertDense(c.experts, c.mlp_width, c.width, std=out_std, **more)
 
     def __call__(self, x_BECD: jax.Array) -> jax.Array:
-        h_BECF = _shard(checkpoint_name(self.up(x_BECD), "up"), "tensor")
+        h_BECF = _shard(checkpoint_name(self.up(x_BECD), "up"), "hidden")
         if self.gate is None:
             h_BECF = self.activation(h_BECF)
         else:
-            h_BECF = h_BECF * self.activation(_shard(checkpoint_name(self.gate(x_BECD), "gate"), "tensor"))
+            h_BECF = h_BECF * self.activation(_shard(checkpoint_name(self.gate(x_BECD), "gate"), "hidden"))
         return checkpoint_name(self.down(h_BECF), "mlp_out")
 
 
-def _shard(x_BECI: jax.Array, inner: mesh.Axes = None) -> jax.Array:
+def _shard(x_BECI: jax.Array, inner: mesh.Dimension = None) -> jax.Array:
     """Experts over their axis. The batch, split over that axis too, is gathered: an all-to-all."""
-    return mesh.shard(x_BECI, mesh.BATCH_OF_EXPERTS, "expert", None, inner)
+    return mesh.shard(x_BECI, "group", "experts", None, inner)
 
 
 class MoE(nnx.Module):
@@ -92,7 +92,7 @@ class MoE(nnx.Module):
         x_BSD = jnp.take_along_axis(x_BLD, source_BS[..., None], 1, mode="fill", fill_value=0)
         x_BECD = _shard(x_BSD.reshape(b, self.c.experts, places, width))
         y_BSD = _shard(self.experts(x_BECD)).reshape(b, lost, width)
-        y_BSD = mesh.shard(y_BSD, mesh.BATCH, None, None)
+        y_BSD = mesh.shard(y_BSD, "batch", None, None)
         slot_BT = slot_BLK.reshape(b, -1)
         picked_BTD = jnp.take_along_axis(y_BSD, slot_BT[..., None], 1, mode="fill", fill_value=0)
         picked_BLKD = picked_BTD.reshape(b, length, -1, width)

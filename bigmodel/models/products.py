@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from bigmodel import mesh
 
-Layout = tuple[mesh.Axes, ...] | None  # the mesh axes over which a weight is stored; None: on one device
+Layout = mesh.Layout | None  # the mesh axes over which a weight is stored; None: on one device
 
 
 def dense(
@@ -82,7 +82,7 @@ _dense.defvjp(_dense_fwd, _dense_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _dense_over_mesh(
-    layout: tuple[mesh.Axes, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], x: Array, w: Array
+    layout: mesh.Layout, inputs: tuple[int, ...], outputs: tuple[int, ...], x: Array, w: Array
 ) -> Array:
     return _dense_over_mesh_fwd(layout, inputs, outputs, x, w)[0]
 
@@ -92,34 +92,30 @@ def _last(x: Array, sizes: tuple[int, ...], axis: mesh.Axes) -> Array:
     return mesh.shard(x, *_axes_of(x.ndim, sizes, axis))
 
 
-def _axes_of(ndim: int, sizes: tuple[int, ...], axis: mesh.Axes) -> tuple[mesh.Axes, ...]:
-    return (mesh.BATCH, *(None,) * (ndim - 1 - len(sizes)), axis, *(None,) * (len(sizes) - 1))
+def _axes_of(ndim: int, sizes: tuple[int, ...], axis: mesh.Axes) -> tuple[mesh.Dimension, ...]:
+    return ("batch", *(None,) * (ndim - 1 - len(sizes)), axis, *(None,) * (len(sizes) - 1))
 
 
 def _gathered(
-    layout: tuple[mesh.Axes, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], x: Array, w: Array
+    layout: mesh.Layout, inputs: tuple[int, ...], outputs: tuple[int, ...], x: Array, w: Array
 ) -> tuple[Array, Array]:
     i, o = mesh.used(layout)
     axes = (i, *(None,) * (len(inputs) - 1), o, *(None,) * (len(outputs) - 1))
     return _last(x, inputs, i), mesh.shard(w.reshape(*inputs, *outputs), *axes)
 
 
-def _over_tensor(layout: tuple[mesh.Axes, ...]) -> mesh.Axes:
-    return "tensor" if "tensor" in layout else None
-
-
 def _dense_over_mesh_fwd(
-    layout: tuple[mesh.Axes, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], x: Array, w: Array
+    layout: mesh.Layout, inputs: tuple[int, ...], outputs: tuple[int, ...], x: Array, w: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     # Saved as they came: a gathered weight would stay for every layer until the backward pass.
     x_used, w_used = _gathered(layout, inputs, outputs, x, w)
     n = len(inputs)
     y = lax.dot_general(x_used, w_used, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
-    return _last(y, outputs, _over_tensor(layout)), (x, w)
+    return _last(y, outputs, mesh.result(layout)), (x, w)
 
 
 def _dense_over_mesh_bwd(
-    layout: tuple[mesh.Axes, ...],
+    layout: mesh.Layout,
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
     residuals: tuple[Array, Array],
@@ -134,7 +130,7 @@ def _dense_over_mesh_bwd(
     else:
         every = tuple(range(rows))
         dw = lax.dot_general(x, g, ((every, every), ((), ()))).reshape(residuals[1].shape)
-    return _last(dx, inputs, _over_tensor(layout)), mesh.shard(dw, *layout)
+    return _last(dx, inputs, mesh.result(layout)), mesh.shard(dw, *layout)
 
 
 _dense_over_mesh.defvjp(_dense_over_mesh_fwd, _dense_over_mesh_bwd)
@@ -153,21 +149,21 @@ def _dense_of_experts(layout: Layout, x: Array, w: Array) -> Array:
 def _by_expert(layout: Layout, x: Array, inner: mesh.Axes) -> Array:
     if layout is None:
         return x
-    return mesh.shard(x, mesh.BATCH_OF_EXPERTS, "expert", None, inner)
+    return mesh.shard(x, "group", "experts", None, inner)
 
 
 def _dense_of_experts_fwd(layout: Layout, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    _, inner, outer = (None,) * 3 if layout is None else mesh.used(layout)
-    w_used = w if layout is None else mesh.shard(w, *mesh.used(layout))
+    _, inner, outer = ((),) * 3 if layout is None else mesh.used(layout, "group")
+    w_used = w if layout is None else mesh.shard(w, *mesh.used(layout, "group"))
     y = lax.dot_general(_by_expert(layout, x, inner), w_used, (((3,), (1,)), ((1,), (0,))))
     return _by_expert(layout, jnp.moveaxis(y, 0, 1), outer or inner), (x, w)
 
 
 def _dense_of_experts_bwd(layout: Layout, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
-    _, inner, outer = (None,) * 3 if layout is None else mesh.used(layout)
+    _, inner, outer = ((),) * 3 if layout is None else mesh.used(layout, "group")
     x, g = _by_expert(layout, x, inner), _by_expert(layout, g, outer)
-    w = w if layout is None else mesh.shard(w, *mesh.used(layout))
+    w = w if layout is None else mesh.shard(w, *mesh.used(layout, "group"))
     dx = jnp.moveaxis(lax.dot_general(g, w, (((3,), (2,)), ((1,), (0,)))), 0, 1)
     dw = lax.dot_general(x, g, (((0, 2), (0, 2)), ((1,), (1,))))
     return _by_expert(layout, dx, inner or outer), dw if layout is None else mesh.shard(dw, *layout)
@@ -182,4 +178,4 @@ def dense_exact(x: Array, w: Array, layout: Layout) -> Array:
     if layout is not None:
         x, w = _gathered(layout, w.shape[:1], w.shape[1:], x, w)
     y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=exact)
-    return y if layout is None else _last(y, w.shape[1:], _over_tensor(layout))
+    return y if layout is None else _last(y, w.shape[1:], mesh.result(layout))

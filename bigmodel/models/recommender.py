@@ -93,7 +93,7 @@ class Pairs(nnx.Module):
         chunk = next(n for n in range(min(CHUNK, len(table_VD)), 0, -1) if len(table_VD) % n == 0)
         chunks = mesh.shard(table_VD.reshape(-1, 1, chunk, table_VD.shape[1]), None, None, None, None)
         scores = jax.lax.map(lambda item_1CD: self.score(user_B1D, self.item(item_1CD)), chunks)
-        return mesh.shard(scores.swapaxes(0, 1).reshape(len(user_B1D), -1), mesh.BATCH, None)
+        return mesh.shard(scores.swapaxes(0, 1).reshape(len(user_B1D), -1), "batch", None)
 
 
 def dot(user_B1D: jax.Array, item_BCD: jax.Array) -> jax.Array:
@@ -151,7 +151,7 @@ class NeuMF(Pairs):
         return self._with_hidden(x, self.of_item)
 
     def _with_hidden(self, x: jax.Array, dense: layers.Dense) -> jax.Array:
-        hidden = mesh.shard(dense(x[..., self.c.width :]), mesh.BATCH, None, None)
+        hidden = mesh.shard(dense(x[..., self.c.width :]), "batch", None, None)
         return jnp.concatenate([x[..., : self.c.width], hidden], -1)
 
     def score(self, user_B1D: jax.Array, item_BCD: jax.Array) -> jax.Array:
@@ -218,7 +218,7 @@ class DLRM(nnx.Module):
         products_BFF = jnp.einsum("bfd,bgd->bfg", x_BFD, x_BFD)
         lower = jnp.tril_indices(x_BFD.shape[1], -1)
         joined = jnp.concatenate([*parts, products_BFF[:, *lower]], 1)
-        return self.head(self.top(mesh.shard(joined, mesh.BATCH, None)))
+        return self.head(self.top(mesh.shard(joined, "batch", None)))
 
 
 KINDS: dict[str, Any] = {"mf": Factors, "ncf": NeuMF, "two_tower": TwoTower, "dlrm": DLRM}

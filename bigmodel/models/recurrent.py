@@ -67,10 +67,10 @@ class Layer(nnx.Module):
         dtype = x_BLI.dtype
         # Gathered over fsdp once, not in every step.
         kernel_IGH, kernel_HGH = (
-            mesh.shard(part.kernel[...].astype(dtype), None, None, "tensor")
+            mesh.shard(part.kernel[...].astype(dtype), None, None, "hidden")
             for part in (self.inputs, self.state)
         )
-        x_LBI = mesh.shard(x_BLI.swapaxes(0, 1), None, mesh.BATCH, None)
+        x_LBI = mesh.shard(x_BLI.swapaxes(0, 1), "sequence", "batch", None)
         sums_LBGH = project(x_LBI, kernel_IGH) + _bias(self.inputs, dtype)
         apart_LBH = None
         if self.state.bias is not None:  # gru: the reset gate scales the state's part of n alone
@@ -78,9 +78,9 @@ class Layer(nnx.Module):
             bias_GH = _bias(self.state, dtype)
             n_BH = jnp.broadcast_to(bias_GH[2], apart_LBH.shape)
             sums_LBGH = jnp.concatenate([sums_LBGH[:, :, :2] + bias_GH[:2], n_BH[:, :, None]], 2)
-        sums_LBGH = mesh.shard(sums_LBGH, None, mesh.BATCH, None, "tensor")
+        sums_LBGH = mesh.shard(sums_LBGH, "sequence", "batch", None, "hidden")
         h_LBH = unroll(self.cell, self.arrays, sums_LBGH, apart_LBH, keep_BL.T, kernel_HGH)
-        return mesh.shard(h_LBH.swapaxes(0, 1), mesh.BATCH, None, "tensor")
+        return mesh.shard(h_LBH.swapaxes(0, 1), "batch", "sequence", "hidden")
 
 
 def _bias(part: Gates, dtype: Any) -> jax.Array:
@@ -90,16 +90,10 @@ def _bias(part: Gates, dtype: Any) -> jax.Array:
 
 def project(x: jax.Array, kernel_IGH: jax.Array) -> jax.Array:
     """x [..., I] -> [..., G, H]. Flat where nothing cuts H: a CPU multiplies matrices fastest."""
-    if _is_whole():
+    if mesh.ways("hidden") == 1:
         flat = products.dense(x, kernel_IGH.reshape(len(kernel_IGH), -1))
         return flat.reshape(*x.shape[:-1], *kernel_IGH.shape[1:])
     return jax.lax.dot_general(x, kernel_IGH, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _is_whole() -> bool:
-    """Whether every device holds all of H."""
-    axes = jax.sharding.get_abstract_mesh()
-    return axes.empty or axes.shape["tensor"] == 1
 
 
 def unroll(
@@ -129,7 +123,7 @@ def unroll(
             return state, (state[0].astype(dtype), before_BH)
 
         _, b, _, h = sums_LBGH.shape
-        zero_BH = mesh.shard(jnp.zeros((b, h), jnp.float32), mesh.BATCH, "tensor")
+        zero_BH = mesh.shard(jnp.zeros((b, h), jnp.float32), "batch", "hidden")
         _, (h_LBH, before_LBH) = jax.lax.scan(step, (zero_BH,) * arrays, (sums_LBGH, apart_LBH, keep_LB))
         return h_LBH, before_LBH
 
@@ -146,7 +140,7 @@ def unroll(
     def backward(residuals: Any, grad_LBH: jax.Array) -> Any:
         back, before_LBH = residuals
         d_sums_LBGH, d_apart_LBH = back(grad_LBH)
-        if not _is_whole():
+        if mesh.ways("hidden") > 1:
             return d_sums_LBGH, d_apart_LBH, jnp.einsum("LBH,LBGK->HGK", before_LBH, d_sums_LBGH)
         h, (gates, k) = before_LBH.shape[-1], d_sums_LBGH.shape[2:]
         d_kernel = before_LBH.reshape(-1, h).T @ d_sums_LBGH.reshape(-1, gates * k)

@@ -162,7 +162,7 @@ def one_output(
 def _attended(c: Transformer, x_BLD: jax.Array) -> Attended:
     """What a layer's self-attention sees, as zeros."""
     shapes = ((*x_BLD.shape[:2], heads, c.head_dim) for heads in (c.heads, c.kv_heads, c.kv_heads))
-    heads = (mesh.BATCH, None, "tensor", None)
+    heads = ("batch", "sequence", "heads", None)
     return Attended(*(mesh.shard(jnp.zeros(shape, x_BLD.dtype), *heads) for shape in shapes))
 
 
@@ -287,7 +287,7 @@ class Attention(nnx.Module):
         return checkpoint_name(self.out(y_BLHK, inputs=(self.c.heads, self.c.head_dim)), "attention_out")
 
     def _heads(self, x_BLHK: jax.Array) -> jax.Array:
-        return mesh.shard(x_BLHK, mesh.BATCH, None, "tensor", None)
+        return mesh.shard(x_BLHK, "batch", "sequence", "heads", None)
 
 
 class MLP(nnx.Module):

@@ -31,7 +31,7 @@ STORED = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))  # of the largest weight: where clipping is tried
 
 
-Axes = tuple[mesh.Axes, ...] | None  # where a weight's last dimensions are stored; None: on one device
+Axes = mesh.Layout | None  # where a weight's last dimensions are stored; None: on one device
 
 
 class Weight(abc.ABC):
@@ -328,18 +328,18 @@ def rows(table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
 
 def _rows(table_VD: jax.Array) -> jax.Array:
     """A table whose rows are whole, for a lookup: XLA cannot cut a gather's result by width and by batch."""
-    return mesh.shard(table_VD, "tensor", None)
+    return mesh.shard(table_VD, "vocabulary", None)
 
 
 def _turned(axes: Axes) -> Any:
     return None if axes is None else axes[::-1]
 
 
-def lay_out(params: Any) -> Any:
-    """A model's parameters, each telling its layers where it is stored; on one device as they are.
+def lay_out(params: Any, rules: mesh.Rules) -> Any:
+    """A model's parameters, each of which tells its layers where it is stored; on one device as they are.
 
     Args:
-        params: nested dicts of arrays and Weights, as `mesh.RULES` lay them out.
+        params: nested dicts of arrays and Weights, as `rules` lay them out.
     """
     if not mesh.is_split():
         return params
@@ -348,8 +348,9 @@ def lay_out(params: Any) -> Any:
         name = re.sub(
             r"(/\d+|/base)+$", "", trees.path_str(path)
         )  # a layer of a stack, what an adapter is on
-        axes = mesh.rule(name)
-        if "fsdp" not in axes or isinstance(w, InBlocks):
+        default = mesh.rule(mesh.RULES, name)
+        axes = mesh.padded(mesh.rule(rules, name), len(default))
+        if not (mesh.is_gathered(axes) or mesh.is_gathered(default)) or isinstance(w, InBlocks):
             return w
         if isinstance(w, Weight):
             return replace(w, axes=axes)  # type: ignore[type-var]

@@ -63,7 +63,7 @@ def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[C
             mesh = mesh_lib.make_mesh(meshed.replace(batch_size=math.prod(axes.values())), aim.devices)
         except InputError:  # heads or experts that do not divide
             continue
-        costs, state = _costs(config, aim, mesh), program.place(one.state_spec, mesh)
+        costs, state = _costs(config, aim, mesh), program.place(one.state_spec, mesh, one.model.rules)
         held = _Held(estimate.tree_bytes(state), estimate.tree_bytes(state["params"]))
         ways = mesh_lib.batch_ways(mesh)
         for size in sizes:
@@ -83,7 +83,7 @@ def _step_flops(config: Config, one: Program) -> Callable[[float], float]:
     return lambda size: (once / n - b * n) * size + b * size * size
 
 
-def _meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+def _meshes(config: Config, devices: int) -> Iterator[dict[str, Any]]:
     """Sizes of the axes that the model shards over, which multiply to the number of devices."""
     names = list(config.model.divides)
 
@@ -196,7 +196,7 @@ def nearest_that_fit(config: Config, aim: Target, count: int = 2) -> list[list[s
 
 def overrides(config: Config) -> list[str]:
     """The flags that make a run this way."""
-    sizes = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
+    sizes = {f"mesh.{axis}": size for axis, size in config.mesh.sizes().items()}
     keys = {"batch_size": config.batch_size, "microbatches": config.microbatches, "remat": config.remat}
     shown = {k: v for k, v in sizes.items() if v != 1 or k == "mesh.data"}
     return [f"--config.{key}={value}" for key, value in (shown | keys).items()]
@@ -204,7 +204,7 @@ def overrides(config: Config) -> list[str]:
 
 def mesh_name(config: Config) -> str:
     """`data 2 x fsdp 8`."""
-    sizes = {axis: size for axis, size in dataclasses.asdict(config.mesh).items() if size > 1}
+    sizes = {axis: size for axis, size in config.mesh.sizes().items() if size > 1}
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device"
 
 
