@@ -190,7 +190,7 @@ def config_of(case: Case, alone: bool) -> Config:
 
 
 def build(config: Config) -> Program:
-    count = math.prod(max(n, 1) for n in config_lib.to_dict(config)["mesh"].values())
+    count = math.prod(max(n, 1) for n in config.mesh.sizes().values())
     return program.build(config, mesh.make_mesh(config, jax.devices()[:count]), batch_spec_of(config))
 
 

@@ -58,7 +58,7 @@ def config(kind: str, name: str = "lowrank_ratings", **keys: Any) -> Config:
 
 
 def build(c: Config) -> program.Program:
-    size = math.prod(max(n, 1) for n in config_lib.to_dict(c)["mesh"].values())
+    size = math.prod(max(n, 1) for n in c.mesh.sizes().values())
     return program.build(c, mesh.make_mesh(c, jax.devices()[:size]), batch_spec(c))
 
 
