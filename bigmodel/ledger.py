@@ -1,4 +1,4 @@
-"""What a run really spent: time by bucket, energy, memory, FLOPs. `goodput`: the share of training steps.
+"""Spending of a run: time by bucket, energy, FLOPs; `goodput` is the share of time in training steps.
 
 ledger.json adds up all sessions of a run (its first start, and each resume); `sessions` has each one's own.
 """
@@ -17,7 +17,7 @@ from bigmodel.machines import energy
 
 
 class Ledger:
-    """Buckets: start, compile, restore, step, input, eval, checkpoint. The rest of the time is `other`."""
+    """Seconds by bucket: start, compile, restore, step, input, eval, checkpoint; the rest is `other`."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -41,11 +41,11 @@ class Ledger:
             self._joules[bucket] += (self.joules() or 0.0) - (before_j or 0.0)
 
     def joules(self) -> float | None:
-        """As `energy.Meter.joules`."""
+        """Joules since `watch`, by the machine's counters; None without any."""
         return self._meter.joules() if self._meter else None
 
     def report(self, flops_per_step: float) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Returns plain values, for JSON."""
         total = time.perf_counter() - self._began
         buckets = dict(self.seconds) | {"other": total - sum(self.seconds.values())}
         return {
@@ -59,7 +59,7 @@ class Ledger:
         }
 
     def _energy(self, total_s: float) -> dict[str, Any]:
-        """Joules of this host's devices in all and a step (with its input), and how they were had."""
+        """Joules of this host's devices, in total and for one step with its input, and their source."""
         if self._meter is None:
             return {}
         steps, joules = max(self.steps, 1), self.joules()
@@ -72,10 +72,10 @@ class Ledger:
 
 
 def add_up(before: Mapping[str, Any], session: dict[str, Any]) -> dict[str, Any]:
-    """ledger.json after a session.
+    """Returns the content of ledger.json after a session.
 
     Args:
-        before: what ledger.json held when the session began; {}: nothing.
+        before: the content of ledger.json when the session began; {} if there was none.
         session: `Ledger.report`.
     """
     earlier = before.get("sessions", [before] if before else [])
@@ -108,7 +108,7 @@ def _is_report(value: dict[str, Any]) -> bool:
 
 
 class Window:
-    """Mean step and input time since the last line of the log; pauses do not count."""
+    """Mean step and input time since the last line of the log, without pauses."""
 
     def reset(self) -> None:
         self.began, self.steps, self.wait_s = time.perf_counter(), 0, 0.0

@@ -1,13 +1,14 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard beside it, a live progress line, loss.png.
+"""Output of a run's numbers: metrics.jsonl always, TensorBoard, a live progress line, pictures.
 
 Only process 0 writes. Every other file of the package logs through `logging.getLogger("bigmodel")`.
 
-metrics.jsonl has one JSON object a line. It is appended to, and never changed in place: where a resume drops
-lines (of steps that its checkpoint does not have, or cut short by a kill), a new file takes its name.
+metrics.jsonl has one JSON object per line. It is only ever appended to. A resume that drops lines (of steps
+after its checkpoint, or cut short by a kill) replaces the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -15,8 +16,9 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +33,7 @@ from bigmodel.disk import InputError
 
 
 class _Console(Console):
-    """A console that nobody need read: when its pipe is closed, as by `| head`, the run goes on."""
+    """A console that survives a closed pipe, as of `| head`: the run goes on."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -42,13 +44,13 @@ console = _Console(highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """A line for whoever watches the run; process 0 prints it."""
+    """Prints a line, on process 0 alone."""
     if jax.process_index() == 0:
         _print(line)
 
 
 def _print(line: str) -> None:
-    """A line on stdout. Where stdout is a file on a full disk, the run goes on without it."""
+    """Prints to stdout. If stdout is a file on a full disk, the run goes on without it."""
     try:
         console.print(line, markup=False)
         sys.stdout.flush()
@@ -61,6 +63,25 @@ def _print(line: str) -> None:
             )
 
 
+@contextlib.contextmanager
+def doing(line: str, every_s: float = 20) -> Iterator[None]:
+    """Prints `line` at once, and again with the time every so often, so that a start is never silent."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def remind() -> None:
+        while not ended.wait(every_s):
+            say(f"{line} ... {time.monotonic() - began:.0f} s")
+
+    say(line)
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(
@@ -71,7 +92,7 @@ class _Handler(logging.Handler):
 
 
 def show_logging() -> None:
-    """Sends the package's log records to the console, without disturbing the progress line."""
+    """Sends the package's log records to the console, without breaking the progress line."""
     logger = logging.getLogger("bigmodel")
     if not logger.handlers:
         logger.addHandler(_Handler())
@@ -79,12 +100,12 @@ def show_logging() -> None:
         logger.propagate = False
 
 
-# What these say of a failing save, in hundreds of lines, is in the one line of the error too.
+# These print hundreds of lines about a failing save; the error's own line says the same.
 LIBRARIES = ("absl", "orbax")
 
 
 def show_libraries(verbose: bool) -> None:
-    """Shows all messages of the libraries that save, or none: what stops a run is in its error."""
+    """Shows all messages of the libraries that save, or none: an error that stops a run says enough."""
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
 
@@ -93,7 +114,7 @@ class Writer:
     """Writes metrics by step. A context manager; one for each run, in every process."""
 
     def __init__(self, directory: pathlib.Path, *, first_step: int, tensorboard: bool):
-        """Drops the lines past `first_step`: their run went further than the checkpoint it left.
+        """Drops the lines after `first_step`: they are of steps that no checkpoint has.
 
         Raises:
             InputError: something cannot be written; from `write` and `picture`, too.
@@ -109,10 +130,10 @@ class Writer:
             self._board = _Board(directory / "tb", first_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`step`: how many training steps are behind these numbers."""
+        """Writes one line; `step` counts the training steps done."""
         if self._file is None:
             return
-        # JSON has no NaN or infinity; null says that there was no number.
+        # JSON has no NaN or infinity: null.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
         with disk.writing(self._path):
@@ -132,6 +153,13 @@ class Writer:
         if self._board is not None:
             self._board.image(step, name, image_HWC)
 
+    def text(self, step: int, name: str, texts: Sequence[str]) -> None:
+        """Writes texts to <name>/<step>.txt in the workdir."""
+        if self._file is not None:
+            content = ("\n\n".join(texts) + "\n").encode(errors="backslashreplace")
+            path = self._directory / name / f"{step:07}.txt"
+            disk.write_atomically(path, lambda file: file.write(content), "make room")
+
     def __enter__(self) -> Writer:
         return self
 
@@ -145,8 +173,8 @@ class Writer:
 
 
 class _Board:
-    """TensorBoard's event file, written at once: tensorboardX's own writer has a thread, whose errors nobody
-    hears of, and which then lets the run wait for ever."""
+    """TensorBoard's event file, written directly: tensorboardX's own writer uses a thread, whose errors are
+    lost and then block the run."""
 
     def __init__(self, directory: pathlib.Path, purge_step: int) -> None:
         from tensorboardX.event_file_writer import EventsWriter
@@ -157,7 +185,7 @@ class _Board:
             directory.mkdir(exist_ok=True)
             self._writer = EventsWriter(str(directory / "events"))
         begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=purge_step, session_log=begun)  # hides what an earlier session wrote from here on
+        self._write(step=purge_step, session_log=begun)  # hides what an earlier session wrote after this step
         self._flush()
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -190,7 +218,7 @@ class _Board:
 
 
 class Progress:
-    """One line that says where the run is: in place on a terminal, elsewhere a line each time."""
+    """The progress line: updated in place on a terminal, printed anew elsewhere."""
 
     def __init__(self) -> None:
         self._live: Live | None = None
@@ -216,7 +244,7 @@ class Progress:
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first; damaged ones are left out, with a warning."""
+    """Returns the lines of metrics.jsonl, oldest first; skips damaged ones with a warning."""
     path = directory / "metrics.jsonl"
     rows, bad = _rows(path)
     if bad:
@@ -253,29 +281,30 @@ def plot_loss(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
-    """Drops the lines past a step, and what a kill left half written; a damaged file is set aside first.
+    """Drops the lines after a step, and a line that a kill cut short; a damaged file is copied first.
 
     Raises:
-        InputError: the file that is to take its place cannot be written; then all is as it was.
+        InputError: the new file cannot be written; then nothing changes.
     """
     rows, bad = _rows(path)
-    kept = b"".join(line for row, line in rows if row["step"] <= last_step)
-    if not path.exists() or len(kept) == path.stat().st_size:
+    content = b"".join(line for row, line in rows if row["step"] <= last_step)
+    if not path.exists() or len(content) == path.stat().st_size:
         return
     if bad:
         damaged = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        content = path.read_bytes()
-        disk.write_atomically(damaged, lambda file: file.write(content), "make room")
+        original = path.read_bytes()
+        disk.write_atomically(damaged, lambda file: file.write(original), "make room")
         logging.getLogger("bigmodel").warning(
             "%s is damaged in %s; the rest goes on, the file as it was is kept as %s",
             path, _numbered(bad), damaged.name,
         )  # fmt: skip
-    disk.write_atomically(path, lambda file: file.write(kept), "make room")
+    disk.write_atomically(path, lambda file: file.write(content), "make room")
 
 
 def _rows(path: pathlib.Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:
-    """-> ((row, its line) of each sound line, numbers of the damaged ones). The last line of a run that was
-    killed may have no end: it is neither."""
+    """Returns (row, line) of each sound line, and the numbers of the damaged ones.
+
+    The last line may lack its end, after a kill: it counts as neither."""
     if not path.exists():
         return [], []
     try:
@@ -302,7 +331,7 @@ def _numbered(lines: list[int]) -> str:
 
 
 def _append(file: io.FileIO, line: bytes) -> None:
-    """Appends all of a line or nothing of it."""
+    """Appends a complete line or nothing."""
     begin = os.fstat(file.fileno()).st_size
     try:
         done = 0

@@ -23,27 +23,38 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Sums:
-    """Adds the metrics of many batches; `values` divides once, at the end."""
+    """Adds the metrics of many batches or steps; `values` divides once, at the end."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, np.ndarray] = {}
+    def __init__(self, pairs: Mapping[str, Sequence[float]] | None = None) -> None:
+        """`pairs`: where to go on from, as another's `pairs`."""
+        self.pairs = {
+            name: list(pair) for name, pair in (pairs or {}).items()
+        }  # name: [sum, weight], for JSON
 
-    def add(self, metrics: Mapping[str, tuple[jax.Array, jax.Array]]) -> None:
-        for name, pair in jax.device_get(dict(metrics)).items():
-            self._sums[name] = self._sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """{name: (sum, weight), two scalars or one array of two}."""
+        for name, (total, weight) in jax.device_get(dict(metrics)).items():
+            pair = self.pairs.setdefault(name, [0.0, 0.0])
+            pair[0] += float(total)
+            pair[1] += float(weight)
+
+    def means(self) -> dict[str, float]:
+        """{name: value}; a metric without weight is left out, but a loss is then 0: it has no gradient."""
+        weighed = {name: pair for name, pair in self.pairs.items() if pair[1] or name == "loss"}
+        return {name: total / (weight or 1.0) for name, (total, weight) in weighed.items()}
 
     def values(self) -> dict[str, float]:
-        """{name: value}; a metric that no example carried weight for has none and is left out.
+        """As `means`.
 
         Raises:
-            InputError: that metric is the loss.
+            InputError: no example counts towards the loss.
         """
-        if not self._sums.get("loss", np.zeros(2))[1]:
+        if not self.pairs.get("loss", (0.0, 0.0))[1]:
             raise InputError(
                 "no example of the split counts towards the loss: it is empty, or nothing in it is to be "
                 "predicted; choose another data.split or data.eval_split"
             )
-        return {name: float(total / weight) for name, (total, weight) in self._sums.items() if weight}
+        return self.means()
 
 
 # ------------------------------------------------------------------------------- from all examples at once

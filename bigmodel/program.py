@@ -215,7 +215,8 @@ def update(
     state: State,
     batch: Batch,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One training step. -> (the next state, scalar metrics: loss, grad_norm, lr and the task's own)."""
+    """One training step. -> (the next state, metrics: loss, grad_norm, lr and the task's own, each a float32
+    [2] of its sum and its weight, so that those of many steps add up as those of an evaluation do)."""
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
     trained, frozen = optim.split(config, state["params"])
     grads, rest, terms = gradients(model, task, pieces, scale, state, batch, trained, frozen)
@@ -227,18 +228,15 @@ def update(
         d = config.optim.ema_decay
         new["ema"] = jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], trained)
     grad_norm = optim.norm(grads)
-    metrics = {
-        name: jnp.where((weight > 0) | (name == "loss"), total / jnp.maximum(weight, 1e-9), jnp.nan)
-        for name, (total, weight) in terms.items()
-    }  # without weight a metric has no value; a loss is then 0, for it has no gradient
-    metrics |= {"grad_norm": grad_norm, **optim.learning_rates(config, optim.updates(state["opt"]))}
+    scalars = {"grad_norm": grad_norm, **optim.learning_rates(config, optim.updates(state["opt"]))}
     if scale is not None:  # float16: an overflow skips the update and halves the scale
         finite = jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         new["loss_scale"] = optim.loss_scale_update(state["loss_scale"], finite)
-        metrics |= {"loss_scale": scale, "skipped": 1.0 - finite.astype(jnp.float32)}
+        scalars |= {"loss_scale": scale, "skipped": 1.0 - finite.astype(jnp.float32)}
     new["step"] = state["step"] + 1
-    return new, metrics
+    pairs = {**terms, **{name: (value, 1.0) for name, value in scalars.items()}}
+    return new, {name: jnp.stack([jnp.float32(x) for x in pair]) for name, pair in pairs.items()}
 
 
 def gradients(

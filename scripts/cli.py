@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import bigmodel
-from bigmodel import disk, ending, workdir
+from bigmodel import disk, workdir
 from bigmodel.config import InputError
+from bigmodel.training import ending
 
 # What a disk answers when it can or may not take more: no fault of the program's.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE)

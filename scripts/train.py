@@ -16,7 +16,7 @@ code and its line.
 import os
 import signal
 
-if __name__ == "__main__":  # from the first line on, until bigmodel/ending.py hears of signals
+if __name__ == "__main__":  # from the first line on, until bigmodel/training/ending.py hears of signals
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":  # from the first line on, until bigmodel/ending.py h
 import cli
 
 from bigmodel import config as config_lib
-from bigmodel import ending
+from bigmodel.training import ending
 
 
 def main() -> int:

@@ -261,8 +261,13 @@ def steps(
     for index in range(count):
         batch = batches[index % len(batches)] if batches else random_batch(built.config, index)
         state, metrics = built.train_step(state, built.put(batch))
-        rows.append(jax.device_get(metrics))
+        rows.append({name: mean(pair) for name, pair in jax.device_get(metrics).items()})
     return state, {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def mean(pair: np.ndarray) -> np.float32:
+    """A step's metric, from its sum and its weight; without weight, NaN."""
+    return pair[0] / pair[1] if pair[1] else np.float32(np.nan)
 
 
 def by_path(tree: Any) -> dict[str, Any]:

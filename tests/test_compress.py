@@ -581,7 +581,7 @@ def test_taking_out_units_that_do_nothing_changes_nothing(family, unit, keys, mo
     if family != "cnn":
         state = program.start(small.program, small.params, small.rest, jax.random.key(0))
         _, metrics = small.program.train_step(state, next(observe.batches(small)))
-        assert np.isfinite(metrics["loss"])
+        assert np.isfinite(metrics["loss"]).all()
 
 
 @pytest.mark.slow

@@ -247,7 +247,7 @@ def run(case: Case, alone: bool) -> dict[str, dict[str, np.ndarray]]:
         if VARIANTS[case.variant].decodes:
             found["decoding"] = decoded(built, state, rows)
     state, metrics = built.train_step(state, batch)
-    found["loss"] = {"loss": jax.device_get(metrics["loss"])}
+    found["loss"] = {"loss": np.divide(*jax.device_get(metrics["loss"]))}
     after = jax.device_get(state["params"])
     found["gradient"] = {
         name: (np.float64(was) - by_path(after)[name]) / RATE for name, was in by_path(before).items()

@@ -59,7 +59,8 @@ class Checkpoints:
 
     Args:
       directory: holds one directory per step; made if missing. Local, or gs://.
-      keep: how many of the newest steps stay. One more is there from a commit until the next call.
+      keep: how many of the newest steps stay, and `best`. One more is there from a commit until the next
+        call.
       async_save: False makes `save` return only when the step is committed.
       read_only: writes, renames and removes nothing; for evaluation beside a running job.
 
@@ -88,6 +89,7 @@ class Checkpoints:
         self._arrays = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._writing: int | None = None
+        self.best: int | None = None  # a step that stays however old it becomes
         if not read_only:
             _on_first_process(self._prepare)
             items = ocp.CompositeCheckpointHandler(state=self._arrays, manifest=ManifestHandler())
@@ -336,7 +338,7 @@ class Checkpoints:
                 self._clear(path)
 
     def _remove_old(self) -> None:
-        for step in self.steps()[: -self._keep]:
+        for step in (step for step in self.steps()[: -self._keep] if step != self.best):
             path = self.directory / str(step)
             (path / MARKER).unlink()  # first, so that a half-removed step cannot count
             path.rename(self.directory / f"{step}{TMP}").rmtree()

@@ -61,7 +61,7 @@ def changes(was: Mapping[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:
     """
     tree = config_lib.to_dict(now)
     before, after = config_lib.flatten(was), config_lib.flatten(tree)
-    free = ("optim.groups.", "compiler_options.")  # what is below has no fixed keys
+    free = ("optim.groups.", "compiler_options.", "eval.sets.")  # what is below has no fixed keys
     new = [key for key in after if key not in before and not key.startswith(free)]
     defaults = (
         config_lib.flatten(config_lib.to_dict(config_lib.from_dict(_without(tree, new)))) if new else {}

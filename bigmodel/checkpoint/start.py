@@ -47,10 +47,12 @@ def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
     fingerprint.same_on_all_hosts(config_lib.flatten(config_lib.to_dict(config)) | about)
 
 
-def agree_on_data(train: Pipeline, held_out: Pipeline) -> None:
+def agree_on_data(*pipelines: Pipeline) -> None:
     """Makes sure that all hosts read the same data. Raises InputError on every host where they do not."""
-    pairs = {f"{pipeline.fingerprint()['split']} data: {key}": value
-             for pipeline in (train, held_out) for key, value in pipeline.fingerprint().items()}  # fmt: skip
+    found = [pipeline.fingerprint() for pipeline in pipelines]
+    pairs = {
+        f"{each['name']} {each['split']} data: {key}": value for each in found for key, value in each.items()
+    }
     fingerprint.same_on_all_hosts(pairs)
 
 

@@ -8,7 +8,7 @@ from bigmodel.config.data import Data
 from bigmodel.config.files import difference, from_dict, load, override, parse_arg
 from bigmodel.config.optim import OTHERS, Group, Optim, optim_groups
 from bigmodel.config.parsing import InputError
-from bigmodel.config.run import Check, Checkpoint, Config, Eval, Log, Mesh, flatten, to_dict
+from bigmodel.config.run import Check, Checkpoint, Config, Eval, Log, Mesh, eval_sets, flatten, to_dict
 from bigmodel.config.task import Task
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Quantize",
     "Task",
     "difference",
+    "eval_sets",
     "flatten",
     "from_dict",
     "load",

@@ -27,7 +27,9 @@ Remat = Literal["none", "full", "minimal", "dots", "offload-all", "offload-qkv"]
 @dataclass(frozen=True)
 class Checkpoint:
     every_steps: int = 1000  # the last step is always saved
-    keep: int = 3
+    keep: int = 3  # how many of the newest
+    # A metric of an evaluation whose best step stays too: eval/test/accuracy; -eval/test/loss: the lowest
+    best: str = ""
     async_save: bool = True
 
 
@@ -41,6 +43,11 @@ class Check:
 class Eval:
     every_steps: int = 1000  # the last step is always evaluated
     batches: int = -1  # -1: the whole split
+    patience: int = 0  # ends the run after so many evaluations without a better checkpoint.best; 0: off
+    samples: int = 0  # texts that a model which generates writes at each evaluation, into samples/
+    # Data to evaluate on: name -> the keys of data that differ there, and `split`, e.g. {"val": {"split":
+    # "validation"}, "other": {"name": "text:other/*.txt", "split": "all"}}; {}: data.eval_split alone
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,49 @@ def check(config: Config) -> None:
         raise InputError(f"{key} {problem}")
 
 
+SET_KEYS = ("name", "split", "data_dir", "max_skipped", "decimal")
+
+
+def eval_sets(config: Config) -> dict[str, Config]:
+    """Name of each set that a run is evaluated on -> the config whose data that is.
+
+    Raises:
+        InputError: an unknown key, or a value of the wrong type.
+    """
+    out = {}
+    for name, changes in config.eval.sets.items() or {config.data.eval_split: {}}.items():
+        prefix = f"eval.sets.{name}."
+        if not isinstance(changes, Mapping):
+            raise InputError(f"{prefix[:-1]} is a group of keys; set one of them, e.g. {prefix}split")
+        for key in changes:
+            if key not in SET_KEYS:
+                raise InputError(f"{prefix}{key} is unknown{parsing.nearest(key, SET_KEYS, prefix)}")
+        keys = {"eval_split" if key == "split" else key: value for key, value in changes.items()}
+        out[name] = config.replace(data=parsing.build(Data, vars(config.data) | keys, prefix))
+    return out
+
+
+def _reporting_problems(c: Config) -> Iterable[tuple[str, str]]:
+    """Keys of `eval` and `checkpoint` that name sets and metrics."""
+    for name in c.eval.sets:
+        if not re.fullmatch(r"[\w.-]+", name):
+            yield "eval.sets", f"has a set called {name!r}; call it by letters and digits"
+    for key in ("patience", "samples"):
+        if getattr(c.eval, key) < 0:
+            yield f"eval.{key}", f"is {getattr(c.eval, key)}: set it to 0 or more"
+    names = list(eval_sets(c))
+    if c.checkpoint.best and not any(
+        re.match(f"-?eval/{re.escape(name)}/.", c.checkpoint.best) for name in names
+    ):
+        yield (
+            "checkpoint.best",
+            f"is {c.checkpoint.best!r}; name a metric of an evaluation, such as eval/{names[0]}/accuracy, or "
+            f"-eval/{names[0]}/loss for the lowest",
+        )
+    if c.eval.patience and not c.checkpoint.best:
+        yield "eval.patience", f"needs a metric; set checkpoint.best, e.g. to -eval/{names[0]}/loss"
+
+
 def _problems(config: Config) -> Iterable[tuple[str, str]]:
     c = config
     yield from ranges.size_problems(flatten(to_dict(c)))
@@ -125,6 +175,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
         yield "microbatches", f"is {c.microbatches}, no divisor of batch_size={c.batch_size}; take one"
     if c.eval.batches == 0 or c.eval.batches < -1:
         yield "eval.batches", f"is {c.eval.batches}: set it to 1 or more, or to -1 for the whole split"
+    yield from _reporting_problems(c)
     yield from ((f"task.{key}", problem) for key, problem in _task_problems(c))
     yield from ((f"data.{key}", problem) for key, problem in ranges.data_problems(c.data))
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())

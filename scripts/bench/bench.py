@@ -155,7 +155,7 @@ def loop(case: str, config: Config) -> interleave.Rival:
     compiled, state = program.compile(), program.init(jax.random.key(0))
     path = pathlib.Path(tempfile.mkdtemp(prefix="bigmodel-bench-"))
     data: Any = Drawn()
-    run = train.Run(program, path, data, data, Ledger())
+    run = train.Run(program, path, data, {}, Ledger())
     writer = log.Writer(path, first_step=0, tensorboard=True)
     receipt = planner.of_run(program, compiled)
     the_loop = train.Loop(run, compiled, state, Checkpoints(path / "checkpoints"), writer, receipt)

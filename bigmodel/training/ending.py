@@ -1,11 +1,13 @@
-"""Ends a run before its time, on all hosts alike: on SIGTERM, on Ctrl-C, and on another host's error.
+"""Ends a run early, on all hosts alike: on SIGTERM, on Ctrl-C, and on another host's error.
 
-Python runs signal handlers only between two lines of the main thread, which may wait in a compiler, a
-collective or a read for minutes. So a thread of its own hears of signals. Before the first step there is
-nothing to save, and it ends the process at once; later the loop ends the step and saves it, within a limit.
+Python runs signal handlers only between two lines of the main thread, which may wait for minutes in a
+compiler, a collective or a read. So a separate thread listens for signals. Before the first step there is
+nothing to save, and it ends the process at once. Later the loop finishes the step and saves it, within a time
+limit.
 
-The hosts of a job tell each other through JAX's coordination service. Without that, the others of a host that
-fails would wait in their next collective, and it for them in JAX's exit, until both are aborted.
+The hosts of a job notify each other through JAX's coordination service. Otherwise, when one host fails, the
+others would wait in their next collective and the failed one would wait for them in JAX's exit handler, until
+both are aborted.
 """
 
 from __future__ import annotations
@@ -22,23 +24,23 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
 STOPPED, INTERRUPTED = 75, 130  # exit codes of SIGTERM (EX_TEMPFAIL) and Ctrl-C (128 + SIGINT)
-LIMIT_S = 60.0  # beyond twice the longest step: then the loop is taken to hang
-STALLED_S = 5.0  # a read that takes longer after a signal is not waited for
+LIMIT_S = 60.0  # on top of twice the longest step; after that the loop is assumed to hang
+STALLED_S = 5.0  # after a signal, a read that takes longer is abandoned
 POLL_S = 1.0
 ACKNOWLEDGED_S = 10.0
 FAILED = "bigmodel/failed"  # keys of the coordination service
 HEARD = "bigmodel/heard"
-PREEMPTED = "RECEIVED_PREEMPTION_NOTICE"  # JAX's own, set by the host that SIGTERM came to
+PREEMPTED = "RECEIVED_PREEMPTION_NOTICE"  # JAX's own key, set by the host that got SIGTERM
 
 Phase = Literal["starting", "training", "saving"]
 
 
 class Ending:
-    """Hears of signals and of other hosts from `__enter__` to `__exit__`.
+    """Listens for signals and for other hosts' failures from `__enter__` to `__exit__`.
 
     Args:
-        owns_process: the process may be ended from here, as a script's may. A notebook's may not: there only
-            SIGTERM while training is heard of.
+        owns_process: this object may end the process, as in a script. In a notebook it may not: there it only
+            listens for SIGTERM while training.
     """
 
     def __init__(self, owns_process: bool = False) -> None:
@@ -68,14 +70,14 @@ class Ending:
 
     @property
     def code(self) -> int:
-        """The exit code of a run that was asked to stop."""
+        """Exit code of a run that a signal stopped."""
         return INTERRUPTED if self._signal == signal.SIGINT else STOPPED
 
     # ------------------------------------------------------------------------------------- for the loop
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """While the loop runs, a signal is a request to it: see `asked`."""
+        """While this is entered, a signal makes `should_stop` true."""
         if not self.owns_process and self._processes == 1:
             self._listen(signal.SIGTERM)
         self._called = time.monotonic()
@@ -87,12 +89,14 @@ class Ending:
             if not self.owns_process:
                 self._unlisten()
 
-    def asked(self) -> bool:
-        """Whether to stop now. To be called after each step and each batch of an evaluation; the hosts of a
-        job all call it equally often, and get the same answer."""
+    def should_stop(self) -> bool:
+        """Returns true when the run has to stop now.
+
+        Call it after each step and each batch of an evaluation. All hosts of a job must call it equally
+        often; they get the same answer."""
         now = time.monotonic()
         self._calls += 1
-        if self._calls > 2:  # the first two hold what happens once
+        if self._calls > 2:  # the first two include one-time work
             self._longest_s = max(self._longest_s, now - self._called)
         self._called = now
         if self._processes > 1:
@@ -102,12 +106,13 @@ class Ending:
         else:
             stop = self._signal != 0
         if stop:
-            self._enter("saving")  # which may take as long as it takes
+            self._enter("saving")  # without a time limit
         return stop
 
     def stalled(self) -> bool:
-        """Whether a read is not to be waited for: a signal came, and some seconds have passed. In a job no
-        host can decide that alone."""
+        """Returns true when a read should be abandoned: some seconds have passed since a signal.
+
+        Always false in a job of several hosts, where no host can decide that alone."""
         waited = time.monotonic() - max(self._since, self._called)
         stop = self._processes == 1 and bool(self._signal) and waited > STALLED_S
         if stop:
@@ -117,7 +122,7 @@ class Ending:
     # ------------------------------------------------------------------------------------------ the job
 
     def join(self) -> None:
-        """To be called when the hosts have found each other; does nothing for one that is alone."""
+        """Starts watching the other hosts. Call it once they are connected; does nothing on a single host."""
         import jax
         from jax._src import distributed
 
@@ -127,10 +132,10 @@ class Ending:
             self._start(self._watch)
 
     def end_job(self, code: int, line: str) -> None:
-        """Ends every host of a job with `code`, this one too, in seconds; returns where there is no job.
+        """Ends every host of a job with `code`, including this one, in seconds. Returns if there is no job.
 
         Args:
-            line: what happened; this host has printed it.
+            line: what happened; this host has already printed it.
         """
         if self._client is None or self._processes == 1:
             return
@@ -141,16 +146,17 @@ class Ending:
         os._exit(code)
 
     def await_news(self) -> None:
-        """In a job, gives the news of another host's failure time to end this one: what failed here may be
-        just the connection to that host."""
+        """In a job, waits for news of another host's failure, which then ends this process: the error here
+        may only be a lost connection to that host."""
         if self._client is not None and self._processes > 1:
             time.sleep(2 * POLL_S)
 
     def _leave(self) -> None:
-        """Waits until all hosts have heard: the first to go breaks the others' collectives, and process 0 has
-        the service, so it goes last."""
+        """Waits until all hosts have read the news: the first to exit breaks the others' collectives.
+
+        Process 0 runs the service, so it exits last."""
         end = time.monotonic() + ACKNOWLEDGED_S
-        with contextlib.suppress(Exception):  # the service is gone: go too
+        with contextlib.suppress(Exception):  # the service is gone: exit too
             self._client.key_value_set(f"{HEARD}/{self._process}", "")
             while time.monotonic() < end and len(self._client.key_value_dir_get(HEARD)) < self._processes:
                 time.sleep(0.1)
@@ -158,7 +164,7 @@ class Ending:
             time.sleep(0.5)
 
     def _watch(self) -> None:
-        """Waits for another host's failure, and for JAX's notice that SIGTERM came to one."""
+        """Polls for another host's failure, and for JAX's notice that a host got SIGTERM."""
         while not self._closed.wait(POLL_S):
             if failed := self._get(FAILED):
                 about = json.loads(failed)
@@ -175,7 +181,7 @@ class Ending:
     def _get(self, key: str) -> str:
         try:
             return str(self._client.key_value_try_get(key))
-        except Exception:  # NOT_FOUND; or the service is gone, which JAX deals with
+        except Exception:  # NOT_FOUND, or the service is gone, which JAX handles
             return ""
 
     # ---------------------------------------------------------------------------------------- signals
@@ -213,7 +219,7 @@ class Ending:
             self._end_if_late()
 
     def _note(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal's handler, in the main thread."""
+        """Handles the signal in the main thread."""
         if not self._signal:
             self._signal, self._since = number, time.monotonic()
 
@@ -227,7 +233,7 @@ class Ending:
         elif phase == "starting":
             self._end(f"{name} before the first step: nothing was trained")
         elif self._processes > 1 and number == signal.SIGINT:
-            os.kill(os.getpid(), signal.SIGTERM)  # JAX hears of it, and finds a step that all hosts stop at
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX notices, and picks a step at which all hosts stop
 
     def _enter(self, phase: Phase) -> None:
         with self._lock:
@@ -250,7 +256,7 @@ class Ending:
 
 
 def _say(line: str) -> None:
-    """On stderr, past Python's own buffers, whose locks another thread may hold."""
+    """Writes to stderr without Python's own buffers, whose locks another thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
@@ -259,12 +265,12 @@ _taken: list[Ending] = []
 
 
 def take_over() -> Ending:
-    """The `Ending` of this process, which from now on may be ended by it. For scripts."""
+    """Returns this process's `Ending`, which from now on may end the process. For scripts."""
     if not _taken:
         _taken.append(Ending(owns_process=True).__enter__())
     return _taken[0]
 
 
 def taken() -> Ending | None:
-    """What `take_over` gave, if it was called."""
+    """Returns the result of `take_over`, or None if it was not called."""
     return _taken[0] if _taken else None

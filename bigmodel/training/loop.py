@@ -1,0 +1,323 @@
+"""The loop: step, log one step late, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn
+
+import jax
+
+from bigmodel import evaluate, ledger, log, optim, selfcheck, units, workdir
+from bigmodel.checkpoint import fingerprint
+from bigmodel.checkpoint.best import Best
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.data import Pipeline, Prefetch
+from bigmodel.infer.samples import Samples
+from bigmodel.ledger import Ledger, Window
+from bigmodel.machines import chips
+from bigmodel.machines.memory import ProcessMemory
+from bigmodel.metrics import Sums
+from bigmodel.plan import estimate
+from bigmodel.plan import receipt as receipts
+from bigmodel.program import Program, State, steps_left
+from bigmodel.training import ending
+from bigmodel.training.records import Callback, Event, NotFinite, Result
+
+SCHEDULED = r"lr(_\w+)?|loss_scale"  # metrics of a step that are settings
+WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
+
+
+@dataclass
+class Run:
+    """The parts of one run."""
+
+    program: Program
+    path: pathlib.Path
+    train_data: Pipeline
+    eval_data: Mapping[str, Pipeline]  # by the name of the set
+    ledger: Ledger
+    end: ending.Ending = field(default_factory=ending.Ending)
+    callbacks: Sequence[Callback] = ()
+
+
+class Loop:
+    """The steps of one run. Metrics are read one step late, so that the device never waits for the host."""
+
+    def __init__(
+        self,
+        run: Run,
+        compiled: jax.stages.Compiled,
+        state: State,
+        checkpoints: Checkpoints,
+        writer: log.Writer,
+        receipt: receipts.Receipt,
+        spent_before: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.run_, self.compiled, self.state = run, compiled, state
+        self.spent_before = spent_before
+        self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
+        self.config, self.ledger = run.program.config, run.ledger
+        self.ends_at = self.config.steps  # or later, where float16's loss scale skips steps
+        self.checked: selfcheck.Check | None = None  # compared with the first step
+        self.pending: tuple[int, Any] | None = None
+        self.sums = Sums()  # of the steps since the last line of the log
+        self.window, self.memory = Window(), ProcessMemory()
+        self.progress = log.Progress()
+        self.eval_metrics: dict[str, float] = {}
+        self.best = Best(self.config.checkpoint.best)
+        self.samples: Samples | None = None
+        self.enough = False  # the run ends early: by eval.patience or a callback
+        self.saved = -1
+
+    def run(self, start: int) -> Result:
+        run, step = self.run_, start
+        batches = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch, run.end.stalled)
+        with run.end.training():
+            with self.progress, batches:
+                self.window.reset()
+                stopping = last = False
+                for index, batch, wait_s in batches:
+                    step = index + 1
+                    with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
+                        self.step(step, batch, wait_s)
+                    stopping = run.end.should_stop()
+                    last = self._is_last(step) or stopping or self.enough
+                    if last or self._is_due(step):
+                        stopping = self._pause(step, stopping) or stopping
+                    if last or stopping or self.enough:
+                        break
+                else:
+                    stopping = run.end.stalled()
+                if (stopping or self.enough) and step < self.ends_at:
+                    self._save_last(step)
+            self.checkpoints.wait()
+        self._finish(step)
+        code = run.end.code if stopping and step < self.ends_at else 0
+        return Result(code, step, self.eval_metrics, run.path, run.program, self.state, self.best.step)
+
+    def _is_due(self, step: int) -> bool:
+        """Returns true when this step is followed by an evaluation or a checkpoint."""
+        return step % self.config.eval.every_steps == 0 or step % self.config.checkpoint.every_steps == 0
+
+    def _save_last(self, step: int) -> None:
+        """Saves the step that the run stops at, if it is not saved yet."""
+        self._read_pending()
+        if self.saved != step and self.ledger.steps:
+            self._save(step)
+
+    def step(self, step: int, batch: Any, wait_s: float) -> None:
+        """Trains step number `step` (from 1), whose batch took `wait_s` seconds to arrive."""
+        began = time.perf_counter()
+        self.state, metrics = self.compiled(self.state, batch)
+        self._read_pending()
+        self.pending = (step, metrics)
+        self.window.add(wait_s)
+        self.ledger.steps += 1
+        self.ledger.seconds["input"] += wait_s
+        self.ledger.seconds["step"] += time.perf_counter() - began
+
+    def _is_last(self, step: int) -> bool:
+        """Returns true when all updates are made; waits for the device where float16 may have skipped one."""
+        if step >= self.ends_at:
+            self.ends_at = step + steps_left(self.config, self.state)
+        return step >= self.ends_at
+
+    @contextlib.contextmanager
+    def _weighing(self, batch: Any) -> Iterator[None]:
+        """Measures the memory of one step, which runs alone: the device is idle before and after it."""
+        jax.block_until_ready(self.state)
+        self.memory.begin(estimate.tree_bytes((self.state, batch)))
+        yield
+        jax.block_until_ready(self.state)
+        self.memory.end()
+
+    def _read_pending(self) -> None:
+        """Waits for the previous step, stops the run if it diverged, and logs it when a line is due."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        pairs = jax.device_get(metrics)
+        self.pending = None
+        values = {"loss": 0.0} | {name: float(x / n) for name, (x, n) in pairs.items() if n}
+        # float16: an overflow that a smaller loss scale removes
+        skipped = values.get("skipped", 0.0) > 0 and values["loss_scale"] > optim.LEAST_SCALE
+        if not math.isfinite(values["loss"]) or not (skipped or math.isfinite(values["grad_norm"])):
+            self._refuse(step, values)
+        if skipped:
+            del pairs["grad_norm"]  # infinite
+        self.sums.add(pairs)
+        if self.checked is not None:
+            selfcheck.refuse_other_step(self.checked, values, self.config)
+            self.checked = None
+        if step % self.config.log.every_steps == 0 or step >= self.ends_at:
+            # Learning rates are logged as they are, all else as the mean since the last line.
+            now = {name: value for name, value in values.items() if re.fullmatch(SCHEDULED, name)}
+            self._log(step, self.sums.means() | now)
+            self.sums = Sums()
+        elif self.ledger.steps == 1:
+            self.progress.show(f"step {step:,}/{self.ends_at:,}  loss {values['loss']:.4f}")
+
+    def _refuse(self, step: int, values: Mapping[str, float]) -> NoReturn:
+        """Raises NotFinite."""
+        self.writer.write(step, {"train/loss": values["loss"], "train/grad_norm": values["grad_norm"]})
+        self.checkpoints.wait()  # a save in progress is of an earlier step
+        newest = self.checkpoints.latest()
+        raise NotFinite(
+            f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; the "
+            f"newest checkpoint is {'none' if newest is None else f'step {newest}'}; lower optim.lr, raise "
+            "optim.warmup_steps, or set optim.clip_norm"
+        )
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        step_s, wait_s = self.window.means()
+        perf = {"step_time_s": step_s, "input_wait_s": wait_s}
+        total_s = step_s + wait_s
+        unit = "tokens" if "tokens" in self.run_.program.batch_spec else "examples"
+        per_s = self.receipt["tokens_per_step"] / total_s
+        perf[f"{unit}_per_s"] = per_s
+        if (joules := self.ledger.joules()) is not None:
+            perf["joules"] = joules
+        peak = chips.peak_flops(self.run_.program.mesh.devices.flat[0], self.config.compute_dtype)
+        mfu = ""
+        if peak is not None:
+            perf["mfu"] = (
+                self.receipt["model_flops_per_step"] / total_s / (peak * self.run_.program.mesh.size)
+            )
+            mfu = f"  MFU {perf['mfu']:.1%}"
+        row = {f"train/{name}": value for name, value in values.items()}
+        row |= {f"perf/{name}": value for name, value in perf.items()}
+        self.writer.write(step, row)
+        eta = units.duration((self.ends_at - step) * total_s)
+        waiting = f"  input {wait_s / total_s:.0%}" if wait_s > 0.05 * total_s else ""
+        self.progress.show(
+            f"step {step:,}/{self.ends_at:,}  loss {values['loss']:.4f}  "
+            f"{units.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
+        )
+        self._call("log", step, row)
+        self.window.reset()
+
+    def _call(self, kind: Literal["log", "eval", "save"], step: int, metrics: Mapping[str, float]) -> None:
+        if not self.run_.callbacks:
+            return
+        began = time.perf_counter()
+        state = None if kind == "log" else self.state
+        event = Event(kind, step, MappingProxyType(dict(metrics)), self.run_.program, state)
+        for callback in self.run_.callbacks:
+            self.enough |= callback(event) is True
+        spent_s = time.perf_counter() - began
+        self.ledger.seconds["callbacks"] += spent_s
+        if kind == "log":  # which happens within a step
+            self.ledger.seconds["step"] -= spent_s
+
+    def _pause(self, step: int, stopping: bool) -> bool:
+        """Saves and evaluates. Reads the step's metrics first, so that no diverged state is saved.
+
+        Returns true when a signal came meanwhile and the evaluation was given up."""
+        began = time.perf_counter()
+        self._read_pending()
+        self.ledger.seconds["step"] += time.perf_counter() - began
+        last = step >= self.ends_at or stopping or self.enough
+        if last or step % self.config.checkpoint.every_steps == 0:
+            self._save(step)
+        if not stopping and (last or step % self.config.eval.every_steps == 0):
+            with self.ledger.timing("eval"):
+                stopping = not self._evaluate(step)
+            if not stopping:
+                self._compare_with_best(step)
+                self._call("eval", step, self.eval_metrics)
+        self.window.reset()
+        return stopping
+
+    def _save(self, step: int) -> None:
+        with self.ledger.timing("checkpoint"):
+            meta = fingerprint.of(self.config, self.run_.train_data.fingerprint())
+            self.checkpoints.save(step, self.state, meta | {"interval": self.sums.pairs})
+        self.saved = step
+        self.write_ledger()
+        self._call("save", step, {})
+
+    def write_ledger(self) -> None:
+        """Writes ledger.json: what all sessions of this run have spent so far. Raises InputError."""
+        if jax.process_index() == 0:
+            report = self.ledger.report(self.receipt["model_flops_per_step"])
+            workdir.write_json(self.run_.path / "ledger.json", ledger.add_up(self.spent_before, report))
+
+    def _evaluate(self, step: int) -> bool:
+        """Evaluates on every set. Returns false when a signal ended it."""
+        run = self.run_
+        found: dict[str, float] = {}
+        for name, pipeline in run.eval_data.items():
+            try:
+                values = evaluate.run(run.program, self.state, pipeline, stop=run.end.should_stop)
+            except evaluate.GivenUp:
+                log.say(f"eval      step {step:,}  given up")
+                return False
+            found |= {f"eval/{name}/{key}": value for key, value in values.items()}
+            title = f"{name}  " if len(run.eval_data) > 1 else ""
+            line = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+            log.say(f"eval      step {step:,}  {title}{line}")
+        self.eval_metrics = found
+        self.writer.write(step, found)
+        first = next(iter(run.eval_data.values()))
+        for name, image in evaluate.shown(run.program, self.state, first).items():
+            self.writer.picture(step, name, image)
+        self._write_samples(step, first)
+        return True
+
+    def _compare_with_best(self, step: int) -> None:
+        """Saves a best step; ends the run after `eval.patience` evaluations without one."""
+        best, patience = self.best, self.config.eval.patience
+        if not best.metric:
+            return
+        if best.add(step, best.chosen(self.eval_metrics)):
+            self.checkpoints.best = step
+            if self.saved != step:
+                self._save(step)
+        elif 0 < patience <= best.since:
+            log.say(f"stopped   {best.metric} did not improve in {best.since} evaluations (eval.patience)")
+            self.enough = True
+
+    def _write_samples(self, step: int, pipeline: Pipeline) -> None:
+        if not self.config.eval.samples:
+            return
+        if self.samples is None:
+            self.samples = Samples(self.run_.program, pipeline, self.config.eval.samples, self.run_.path)
+        texts = self.samples.draw(self.state)
+        self.writer.text(step, "samples", [f"{prompt} >>> {answer}" for prompt, answer in texts])
+        log.say(f"sample    {texts[0].prompt!r:.60} >>> {texts[0].answer!r:.100}")
+
+    def _measured(self, report: dict[str, Any]) -> dict[str, tuple[float, str]]:
+        """Returns the measured value of each planned one, and how it was measured."""
+        the_mesh, hosts = self.run_.program.mesh, jax.process_count()
+        stats = the_mesh.local_devices[0].memory_stats() or {}
+        peak = (float(stats.get("peak_bytes_in_use", 0)), "of one device, by its allocator")
+        return {
+            "step_s": (report["step_s"] or 0.0, "mean"),
+            "peak_bytes": peak if peak[0] else (self.memory.peak_bytes, "growth of the process in one step"),
+            "state_bytes": (float(estimate.tree_bytes(self.state)), "of the live arrays"),
+            "model_flops_per_step": (
+                estimate.executed_flops(self.compiled.as_text() or "", the_mesh.size),
+                "matrix products of the compiled program, the optimizer's and what is computed again too",
+            ),
+            "step_j": (report.get("step_j", 0.0) * hosts, report.get("joules_from", "")),
+        }
+
+    def _finish(self, step: int) -> None:
+        """Prints what was spent against what was planned, and draws the curves."""
+        report = self.ledger.report(self.receipt["model_flops_per_step"])
+        log.say(f"spent     {units.duration(report['total_s'])}, {report['goodput']:.0%} in training steps")
+        for line in receipts.compare(self.receipt, self._measured(report)):
+            log.say(f"          {line}")
+        if step:
+            log.say(f"saved     step {step:,} in {self.run_.path}")
+        if self.best.step is not None:
+            log.say(f"best      step {self.best.step:,} in {self.best.metric} {self.best.value:.4f}")
+        if jax.process_index() == 0:
+            log.plot_loss(self.run_.path)
