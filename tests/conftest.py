@@ -95,6 +95,7 @@ TINY: dict[str, dict[str, Any]] = {
     "rnn": {"model.depth": 2, "model.width": 32, "model.vocab_size": 64, "seq_len": 16},
     "vit": {"model.depth": 1, "model.width": 32, "model.heads": 4, "model.pool": "cls"},
     "resnet": {"model.depth": 10, "model.channels": (8, 8, 16, 16)},
+    "own_model": {"model.depth": 2, "model.width": 16, "model.token_width": 8, "model.channel_width": 32},
     "mlp": {"model.widths": (32, 32), "model.dropout": 0.0},
     "alexnet": {"model.channels": (4, 8, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
     "vgg": {"model.depth": 11, "model.channels": (4, 4, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bigmodel import config as config_lib
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config, InputError, parsing
 
 # Keys of the config that a resumed run may have otherwise: how long and where it trains, what it reports, how
 # it steps from here. The parameters and the optimizer's state mean the same with any value of them.
@@ -50,8 +50,24 @@ MOST_NAMED = 5
 
 
 def of(config: Config, pipeline: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's meta says of its run; `pipeline` is the training pipeline's fingerprint."""
-    return {"pipeline": dict(pipeline), "config": config_lib.to_dict(config)}
+    """A run's part of a checkpoint's meta; `pipeline` is the training pipeline's fingerprint."""
+    return {"pipeline": dict(pipeline), "config": config_lib.to_dict(config), "own_files": own_files(config)}
+
+
+def own_files(config: Config) -> dict[str, str]:
+    """Fingerprints of the files of the user's own classes, by key of the config."""
+    names = {"model.name": config.model.name, "task.name": config.task.name}
+    return {key: parsing.digest_of(name) for key, name in names.items() if ":" in name}
+
+
+def changed_files(meta: Mapping[str, Any], config: Config) -> list[str]:
+    """A sentence for each file of the user's own classes that is not as it was at the checkpoint."""
+    was, now = meta.get("own_files", {}), own_files(config)
+    return [
+        f"{key}: the file of {name} has changed since the checkpoint; its arrays may mean something else now"
+        for key, name in (("model.name", config.model.name), ("task.name", config.task.name))
+        if key in was and was[key] != now.get(key)
+    ]
 
 
 def changes(was: Mapping[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:

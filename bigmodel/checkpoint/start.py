@@ -44,7 +44,8 @@ def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
         fitted.forget(path)
     about = {"--resume": resume, "newest checkpoint": newest, "jax": jax.__version__}
     about |= {key: getattr(jax.config, key) for key in ("jax_enable_x64", "jax_default_matmul_precision")}
-    fingerprint.same_on_all_hosts(config_lib.flatten(config_lib.to_dict(config)) | about)
+    files = {f"file of {key}": digest for key, digest in fingerprint.own_files(config).items()}
+    fingerprint.same_on_all_hosts(config_lib.flatten(config_lib.to_dict(config)) | about | files)
 
 
 def agree_on_data(*pipelines: Pipeline) -> None:
@@ -77,6 +78,8 @@ def compare_with_last(
     if was:
         for key, (before, after) in fingerprint.refuse_other_config(was, built.config, path).items():
             log.say(f"config    {key}: was {before}, now {after}")
+    for sentence in fingerprint.changed_files(meta, built.config):
+        log.say(f"config    {sentence}")
 
 
 def _written(path: pathlib.Path) -> dict[str, Any]:

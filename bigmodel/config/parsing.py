@@ -133,6 +133,12 @@ def read_file(path: str | pathlib.Path, setting: str) -> types.ModuleType:
         raise InputError(f"{setting} {str(path)!r} cannot be read: {at}{error!r}") from error
 
 
+def digest_of(reference: str) -> str:
+    """Fingerprint of the file that a reference, which `refer` has read, is defined in."""
+    where = reference.rpartition(":")[0]
+    return digest(where if where.endswith(".py") else str(sys.modules[where].__file__))
+
+
 def digest(path: str | pathlib.Path) -> str:
     """Fingerprint of a file's text."""
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()

@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 
-from bigmodel import data, mesh, program, selfcheck, workdir
+from bigmodel import data, log, mesh, program, selfcheck, workdir
 from bigmodel.checkpoint import fingerprint, parameters
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Mesh
@@ -42,6 +42,8 @@ def load(
         if "config" in meta:
             free = fingerprint.OF_TRAINING
             fingerprint.refuse_other_config(meta["config"], built.config, path / "config.json", free)
+        for sentence in fingerprint.changed_files(meta, config):
+            log.say(f"config    {sentence}")
         params, step = parameters.restore(checkpoints, config, built.state_spec["params"], step)
         rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
     state = {"params": params, "rest": rest}
