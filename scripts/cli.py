@@ -14,7 +14,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-import bigmodel
+from bigmodel.machines import accelerators
+
+if not accelerators.found():
+    accelerators.keep_to_cpu()  # before anything imports JAX
+
 from bigmodel import disk, workdir
 from bigmodel.config import InputError
 from bigmodel.training import ending
@@ -89,7 +93,7 @@ def keep_memory() -> None:
     which makes small models 1.2 to 1.5 times slower. The price: the process holds on to its peak.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version") and not bigmodel.has_accelerator():
+    if hasattr(libc, "gnu_get_libc_version") and not accelerators.found():
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26), (-8, 1)):
             libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
 

@@ -24,9 +24,9 @@ from typing import Any
 import cli
 import yaml
 
-import bigmodel
 from bigmodel import config as config_lib
 from bigmodel.config import InputError
+from bigmodel.machines import accelerators
 
 
 def main() -> int:
@@ -58,12 +58,12 @@ def main() -> int:
     )
     flags.add_argument("--prompt", type=int, default=0, help="--mode=serve: its tokens; 0: half of seq_len")
     args, overrides = cli.parse(flags)
+    if args.target:
+        accelerators.keep_to_cpu()  # before a family of one's own imports JAX
     config = config_lib.load(args.config, overrides)
     assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
     if args.search < 0:
         raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")
-    if args.target:
-        bigmodel.keep_to_cpu()
     if args.show_sharding:
         return _show_sharding(config, args.target)
     if args.mode == "serve":

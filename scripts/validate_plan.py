@@ -39,10 +39,10 @@ from typing import Any
 
 import cli
 
-import bigmodel
 from bigmodel import config as config_lib
 from bigmodel import disk
 from bigmodel.config import Config, InputError
+from bigmodel.machines import accelerators
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GPT, CNN = "configs/gpt.py:size=toy", "configs/cnn.py:data=mnist"
@@ -81,7 +81,7 @@ def main() -> int:
     if rest or args.local + args.search + args.times + bool(args.table) != 1:
         raise InputError("say what to validate: a table, --local, --search or --times; see --help")
     if args.table:
-        bigmodel.keep_to_cpu()
+        accelerators.keep_to_cpu()
         rows = published(args.table)
     elif args.times:
         rows = times(args.only)

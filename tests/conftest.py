@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bigmodel.machines import accelerators
+
 _FLAGS = {"xla_force_host_platform_device_count": int(os.environ.get("BIGMODEL_TEST_DEVICES", 8))}
 # On a GPU the kernels themselves are tested. On a CPU, XLA's older emitters compile in half the time.
 _CPU_FLAGS = _FLAGS | {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": "false"}
@@ -44,6 +46,8 @@ def _is_xla_flag(name: str) -> bool:
 
 def _prepare_environment() -> None:
     """Before JAX is imported, and for the subprocesses too. JAX_PLATFORMS=cuda,cpu shows the tests a GPU."""
+    if not accelerators.found():
+        accelerators.keep_to_cpu()
     on_cpu = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
     given = os.environ.get("XLA_FLAGS", "")
     wanted = _CPU_FLAGS if on_cpu else _FLAGS

@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import ROOT
 
-import bigmodel
+from bigmodel.machines import accelerators
 
 SCRIPTS = ROOT / "scripts"
 FLAGS = ["--config=configs/gpt.py:size=1.5b", "--workdir=/shared/a run"]
@@ -100,13 +100,22 @@ def test_wrong_use_is_one_line(name, args):
 
 
 @pytest.mark.parametrize("told", [None, "cuda,cpu"])
-def test_the_package_keeps_jax_to_the_cpu_where_there_is_nothing_else(told):
+def test_scripts_keep_jax_to_the_cpu_where_there_is_nothing_else(told):
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": str(ROOT)}
     env |= {"JAX_PLATFORMS": told} if told else {}
-    code = "import os, bigmodel; print(os.environ.get('JAX_PLATFORMS'))"
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    expected = told or ("None" if bigmodel.has_accelerator() else "cpu")
+    code = "import os, cli; print(os.environ.get('JAX_PLATFORMS'))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=SCRIPTS, capture_output=True, text=True, check=True
+    )
+    expected = told or ("None" if accelerators.found() else "cpu")
     assert ran.stdout.strip() == expected
+
+
+def test_importing_the_package_changes_no_environment():
+    code = "import os, sys; was = dict(os.environ); from bigmodel import config"
+    code += "; assert dict(os.environ) == was; assert 'jax' not in sys.modules"
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 def test_a_long_wait_is_told_of(capsys, monkeypatch):
