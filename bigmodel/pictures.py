@@ -6,7 +6,7 @@ Legend: N examples, K classes.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -225,10 +225,3 @@ def detections(config: Config, found: Batch, batch: Batch, names: Sequence[str])
             cv2.putText(big, text, (x, y - 3), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255,) * 3, 1, cv2.LINE_AA)
         out.append(big)
     return {"detections": tiled(np.stack(out))}
-
-
-# Task -> what is drawn at each evaluation, from config, what the task keeps, the batch, class names.
-SHOWN: dict[str, Callable[[Config, Batch, Batch, Sequence[str]], dict[str, np.ndarray]]] = {
-    "gan": lambda config, kept, batch, names: {"fakes": grid(pixels(config, kept["fake"]))},
-    "detect": detections,
-}

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from bigmodel import mesh as mesh_lib
 from bigmodel import models, optim, sparsity, tasks, trees
 from bigmodel.config import Config, InputError
-from bigmodel.config.families import TOKEN_TASKS
 from bigmodel.machines import chips
 from bigmodel.metrics import Metrics
 from bigmodel.models.module import Definition
@@ -144,7 +143,7 @@ def microbatches(config: Config, mesh: Mesh) -> int:
                 f"{config.batch_size // ways}"
             )
         return config.microbatches
-    if mesh.devices.flat[0].platform != "cpu" or config.task.name not in TOKEN_TASKS:
+    if mesh.devices.flat[0].platform != "cpu" or not config.task.predicts_tokens:
         return 1
     small = max(1024 // config.seq_len, 1)
     most = max(config.batch_size // max(small, ways), 1)

@@ -108,7 +108,7 @@ def check(program: Program, state: State, rows: Mapping[str, np.ndarray]) -> Che
     loss, grads = jax.block_until_ready(gradient_of(state, batch))  # XLA:CPU runs one program at a time
     norm = float(optim.norm(grads))
     along = None
-    if config.task.name == "gan" or (config.quantize.weights != "none" and config.quantize.aware):
+    if tasks.make(config).several_passes or (config.quantize.weights != "none" and config.quantize.aware):
         left_out.append("not along itself: it is not the slope of the loss alone")
     elif norm == 0 or not math.isfinite(norm) or not math.isfinite(float(loss)):
         left_out.append(f"not along itself: the loss is {float(loss):.3g}, the gradient norm {norm:.3g}")

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import data, disk, log, mesh, selfcheck, workdir
+from bigmodel import disk, log, mesh, selfcheck, tasks, workdir
 from bigmodel.checkpoint import best as best_lib
 from bigmodel.checkpoint import start
 from bigmodel.checkpoint.checkpoints import Checkpoints
@@ -79,9 +79,9 @@ def run(
             spent.watch(the_mesh.local_devices)
             rows = mesh.host_rows(the_mesh, config.batch_size)
             with log.doing(f"data      reading {config.data.name}"):
-                train_data = data.make_pipeline(config, "train", path, **rows)
+                train_data = tasks.make_pipeline(config, "train", path, **rows)
                 eval_data = {
-                    name: data.make_pipeline(each, "eval", path, **rows)
+                    name: tasks.make_pipeline(each, "eval", path, **rows)
                     for name, each in config_lib.eval_sets(config).items()
                 }
                 start.agree_on_data(train_data, *eval_data.values())

@@ -12,18 +12,21 @@ import fcntl
 import logging
 import os
 import pathlib
+import typing
 from collections.abc import Iterator
 from typing import IO, Any
 
 from bigmodel import config as config_lib
 from bigmodel import disk
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config, InputError, Task
+from bigmodel.config.task import keys_of
 from bigmodel.disk import without_nan, write_json
 
 __all__ = ["claim", "local", "read_config", "read_json", "without_nan", "write_config", "write_json"]
 
 log = logging.getLogger("bigmodel")
 
+OF_ANY_TASK = set[str]().union(*(keys_of(cls.name) for cls in typing.get_args(Task)))
 BEFORE_TRAINING = {".lock", "fitted.json", "tokenizer.json"}  # what is written before config.json
 
 
@@ -133,12 +136,21 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def _as_then(tree: Any, workdir: pathlib.Path) -> Any:
-    """A config.json of before `task.goes_on`: class 1 went on then, but in an imported model."""
+    """Returns an older version's config.json in today's keys.
+
+    Before `task.goes_on`, class 1 followed, but in an imported model; each file had the keys of all tasks.
+    """
     task = tree.get("task") if isinstance(tree, dict) else None
+    if not isinstance(task, dict):
+        return tree
     imported = (workdir / "huggingface" / "config.json").exists()
-    if isinstance(task, dict) and task.get("next_sentence") is True and not imported:
-        return {**tree, "task": {"goes_on": 1, **task}}
-    return tree
+    if task.get("next_sentence") is True and not imported:
+        task = {"goes_on": 1, **task}
+    known = keys_of(task.get("name", ""))
+    if known and (dropped := sorted(task.keys() & OF_ANY_TASK - known)):
+        log.info("%s: keys of other tasks are dropped: %s", workdir / "config.json", ", ".join(dropped))
+        task = {key: value for key, value in task.items() if key not in dropped}
+    return {**tree, "task": task}
 
 
 def last_config(workdir: pathlib.Path) -> Config | None:

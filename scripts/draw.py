@@ -161,12 +161,12 @@ def layout() -> Any:
     import jax
 
     from bigmodel import config as config_lib
-    from bigmodel import data, mesh
+    from bigmodel import mesh, tasks
     from bigmodel import program as program_lib
 
     overrides = {f"mesh.{axis}": size for axis, size in MESH.items()}
     config = config_lib.load("configs/gpt.py:size=124m,seq_len=1024", overrides)
-    built = program_lib.build(config, mesh.make_mesh(config, jax.devices()[:8]), data.batch_spec(config))
+    built = program_lib.build(config, mesh.make_mesh(config, jax.devices()[:8]), tasks.batch_spec(config))
     params = {k: v for k, v in trees.by_path(built.state_spec["params"]).items() if v.size > 100_000}
     figure, axes = canvas(9.6, 0.85 + 0.36 * len(params))
     top = 0.36 * len(params) + 0.1

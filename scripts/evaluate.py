@@ -21,6 +21,7 @@ import pathlib
 import cli
 
 from bigmodel import config as config_lib
+from bigmodel import tasks
 from bigmodel.config import InputError
 from bigmodel.infer import loading
 
@@ -45,18 +46,18 @@ def main() -> int:
     program = dataclasses.replace(program, config=config_lib.override(program.config, rest))
     rows = mesh.host_rows(program.mesh, program.config.batch_size)
     path = pathlib.Path(args.workdir)
-    pipeline = data.make_pipeline(program.config, "eval", path, **rows)
+    pipeline = tasks.make_pipeline(program.config, "eval", path, **rows)
     values = evaluate.run(program, state, pipeline)
-    if program.config.task.name == "seq2seq":
+    if program.config.task.generates == "answer":
         values |= evaluate.bleu(program, state, data.get_tokenizer(program.config, path))
-    if program.config.task.name in evaluate.REPORTS:
+    if tasks.make(program.config).reports:
         examples = evaluate.collect(program, state, pipeline)
         features = evaluate.classifier_features(args.features, program) if args.features else None
         whole = evaluate.report(program, examples, path / "evaluation", pipeline.class_names, features)
         if group := "gaps" in whole and program.config.data.group:
             names = data.Facts(program.config, path).names(group)
             whole["gaps"]["groups"] = metrics.named(whole["gaps"]["groups"], names)
-        shown = pictures.save(path / "evaluation", evaluate.shown(program, state, pipeline))
+        shown = pictures.save(path / "evaluation", evaluate.draw(program, state, pipeline))
         whole["pictures"] = [*whole.get("pictures", []), *shown]
         read = {"data": program.config.data.name, "split": program.config.data.eval_split}
         workdir.write_json(path / "evaluation.json", read | values | whole)

@@ -349,7 +349,7 @@ def _random_batch(config: Config) -> dict[str, Any]:
 
     rng, b, length = np.random.default_rng(0), config.batch_size, config.seq_len
     mask = np.ones(b, np.float32)
-    if config.task.name == "classify":
+    if config.task.one_output:
         image = rng.normal(size=(b, 28, 28, 1)).astype(np.float32)
         return {"image": image, "label": rng.integers(0, 10, b, np.int32), "mask": mask}
     ids = rng.integers(0, 256, (b, length + 1), np.int32)

@@ -69,7 +69,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from bigmodel import config as config_lib  # noqa: E402
-from bigmodel import data, mesh, program, trees, workdir  # noqa: E402
+from bigmodel import mesh, program, tasks, trees, workdir  # noqa: E402
 from bigmodel.checkpoint.checkpoints import Checkpoints  # noqa: E402
 from bigmodel.config import Config  # noqa: E402
 from bigmodel.config.families import LABEL_TASKS  # noqa: E402
@@ -155,7 +155,7 @@ def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """As `data.batch_spec`, but images and labelled texts need no dataset."""
     if config.task.name not in LABEL_TASKS:
-        return data.batch_spec(config)
+        return tasks.batch_spec(config)
     n, length = config.batch_size, config.seq_len
     shapes: dict[str, Any] = {"label": ((n,), np.int32), "mask": ((n,), np.float32)}
     if "image" in config.model.inputs:
@@ -284,7 +284,7 @@ def saved(directory: pathlib.Path, config: Config) -> pathlib.Path:
     """A run of `config` whose state at step 0 is its checkpoint, with weights of some size."""
     directory.mkdir()
     workdir.write_config(directory, config)
-    built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
+    built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), tasks.batch_spec(config))
     state = jax.device_get(built.init(jax.random.key(0)))
     state["params"] = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, state["params"])
     with Checkpoints(directory / "checkpoints") as checkpoints:

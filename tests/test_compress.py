@@ -25,7 +25,7 @@ from conftest import (
 )
 
 from bigmodel import config as config_lib
-from bigmodel import data, evaluate, mesh, program, sparsity, train, trees, workdir
+from bigmodel import evaluate, mesh, program, sparsity, tasks, train, trees, workdir
 from bigmodel.checkpoint import transfer
 from bigmodel.compress import (
     channels,
@@ -381,13 +381,13 @@ def config_of(family, **keys):
 def build_of(config):
     if config.model.name != "recommender":
         return build(config)
-    return program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
+    return program.build(config, mesh.make_mesh(config, jax.devices()[:1]), tasks.batch_spec(config))
 
 
 def batch_of(config, seed):
     if config.model.name != "recommender":
         return random_batch(config, seed)
-    return data.make_pipeline(config, "train")[seed]
+    return tasks.make_pipeline(config, "train")[seed]
 
 
 def model_of(family, monkeypatch, **keys):

@@ -15,8 +15,9 @@ import pytest
 from bigmodel import config as configs
 from bigmodel.config import InputError
 from bigmodel.config.families import CNN
-from bigmodel.data import batch_spec, batches, make_pipeline, open_source, pipeline, sources
+from bigmodel.data import open_source, pipeline, tfds
 from bigmodel.data.builders import digits, prepare, python_packages, python_source
+from bigmodel.tasks import batch_spec, make_pipeline
 
 ROOT = pathlib.Path(__file__).parents[1]
 MNIST_DIR = pathlib.Path(os.environ.get("BIGMODEL_TEST_TFDS", ROOT / "../shared/tfds"))
@@ -133,7 +134,7 @@ def test_each_image_is_decoded_once(data_dir, monkeypatch):
 
 def test_large_images_are_decoded_by_threads_in_order(data_dir, monkeypatch):
     expected = open_source("digits", "train", data_dir).read(np.arange(100))
-    monkeypatch.setattr(sources, "BIG_IMAGE_BYTES", 1)
+    monkeypatch.setattr(tfds, "BIG_IMAGE_BYTES", 1)
     assert_equal(open_source("digits", "train", data_dir, cache=False).read(np.arange(100)), expected)
 
 
@@ -472,7 +473,7 @@ def test_part_of_a_split_is_spread_evenly_over_it():
             return {"x": indices}
 
     part = pipeline.Pipeline(
-        batches.Parts(Numbers(), lambda batch, *_: dict(batch), {}), facts={}, batch_size=8, seed=None,
+        pipeline.Parts(Numbers(), lambda batch, *_: dict(batch), {}), facts={}, batch_size=8, seed=None,
         max_batches=3, process_index=0, process_count=1,
     )  # fmt: skip
     read = np.concatenate([part[step]["x"] for step in range(len(part))])

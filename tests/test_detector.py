@@ -16,15 +16,15 @@ import pytest
 from conftest import ROOT, build, built, by_path, mesh_keys, random_batch, run_script, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import data, evaluate, metrics, tasks, train
+from bigmodel import evaluate, metrics, tasks, train
 from bigmodel.checkpoint.digests import digest
 from bigmodel.config import InputError
 from bigmodel.config.families import Detector
 from bigmodel.data import boxes as box_data
-from bigmodel.data import make_pipeline, open_source, tfds, transforms
+from bigmodel.data import open_source, tfds, transforms
 from bigmodel.data.builders import shapes
 from bigmodel.plan import flops, planner
-from bigmodel.tasks import overlap
+from bigmodel.tasks import detect, make_pipeline
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.05, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
 
@@ -52,10 +52,10 @@ def test_overlaps_are_those_of_pixels():
     one, two = painted(a), painted(b)
     shared, union = (one & two).sum((1, 2)), (one | two).sum((1, 2))
     hull = painted(np.concatenate([np.minimum(a, b)[:, :2], np.maximum(a, b)[:, 2:]], 1)).sum((1, 2))
-    np.testing.assert_allclose(overlap.iou(a, b), shared / union, rtol=1e-5)
+    np.testing.assert_allclose(detect.iou(a, b), shared / union, rtol=1e-5)
     np.testing.assert_allclose(np.diag(metrics.iou(a, b)), shared / union, rtol=1e-6)
     np.testing.assert_allclose(
-        overlap.giou(a, b), shared / union - (hull - union) / hull, rtol=1e-4, atol=1e-6
+        detect.giou(a, b), shared / union - (hull - union) / hull, rtol=1e-4, atol=1e-6
     )
 
 
@@ -64,7 +64,7 @@ def test_suppression_is_the_greedy_one():
     boxes = np.stack([random_boxes(rng, 60, 24) for _ in range(3)])
     labels, scores = rng.integers(0, 3, (3, 60)), -np.sort(-rng.uniform(0, 1, (3, 60)))
     scores[:, 50:] = 0  # places that hold nothing
-    stays = jax.jit(overlap.suppress)(boxes, labels, scores.astype(np.float32), 0.5)
+    stays = jax.jit(detect.suppress)(boxes, labels, scores.astype(np.float32), 0.5)
     for row in range(3):
         kept: list[int] = []
         for n in range(50):
@@ -253,12 +253,12 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_batch_of_the_dataset(few):
     config = tiny("detector", data__image_size=0, data__augment="flip", data__data_dir=few)
-    spec = data.batch_spec(config)
+    spec = tasks.batch_spec(config)
     batch = make_pipeline(config, "train")[0]
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (s.shape, s.dtype) for k, s in spec.items()
     }
-    assert data.class_names(config) == shapes.NAMES
+    assert tasks.class_names(config) == shapes.NAMES
     record = open_source("shapes", "train", few).read(np.array([3]))
     drawn = [shapes.draw(0, index) for index in range(40)]
     image, boxes, labels = next(one for one in drawn if (one[0] == record["image"][0]).all())

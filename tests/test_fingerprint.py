@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import pytest
@@ -17,6 +17,7 @@ from bigmodel.checkpoint import fingerprint
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import InputError
 from bigmodel.config.families import GPT
+from bigmodel.config.task import keys_of
 from bigmodel.infer import loading
 
 # Settings that leave every array's shape as it is.
@@ -64,7 +65,8 @@ def test_settings_of_training_may_change(changes, tmp_path):
 
 
 def test_every_key_of_models_and_tasks_is_refused_unless_the_rule_names_it():
-    keys = config_lib.flatten(config_lib.to_dict(tiny("gpt")))
+    keys = set(config_lib.flatten(config_lib.to_dict(tiny("gpt"))))
+    keys |= {f"task.{key}" for task in get_args(config_lib.Task) for key in keys_of(task.name)}
     free = {key for key in keys if key.startswith(("model.", "task.")) and fingerprint.may_change(key, 1)}
     assert free == {
         "model.attention_block", "task.top_k", "task.eval_negatives", "task.most_detections",
@@ -140,7 +142,7 @@ def test_facts_that_no_saved_step_relies_on_are_fitted_anew(tmp_path):
     rows = "".join(f"{i % 17},{('a', 'b')[i % 2]}\n" for i in range(90))
     (tmp_path / "t.csv").write_text("x,label\n" + rows)
     config = tiny("mlp", data__name=f"table:{tmp_path}/t.csv", model__num_classes=3, mesh__fsdp=8)
-    from bigmodel.data import make_pipeline
+    from bigmodel.tasks import make_pipeline
 
     make_pipeline(config, "train", tmp_path)
     (tmp_path / "t.csv").write_text("x,label\n" + rows + "3,c\n" * 9)

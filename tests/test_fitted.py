@@ -17,9 +17,10 @@ from bigmodel.checkpoint import teachers, transfer
 from bigmodel.compress import recipe, report, stages
 from bigmodel.config import Config, InputError
 from bigmodel.config.adapt import Distill
-from bigmodel.data import Facts, fitted, make_pipeline, ratings, sources, tokenizers
+from bigmodel.data import Facts, fitted, ratings, tfds, tokenizers
 from bigmodel.infer import export, generate, loading
 from bigmodel.infer.predict import Predictor
+from bigmodel.tasks import make_pipeline
 
 
 def write(path: pathlib.Path, rows: list[list[Any]]) -> pathlib.Path:
@@ -226,7 +227,7 @@ def test_image_models_ask_no_dataset_for_names_and_shapes(tmp_path, monkeypatch,
     def gone(*_: Any) -> None:
         raise InputError("no dataset is here")
 
-    monkeypatch.setattr(sources, "find", gone)
+    monkeypatch.setattr(tfds, "find", gone)
     assert Predictor.load(run).predict([picture])[0] == before
     assert set(outputs) <= before[0].keys()
 

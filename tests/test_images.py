@@ -17,19 +17,11 @@ from conftest import saved, tiny
 from bigmodel import config as config_lib
 from bigmodel import tasks
 from bigmodel.config import InputError
-from bigmodel.data import (
-    balance,
-    batch_spec,
-    images,
-    labels,
-    make_pipeline,
-    open_source,
-    randaugment,
-    tfds,
-    transforms,
-)
+from bigmodel.data import balance, images, labels, open_source, randaugment, tfds, transforms
 from bigmodel.data.builders import prepare
+from bigmodel.data.source import Feature
 from bigmodel.infer.predict import Predictor
+from bigmodel.tasks import batch_spec, make_pipeline
 
 ALL = "crop:2,flip:0.5,randaugment:2:9,erase:0.5"
 
@@ -291,8 +283,8 @@ def test_bad_keys_are_named(digits, data, message):
 
 def test_images_of_any_size_are_resized(digits, monkeypatch):
     c = dataclasses.replace(config(digits, image_size=10))
-    features = {"image": images.sources.Feature((None, None, 3), "uint8")}
-    features["label"] = images.sources.Feature((), "int64", 10)
+    features = {"image": Feature((None, None, 3), "uint8")}
+    features["label"] = Feature((), "int64", 10)
     assert images.check(c, features) == (10, 10, 3)
     column = np.empty(2, object)
     column[:] = [photo(20, 31), photo(9, 7)]

@@ -96,7 +96,7 @@ def test_a_file_imports_only_from_above(name):
 
 def test_the_reader_of_imports_sees_lazy_ones():
     assert as_file("bigmodel.data.tokenizers.Bytes") == "data/tokenizers"
-    assert as_file("bigmodel.data.make_pipeline") == "data/__init__"
+    assert as_file("bigmodel.tasks.make_pipeline") == "tasks/__init__"
     assert as_file("jax.numpy") is None
     assert "tokenizers.Tokenizer" in imports(FILES["data/tokenizers"])  # inside a function
 

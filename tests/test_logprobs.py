@@ -13,11 +13,11 @@ import pytest
 from conftest import compiles, saved, tiny
 from fastapi.testclient import TestClient
 
-from bigmodel import tasks
 from bigmodel.data.tokenizers import BPE, Bytes
 from bigmodel.infer import loading, server
 from bigmodel.infer.generate import Writer
 from bigmodel.infer.scoring import Scorer, Tokens
+from bigmodel.tasks import base
 
 CONTEXT = 80  # more than a chunk of the scorer
 
@@ -42,7 +42,7 @@ def offline(run_dir: pathlib.Path) -> Any:
 
     @jax.jit
     def logits(params: Any, batch: Any) -> Any:
-        return tasks.logits(program.model.apply(params, state["rest"], batch, key=None, train=False)[0])
+        return base.logits(program.model.apply(params, state["rest"], batch, key=None, train=False)[0])
 
     def scores(ids: list[int]) -> np.ndarray:
         tokens = np.zeros((1, CONTEXT), np.int32)

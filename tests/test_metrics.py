@@ -11,8 +11,10 @@ import pytest
 from conftest import build, random_batch, start, steps, tiny
 from sklearn import metrics as sk
 
-from bigmodel import evaluate, metrics, pictures, tasks
-from bigmodel.config import InputError, Task
+from bigmodel import config as config_lib
+from bigmodel import metrics, pictures, tasks
+from bigmodel.config import InputError
+from bigmodel.tasks.labels import softmax
 
 N, K = 10_000, 7
 
@@ -116,7 +118,8 @@ def test_pictures_are_drawn(scored, tmp_path):
 def on_device(logits: np.ndarray, label: np.ndarray, **keys: int) -> dict[str, float]:
     batch = {"label": jnp.asarray(label), "mask": jnp.ones(len(label))}
     name = "classify" if label.ndim == 1 else "multilabel"
-    terms = jax.jit(lambda x: tasks.TASKS[name][1](x, batch, False, Task(name=name, **keys)))
+    task = tasks.make(config_lib.from_dict({"model": {"name": "cnn"}, "task": {"name": name, **keys}}))
+    terms = jax.jit(lambda x: task.terms(x, batch, False))
     return {key: float(total / weight) for key, (total, weight) in terms(jnp.asarray(logits)).items()}
 
 
@@ -132,7 +135,7 @@ def test_ties_are_broken_as_argmax_does(values):
     ours = on_device(logits, label, top_k=3)
     assert ours["accuracy"] == pytest.approx(sk.accuracy_score(label, logits.argmax(1)), abs=1e-6)
     assert ours["top3"] == pytest.approx(top3, abs=1e-6)
-    report = metrics.classification(evaluate.likelihoods(logits, "classify"), label, k=3)
+    report = metrics.classification(softmax(logits), label, k=3)
     assert (report["accuracy"], report["top3"]) == (pytest.approx(ours["accuracy"]), pytest.approx(top3))
     half = on_device(logits.astype(jnp.bfloat16), label, top_k=3)
     assert half["accuracy"] == ours["accuracy"]
@@ -141,7 +144,7 @@ def test_ties_are_broken_as_argmax_does(values):
 def test_words_and_next_sentences_break_ties_alike():
     batch = {"segments": jnp.ones((2, 5), int), "mask": jnp.ones(2), "targets": jnp.arange(10).reshape(2, 5)}
     batch["target_bytes"] = jnp.ones((2, 5), jnp.uint8)
-    total, count = tasks._lm(jnp.zeros((2, 5, 10)), batch, False, Task())["accuracy"]
+    total, count = tasks.make(config_lib.Config()).terms(jnp.zeros((2, 5, 10)), batch, False)["accuracy"]
     assert (float(total), float(count)) == (1, 10)  # only token 0 is the argmax
 
 
@@ -154,7 +157,7 @@ def test_a_nan_is_never_right():
     right = (logits.argmax(1) == label) & ~bad
     top5 = (np.argsort(-logits, 1)[:, :5] == label[:, None]).any(1) & ~bad
     ours = on_device(hurt, label)
-    report = metrics.classification(evaluate.likelihoods(hurt, "classify"), label)
+    report = metrics.classification(softmax(hurt), label)
     for values in (ours, report):
         assert values["accuracy"] == pytest.approx(right.mean(), abs=1e-6)
         assert values["top5"] == pytest.approx(top5.mean(), abs=1e-6)
@@ -168,7 +171,7 @@ def test_a_nan_is_never_right():
     met = ~np.isnan(hurt) & (many == 0)
     ours, report = (
         on_device(hurt, many),
-        metrics.classification(evaluate.likelihoods(hurt, "multilabel"), many),
+        metrics.classification(1 / (1 + np.exp(-hurt.astype(np.float64))), many),
     )
     for values in (ours, report):
         assert values["accuracy"] == pytest.approx(met.mean(), abs=1e-6)
@@ -181,11 +184,11 @@ def test_what_is_sure_beyond_float32_keeps_its_order():
     label = rng.integers(0, 2, 500)
     margin = rng.normal(18, 4, 500) + 4 * label
     logits = np.stack([0 * margin, margin], 1).astype(np.float32)
-    report = metrics.classification(evaluate.likelihoods(logits, "classify"), label)
+    report = metrics.classification(softmax(logits), label)
     assert report["roc_auc"]["per_class"][1] == pytest.approx(sk.roc_auc_score(label, margin), abs=1e-4)
     sure = np.array([[np.inf, 3, np.inf], [-np.inf, 2, 1]])
-    np.testing.assert_allclose(evaluate.likelihoods(sure, "classify")[0], [0.5, 0, 0.5])
-    assert evaluate.likelihoods(sure, "classify")[1, 0] == 0
+    np.testing.assert_allclose(softmax(sure)[0], [0.5, 0, 0.5])
+    assert softmax(sure)[1, 0] == 0
 
 
 def test_areas_and_curves_with_ties_are_those_of_scikit_learn():

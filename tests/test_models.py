@@ -16,10 +16,11 @@ import pytest
 from conftest import ROOT, batch_spec, build, by_path, random_batch, sized, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import models, tasks
+from bigmodel import models
 from bigmodel.config import Config
 from bigmodel.models import attention, layers, products
 from bigmodel.plan import estimate, flops, planner
+from bigmodel.tasks import base
 
 LLAMA = {
     "model__norm": "rmsnorm", "model__position": "rope", "model__mlp": "swiglu", "model__bias": False,
@@ -42,7 +43,7 @@ def forward(config: Config, train: bool = False) -> tuple[Any, Callable[..., jax
 
     @jax.jit
     def run(params: Any, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        return tasks.logits(model.apply(params, {}, batch, key=key, train=train)[0])
+        return base.logits(model.apply(params, {}, batch, key=key, train=train)[0])
 
     return jax.jit(model.init)(jax.random.key(0))[0], run
 

@@ -7,7 +7,8 @@ import pytest
 from conftest import tiny
 
 from bigmodel.config import InputError
-from bigmodel.data import batch_spec, make_pipeline, objectives, open_source
+from bigmodel.data import objectives, open_source
+from bigmodel.tasks import batch_spec, make_pipeline
 
 BYTES = np.array([1] * 256 + [0] * 128, np.uint8)
 
@@ -205,9 +206,9 @@ def test_a_bad_line_is_named(content, message, tmp_path):
         ("bert", {"model__vocab_size": 258}, r"model\.vocab_size is 258.*task\.name=mlm needs 2.* to 259 or"),
         ("t5", {"model__vocab_size": 257}, r"vocab_size is 257.*task\.name=seq2seq needs 1 .*to 258 or more"),
         (
-            "bert",
-            {"task__name": "lm"},
-            r"task\.name is lm, which model\.name=bert does not do; set it to mlm",
+            "gpt",
+            {"task__name": "mlm"},
+            r"task\.name is mlm, which model\.name=gpt does not do; set it to lm",
         ),
         ("t5", {"task__mask_rate": 0}, r"task\.mask_rate is 0"),
         ("t5", {"task__target_len": 1}, r"task\.target_len is 1"),

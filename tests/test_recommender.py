@@ -18,10 +18,10 @@ from bigmodel import evaluate, mesh, models, program, train
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.checkpoint.digests import digest
 from bigmodel.config import Config, InputError
-from bigmodel.data import batch_spec, make_pipeline, ratings
+from bigmodel.data import ratings
 from bigmodel.data.builders import clicks
 from bigmodel.plan import estimate
-from bigmodel.tasks import ranking
+from bigmodel.tasks import batch_spec, make_pipeline, rank
 
 SGD = {"optim.name": "sgd", "optim.lr": 0.1, "optim.schedule": "constant", "optim.warmup_steps": 0}
 SMALL = {
@@ -176,7 +176,7 @@ def test_hits_and_gains_by_hand():
     own = jnp.array([3.0, 1.0, 2.0])
     others = jnp.array([[1.0, 2.0, 2.5, 9.0], [5.0, 6.0, 7.0, 8.0], [2.0, 1.0, 0.0, 9.0]])
     real = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]], bool)
-    out = jax.jit(ranking.at_k, static_argnums=3)(own, others, real, 2)
+    out = jax.jit(rank.at_k, static_argnums=3)(own, others, real, 2)
     np.testing.assert_allclose(out["hr@2"], [1, 0, 1])
     np.testing.assert_allclose(out["ndcg@2"], [1, 0, (1 + 1 / np.log2(3)) / 2], rtol=1e-6)
 
@@ -186,7 +186,7 @@ def test_ties_are_ranked_by_chance_and_nan_is_no_hit():
     rng = np.random.default_rng(0)
     scores, real = rng.integers(0, 3, (40, 7)).astype(np.float32), rng.random((40, 6)) < 0.8
     scores[:2], real[0] = 1, True
-    out = jax.jit(ranking.at_k, static_argnums=3)(scores[:, 0], scores[:, 1:], real, 3)
+    out = jax.jit(rank.at_k, static_argnums=3)(scores[:, 0], scores[:, 1:], real, 3)
     for row in range(40):
         rivals = scores[row, 1:][real[row]]
         places = (rivals > scores[row, 0]).sum() + np.arange((rivals == scores[row, 0]).sum() + 1)
@@ -196,9 +196,9 @@ def test_ties_are_ranked_by_chance_and_nan_is_no_hit():
     assert out["hr@3"][0] == pytest.approx(3 / 7)  # a constant model does as well as chance
     bad = scores.copy()
     bad[:, 0] = np.nan
-    assert not np.any(ranking.at_k(bad[:, 0], bad[:, 1:], real, 9)["hr@9"])
+    assert not np.any(rank.at_k(bad[:, 0], bad[:, 1:], real, 9)["hr@9"])
     lost = jnp.full((40, 6), jnp.nan)  # others that are NaN stand before
-    np.testing.assert_array_equal(ranking.at_k(scores[:, 0], lost, real, 3)["hr@3"], real.sum(1) < 3)
+    np.testing.assert_array_equal(rank.at_k(scores[:, 0], lost, real, 3)["hr@3"], real.sum(1) < 3)
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -237,7 +237,7 @@ def test_the_softmax_over_a_batch_by_hand():
     expected = []
     for row, others in ((0, [0, 1]), (1, [0, 1, 2]), (2, [1, 2])):  # 3 is no negative of 3, row 3 is padding
         expected.append(np.log(np.exp(corrected[row, others]).sum()) - corrected[row, row])
-    np.testing.assert_allclose(jax.jit(ranking.in_batch)(scores, batch)[:3], expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(rank.in_batch)(scores, batch)[:3], expected, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- models

@@ -12,7 +12,8 @@ from conftest import by_path, mesh_keys, steps, tiny
 
 from bigmodel import evaluate, mesh, program, train
 from bigmodel.config import Config, InputError
-from bigmodel.data import batch_spec, class_names, delimited, fitted, labels, make_pipeline, tables
+from bigmodel.data import delimited, fitted, labels, tables
+from bigmodel.tasks import batch_spec, class_names, make_pipeline
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__schedule": "constant"}
 

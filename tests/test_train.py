@@ -230,7 +230,7 @@ def test_one_workdir_one_run(corpus, tmp_path):
 
 def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, dict], Any]) -> None:
     """Every batch of training passes through `change(step it is for, batch)`."""
-    make = train.data.make_pipeline
+    make = train.tasks.make_pipeline
 
     def changed(config: Config, split: str, *args: Any, **keys: Any) -> Any:
         pipeline = make(config, split, *args, **keys)
@@ -247,7 +247,7 @@ def change_batches(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, dict]
         pipeline._finish = finish_and_change
         return pipeline
 
-    monkeypatch.setattr(train.data, "make_pipeline", changed)
+    monkeypatch.setattr(train.tasks, "make_pipeline", changed)
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):

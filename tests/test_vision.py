@@ -15,9 +15,10 @@ from conftest import ROOT, batch_spec, built, by_path, mesh_keys, random_batch, 
 from bigmodel import config as config_lib
 from bigmodel import evaluate, mesh, models, program, train
 from bigmodel.config import InputError
-from bigmodel.data import make_pipeline, open_source
+from bigmodel.data import open_source
 from bigmodel.models import ops
 from bigmodel.plan import estimate, flops
+from bigmodel.tasks import make_pipeline
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.05, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("alexnet", "vgg", "inception", "resnet")]

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from bigmodel import config as config_lib
-from bigmodel import data, huggingface, models, optim, trees, workdir
+from bigmodel import data, huggingface, models, optim, tasks, trees, workdir
 from bigmodel.checkpoint.checkpoints import Checkpoints
-from bigmodel.config import Config, InputError, families
+from bigmodel.config import MLM, Config, InputError
 from bigmodel.data import backends, fitted, generation, tokenizer_files
 from bigmodel.data import pretrained as tokens
 from bigmodel.data.tokenizer_files import ORIGIN, TOKENIZER
@@ -163,7 +163,7 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
     if config.lora.rank or (
         config.quantize.weights != "none" and (like is None or like.quantize != config.quantize)
     ):
-        model = models.define(config, data.batch_spec(config, path))
+        model = models.define(config, tasks.batch_spec(config, path))
         whole = jax.jit(model.whole)(trees.nest(params), trees.nest(rest))
         params, rest = (
             trees.by_path(whole),
@@ -182,7 +182,8 @@ def _model(pretrained: Pretrained) -> Definition:
     config = pretrained.config
     if config.model.vocab_size:
         tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.int32)
-        names = ["tokens", *(["next_sentence"] if config.task.next_sentence else [])]
+        pairs = isinstance(config.task, MLM) and config.task.next_sentence
+        names = ["tokens", *(["next_sentence"] if pairs else [])]
         return models.define(config, dict.fromkeys(names, tokens))
     size, channels = config.data.image_size, pretrained.channels()
     image = jax.ShapeDtypeStruct((config.batch_size, size, size, channels), np.float32)
@@ -326,9 +327,9 @@ def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathL
 def _names(path: pathlib.Path, config: Config) -> tuple[str, ...]:
     """The classes' names; () where there are none, or none are known."""
     names: tuple[str, ...] = ()
-    if config.task.name in families.LABEL_TASKS:
+    if config.task.one_output:
         try:
-            names = data.class_names(config, path)
+            names = tasks.class_names(config, path)
         except InputError as error:
             log.warning("the names of the classes are not known, LABEL_0 and so on stand for them: %s", error)
     return names if len(names) == config.model.num_classes else ()
@@ -343,7 +344,7 @@ def _files(path: pathlib.Path, config: Config, layout: Layout, arrays: Arrays) -
         return {"config.json": tree, **huggingface.companions.texts(config, tokenizer)}
     size, channels = huggingface.image_of(config, arrays)
     if not size:
-        height, width = data.batch_spec(config, path)["image"].shape[1:3]
+        height, width = tasks.batch_spec(config, path)["image"].shape[1:3]
         size = height if height == width else 0
     if not size:
         log.warning("images are not square: no preprocessor_config.json is written")

@@ -64,7 +64,7 @@ def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
 def slopes(model: Trained) -> Iterator[Any]:
     """The gradient of the mean loss that training lowers, batch by batch; without dropout."""
     task = tasks.make(model.config)
-    key = jax.random.key(0) if task.passes_many else None
+    key = jax.random.key(0) if task.several_passes else None
 
     def loss(params: Any, rest: Any, batch: Any) -> jax.Array:
         outputs, _ = model.program.model.apply(params, rest, batch, key=key, train=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import data, log, mesh, program, workdir
+from bigmodel import data, log, mesh, program, tasks, workdir
 from bigmodel.checkpoint import fingerprint
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config, InputError
@@ -96,7 +96,7 @@ def save(model: Trained, directory: pathlib.Path) -> None:
 def _meta(model: Trained, directory: pathlib.Path) -> dict[str, Any]:
     """What the checkpoint says of its run. Without training data, what the source's says of them."""
     try:
-        pipeline = data.make_pipeline(model.config, "train", directory, **_rows(model.program)).fingerprint()
+        pipeline = tasks.make_pipeline(model.config, "train", directory, **_rows(model.program)).fingerprint()
     except InputError as error:
         log.say(f"compress  training data not read: {error}")
         with Checkpoints(model.source / "checkpoints", read_only=True) as checkpoints:
@@ -107,7 +107,7 @@ def _meta(model: Trained, directory: pathlib.Path) -> dict[str, Any]:
 
 def eval_data(model: Trained) -> data.Pipeline:
     """The held-out split of the model's config. Raises InputError where it is not there."""
-    return data.make_pipeline(model.config, "eval", model.source, **_rows(model.program))
+    return tasks.make_pipeline(model.config, "eval", model.source, **_rows(model.program))
 
 
 def held_out(model: Trained, say: bool) -> data.Pipeline | None:
@@ -127,7 +127,7 @@ def train_data(model: Trained) -> data.Pipeline:
         InputError: it is not there.
     """
     try:
-        return data.make_pipeline(model.config, "train", model.source, **_rows(model.program))
+        return tasks.make_pipeline(model.config, "train", model.source, **_rows(model.program))
     except InputError as error:
         raise InputError(f"this recipe looks at the training data (calibration): {error}") from error
 

@@ -17,6 +17,7 @@ from bigmodel.config import parsing
 from bigmodel.config.optim import optim_groups
 from bigmodel.config.parsing import InputError
 from bigmodel.config.run import Config, check, flatten, to_dict
+from bigmodel.config.task import keys_of
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -60,7 +61,9 @@ def override(config: Config, overrides: Iterable[str] | Mapping[str, Any]) -> Co
 
 def _overridden(tree: dict[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
     items = overrides.items() if isinstance(overrides, Mapping) else map(_split_override, overrides)
-    for key, value in items:
+    for key, value in sorted(items, key=lambda item: item[0] != "task.name"):
+        if key == "task.name" and (known := keys_of(str(value))):  # the file's keys of another task
+            tree["task"] = {k: v for k, v in tree.get("task", {}).items() if k in known}
         _set(tree, key.split("."), value)
     return tree
 

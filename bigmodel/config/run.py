@@ -16,7 +16,7 @@ from bigmodel.config.families import GPT, Model
 from bigmodel.config.mesh import Mesh
 from bigmodel.config.optim import Optim, group_problems, optim_groups
 from bigmodel.config.parsing import InputError
-from bigmodel.config.task import Task
+from bigmodel.config.task import LM, Task
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -71,7 +71,7 @@ class Config:
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
     remat: Remat = "none"
     model: Model = field(default_factory=GPT)
-    task: Task = field(default_factory=Task)
+    task: Task = field(default_factory=LM)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     prune: Prune = field(default_factory=Prune)
@@ -168,9 +168,8 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     for key in ("seed", "microbatches", "budget"):
         if getattr(c, key) < 0:
             yield key, f"is {getattr(c, key)}: set it to 0 or more"
-    shortest = {"lm": 2, "mlm": 5 if c.task.next_sentence else 2, "seq2seq": 4}.get(c.task.name, 1)
-    if c.seq_len < shortest:
-        yield "seq_len", f"is {c.seq_len}: task.name={c.task.name} needs {shortest} or more"
+    if c.seq_len < (least := c.task.least_seq_len):
+        yield "seq_len", f"is {c.seq_len}: task.name={c.task.name} needs {least} or more"
     if c.microbatches and c.batch_size % c.microbatches:
         yield "microbatches", f"is {c.microbatches}, no divisor of batch_size={c.batch_size}; take one"
     if c.eval.batches == 0 or c.eval.batches < -1:
@@ -192,29 +191,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def _task_problems(c: Config) -> Iterable[tuple[str, str]]:
-    task, known = c.task, c.model.tasks
-    if task.name not in known:
-        yield "name", f"is {task.name}, which model.name={c.model.name} does not do; set it to {known[0]}"
-    if not 0 <= task.label_smoothing < 1:
-        yield "label_smoothing", f"is {task.label_smoothing}: choose 0 <= label_smoothing < 1"
-    if not 0 < task.mask_rate < 1:
-        yield "mask_rate", f"is {task.mask_rate}: choose 0 < mask_rate < 1"
-    if task.mean_span < 1:
-        yield "mean_span", f"is {task.mean_span}: set it to 1 or more"
-    if task.target_len < 0 or task.target_len == 1:
-        yield "target_len", f"is {task.target_len}: set it to 2 or more, or to 0 for seq_len"
-    if task.goes_on not in (0, 1):
-        yield "goes_on", f"is {task.goes_on}: set it to 0 or 1"
-    if task.next_sentence and not c.model.pooler:
-        yield "next_sentence", "needs a model with a pooler; set model.pooler to true"
-    for key in ("focal_gamma", "aux_weight", "huber_delta", "eval_negatives", "gradient_penalty"):
-        if getattr(task, key) < 0:
-            yield key, f"is {getattr(task, key)}: set it to 0 or more"
-    if task.gan_loss == "wgan-gp" and c.model.mixes_examples:
-        yield "gan_loss", "is wgan-gp, whose penalty is an example's own; set model.norm to none or spectral"
-    for key in ("most_detections", "top_k", "negatives"):
-        if getattr(task, key) < 1:
-            yield key, f"is {getattr(task, key)}: set it to 1 or more"
-    for key in ("least_score", "nms_overlap"):
-        if not 0 < getattr(task, key) < 1:
-            yield key, f"is {getattr(task, key)}: choose 0 < {key} < 1"
+    name, known = c.task.like or c.task.name, c.model.tasks
+    if name not in known:
+        yield "name", f"is {c.task.name}, which model.name={c.model.name} does not do; set it to {known[0]}"
+    yield from c.task.problems(c.model)

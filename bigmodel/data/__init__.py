@@ -1,19 +1,9 @@
-"""Data: `make_pipeline(config, "train")[step]` gives the batch of a step; `batch_spec(config)` its shapes."""
+"""WHAT DO I LEARN FROM? Sources, examples and the pipeline: `tasks.make_pipeline(config, "train")[step]`."""
 
-from bigmodel.data.batches import whole_texts
 from bigmodel.data.corpus import get_tokenizer
 from bigmodel.data.facts import Facts
-from bigmodel.data.pipeline import Pipeline, Prefetch, batch_spec, class_names, make_pipeline
+from bigmodel.data.pipeline import Parts, Pipeline, Prefetch
 from bigmodel.data.sources import open_source
+from bigmodel.data.texts import whole_texts
 
-__all__ = [
-    "Facts",
-    "Pipeline",
-    "Prefetch",
-    "batch_spec",
-    "class_names",
-    "get_tokenizer",
-    "make_pipeline",
-    "open_source",
-    "whole_texts",
-]
+__all__ = ["Facts", "Parts", "Pipeline", "Prefetch", "get_tokenizer", "open_source", "whole_texts"]

@@ -99,12 +99,12 @@ def check(config: Config, features: Mapping[str, Feature]) -> tuple[int, ...]:
     """-> the shape of an image (H, W, C), after the features were seen to suit the config."""
     labels.require(config, features, "image")
     shape = image_shape(config, features["image"])
-    if config.task.name == "gan":
-        _check_gan(config)
     if label := labels.name_of(config):
         labels.check(config, features[label])
-    if config.task.name == "regress" and mixes(config):
-        raise InputError("data.mixup and data.cutmix need classes; set them to 0 for task.name=regress")
+    if config.task.label_kind == "numbers" and mixes(config):
+        raise InputError(
+            f"data.mixup and data.cutmix need classes; set them to 0 for task.name={config.task.name}"
+        )
     return shape
 
 
@@ -127,11 +127,3 @@ def image_shape(config: Config, feature: Feature) -> tuple[int, ...]:
     if d.image_size:
         return (d.image_size, d.image_size, shape[-1])
     return tuple(size for size in shape if size is not None)
-
-
-def _check_gan(config: Config) -> None:
-    d, weighs = config.data, config.task.class_weights != "none"
-    asked = {"data.mixup": d.mixup, "data.cutmix": d.cutmix, "data.balance": d.balance != "none"}
-    asked |= {"data.mean": bool(d.mean), "data.std": bool(d.std), "task.class_weights": weighs}
-    for key in [key for key, value in asked.items() if value]:
-        raise InputError(f"{key} is nothing for task.name=gan, which draws whole images in -1..1; drop it")

@@ -24,7 +24,6 @@ Where = Callable[[int], str]  # an example's index -> where it stands, for messa
 
 log = logging.getLogger("bigmodel")
 
-ONE_CLASS = ("classify", "gan")  # tasks whose label is one class
 CHUNK = 4096  # labels read at once
 
 
@@ -37,7 +36,7 @@ class Records:
 
     def __init__(self, source: Source, config: Config, where: Where) -> None:
         self.source, self._where, self._label = source, where, name_of(config)
-        self._classes = classes_of(config) if config.task.name != "regress" else sys.maxsize
+        self._classes = classes_of(config) if config.task.label_kind != "numbers" else sys.maxsize
         self._max_skipped, self.skipped = config.data.max_skipped, dict[int, str]()
 
     def __len__(self) -> int:
@@ -109,10 +108,10 @@ class Records:
 
 def shapes(config: Config) -> Shapes:
     """What `finish` gives."""
-    one = config.task.name in ONE_CLASS
+    one = config.task.label_kind == "class"
     label: Shapes = {"label": ((), np.int32) if one else ((classes_of(config),), np.float32)}
     out = label if name_of(config) else {}
-    if config.task.class_weights != "none":
+    if config.task.weighs_classes:
         out["weight"] = ((), np.float32)
     if config.data.group:
         out["group"] = ((), np.int32)
@@ -124,16 +123,16 @@ def finish(config: Config, batch: Mapping[str, np.ndarray], weights: np.ndarray 
     out = {"mask": batch["mask"]}
     if name := name_of(config):
         label = batch[name]
-        out["label"] = _label(label, config.task.name, classes_of(config))
-    if config.task.class_weights != "none":
+        out["label"] = _label(label, config.task.label_kind, classes_of(config))
+    if config.task.weighs_classes:
         out["weight"] = np.ones(len(label), np.float32) if weights is None else weights[label]
     if config.data.group:
         out["group"] = batch[config.data.group].astype(np.int32)
     return out
 
 
-def _label(label: np.ndarray, task: str, classes: int) -> np.ndarray:
-    if task in ONE_CLASS:
+def _label(label: np.ndarray, kind: str, classes: int) -> np.ndarray:
+    if kind == "class":
         return label.astype(np.int32)
     if label.dtype != object:  # numbers, or 0 and 1 for each class
         return label.reshape(len(label), -1).astype(np.float32)
@@ -156,28 +155,26 @@ def require(config: Config, features: Mapping[str, Feature], *needed: str) -> No
 
 def check(config: Config, label: Feature) -> None:
     """Raises InputError for a label that does not suit the task or the model."""
-    name, task, classes = config.data.name, config.task.name, classes_of(config)
-    if task in ONE_CLASS and (label.shape or not label.dtype.startswith(("int", "uint"))):
+    name, kind, classes = config.data.name, config.task.label_kind, classes_of(config)
+    if kind == "class" and (label.shape or not label.dtype.startswith(("int", "uint"))):
         raise InputError(
             f"data.label={config.data.label!r} of data.name={name!r} is not one class an example; set "
             "task.name to multilabel or regress, or data.label to a feature of names or of whole numbers"
         )
-    if task != "classify" and label.dtype == "text":
+    if kind != "class" and label.dtype == "text":
         raise InputError(
             f"data.label={config.data.label!r} of data.name={name!r} is text; set task.name to "
             "classify, or correct what is no number in it"
         )
-    if task != "regress" and (label.num_classes or 0) > classes:
+    if kind != "numbers" and (label.num_classes or 0) > classes:
         raise InputError(
             f"model.num_classes is too small for data.name={name!r}: set it to {label.num_classes}"
         )
     width = 1 if not label.shape else label.shape[0]
-    if task not in ONE_CLASS and width is not None and width != classes:
+    if kind != "class" and width is not None and width != classes:
         raise InputError(
             f"model.num_classes is {classes}, but data.label has {width} numbers: set it to that"
         )
-    if task != "classify" and config.task.class_weights != "none":
-        raise InputError(f"task.class_weights needs task.name=classify, not {task}; set it to none")
 
 
 def name_of(config: Config) -> str:
@@ -293,6 +290,6 @@ class Numbered:
 def numbered(config: Config, features: Mapping[str, Feature], names: Callable[[str], list[str]]) -> Feature:
     """The label's feature, as `Numbered` gives it."""
     label = features[config.data.label]
-    if label.dtype == "text" and config.task.name == "classify":
+    if label.dtype == "text" and config.task.label_kind == "class":
         return Feature((), "int64", len(names(config.data.label)))
     return label

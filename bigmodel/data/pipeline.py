@@ -1,4 +1,4 @@
-"""From a config to batches: `make_pipeline(config, "train")[step]`, a pure function of (seed, step).
+"""From a config to batches: `tasks.make_pipeline(config, "train")[step]`, a pure function of (seed, step).
 
 The global batch of a step is the same whatever the number of hosts; each host reads its own rows of it. So a
 run resumes from the step alone, on any number of hosts, and a checkpoint keeps `fingerprint()` to prove that
@@ -16,18 +16,43 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data import batches, transforms
-from bigmodel.data.batches import Parts
+from bigmodel.data import transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.source import ALL
 
 Split = Literal["train", "eval"]
+EVAL_SEED = 0  # evaluation draws the same whatever the run's seed, so that runs can be compared
+
+
+class Examples(Protocol):
+    """Model-ready examples by index: packed windows, or a source of images."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+Mix = Callable[[transforms.Batch, transforms.Batch, np.ndarray], transforms.Batch]
+
+
+class Order(Protocol):
+    def __getitem__(self, position: int) -> int: ...
+
+
+class Parts(NamedTuple):
+    """What the examples of a task are, and how a batch is made of them."""
+
+    examples: Examples
+    finish: transforms.Transform
+    facts: dict[str, Any]
+    mix: Mix | None = None  # (rows, their partners, positions in the run) -> rows
+    order: Order | None = None  # order[position] -> example, where it is not a shuffle of all
 
 
 class Pipeline:
@@ -129,15 +154,24 @@ class Pipeline:
         return {**self._facts, "batch_size": self._batch_size, "num_examples": self.num_examples}
 
 
-def make_pipeline(
+class Reader(Protocol):
+    """The part of a task that makes examples; see tasks/base.py."""
+
+    def examples(self, split: str, facts: Facts, train: bool) -> Parts: ...
+
+    def class_names(self, facts: Facts) -> tuple[str, ...]: ...
+
+
+def open_pipeline(
     config: Config,
     split: Split,
+    reader: Reader,
     workdir: pathlib.Path | None = None,
     *,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Pipeline:
-    """Opens the data of `config` for training or evaluation.
+    """Opens the data of `config` for training or evaluation, as `tasks.make_pipeline` does.
 
     Args:
         split: `train` reads `data.split` and shuffles; `eval` reads `data.eval_split` in order, at most
@@ -158,8 +192,8 @@ def make_pipeline(
     if split == "train" and name == ALL and config.data.name.startswith(("text:", "pairs:", "table:")):
         raise InputError("data.split=all would train on what is held out; set it to train")
     facts = Facts(config, workdir, training=split == "train")
-    parts = batches.KINDS[config.task.name].parts(config, name, facts, split == "train")
-    class_names = batches.class_names(config, facts)
+    parts = reader.examples(name, facts, split == "train")
+    class_names = reader.class_names(facts)
     most = None if split == "train" else _eval_batches(config, len(parts.examples))
     if split == "train" and len(parts.examples) < config.batch_size:
         lower = "batch_size or seq_len" if "seq_len" in parts.facts else "batch_size"
@@ -189,24 +223,6 @@ def make_pipeline(
     if not facts.is_late:
         made.keep_facts()
     return made
-
-
-def batch_spec(config: Config, workdir: pathlib.Path | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the global batch. Reads no records: runs are planned before data is there; where
-    a workdir keeps what training fitted, not even a table's header.
-
-    Raises:
-        InputError: an unknown dataset, or one whose images have no fixed size.
-    """
-    kind = batches.KINDS[config.task.name]
-    shapes = {"mask": ((), np.float32), **kind.shapes(config, Facts(config, workdir))}
-    size = config.batch_size
-    return {key: jax.ShapeDtypeStruct((size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
-
-
-def class_names(config: Config, workdir: pathlib.Path | None = None) -> tuple[str, ...]:
-    """What the classes are called, as the workdir keeps it, else as the data say; () without names."""
-    return batches.class_names(config, Facts(config, workdir))
 
 
 def _eval_batches(config: Config, num_examples: int) -> int:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config, InputError, Rank
 from bigmodel.data import delimited, labels, sources
 from bigmodel.data.facts import Facts
 from bigmodel.data.transforms import Batch
@@ -187,6 +187,7 @@ def finisher(config: Config, ratings: Ratings, train: bool) -> Callable[..., Bat
     No negative is a positive of its user, in evaluation of either split. In training only that split's count:
     no more is known then, and sparing the held-out item would tell the model which one it is.
     """
+    assert isinstance(config.task, Rank)
     loss, task = config.task.rank_loss, config.task
     seed, count = (config.seed, task.negatives) if train else (EVAL_SEED, task.eval_negatives)
     counts = np.bincount(ratings.item[~ratings.is_test], minlength=ratings.items + 1)
@@ -294,6 +295,7 @@ def _mixed(seed: int, serial: np.ndarray, column: np.ndarray, attempt: int) -> n
 
 def shapes(config: Config, _: Facts) -> labels.Shapes:
     """What a training batch holds beside `mask`."""
+    assert isinstance(config.task, Rank)
     out: labels.Shapes = {"user": ((), np.int32), "item": ((), np.int32)}
     more: dict[str, labels.Shapes] = {
         "binary": {"negatives": ((config.task.negatives,), np.int32)},

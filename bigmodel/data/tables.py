@@ -135,7 +135,7 @@ def fit(config: Config, source: Source) -> Columns:
         counts = collections.Counter(map(labels.as_text, labels.column(source, key)))
         vocabulary[key] = sorted(name for name, count in counts.items() if count >= config.data.min_count)
     scale = [0.0, 1.0]
-    if config.task.name == "regress":
+    if config.task.label_kind == "numbers":
         values = labels.column(source, config.data.label).astype(np.float64)
         scale = _scale(values[np.isfinite(values)])
     return Columns(numeric, vocabulary, scale)
@@ -208,7 +208,7 @@ def prepare(config: Config, columns: Columns, weights: np.ndarray | None) -> Any
 
     def finish(batch: Mapping[str, np.ndarray], positions: np.ndarray) -> Batch:
         out = {key: batch[key] for key in ("numeric", "categorical") if key in batch}
-        if config.task.name == "regress":
+        if config.task.label_kind == "numbers":
             mean, deviation = columns.label_scale
             scaled = (batch[config.data.label].astype(np.float64) - mean) / deviation
             batch = {**batch, config.data.label: scaled}
@@ -230,6 +230,6 @@ def shapes(config: Config, facts: Facts) -> labels.Shapes:
         out["numeric"] = ((len(numbers),), np.float32)
     if categories:
         out["categorical"] = ((len(categories),), np.int32)
-    if config.task.name == "regress":
+    if config.task.label_kind == "numbers":
         out["label_scale"] = ((2,), np.float32)
     return out

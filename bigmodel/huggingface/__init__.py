@@ -79,7 +79,7 @@ class Pretrained(NamedTuple):
     def class_names(self) -> tuple[str, ...]:
         """By number; () of a model without classes."""
         where = str(self.directory / "config.json")
-        return names.classes(self.hf, where) if self.config.task.name in families.LABEL_TASKS else ()
+        return names.classes(self.hf, where) if self.config.task.one_output else ()
 
     def channels(self) -> int:
         """Of an image."""

@@ -31,7 +31,7 @@ def texts(config: Config, tokenizer: Tokenizer) -> dict[str, Tree]:
     tree = _pipeline(tokenizer)
     for name, id in roles.values():
         _place(tree, name, id)
-    if config.task.name == "seq2seq" and not isinstance(tokenizer, Pretrained):
+    if config.task.generates == "answer" and not isinstance(tokenizer, Pretrained):
         for number in range(config.model.vocab_size - tokenizer.vocab_size):
             _place(tree, f"<extra_id_{number}>", config.model.vocab_size - 1 - number)
     before, after = _around(config)
@@ -53,17 +53,17 @@ def texts(config: Config, tokenizer: Tokenizer) -> dict[str, Tree]:
         "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     out = {TOKENIZER: tree, TOKENIZER_CONFIG: settings, SPECIAL: named}
-    return out | ({GENERATION: ids(config, tokenizer)} if config.task.name in ("lm", "seq2seq") else {})
+    return out | ({GENERATION: ids(config, tokenizer)} if config.task.generates else {})
 
 
 def ids(config: Config, tokenizer: Tokenizer) -> Tree:
     """The ids that begin, end and fill a text, as config.json and generation_config.json have them."""
     ends = list(tokenizer.ends)
     out: Tree = {"bos_token_id": tokenizer.first, "eos_token_id": ends[0] if len(ends) == 1 else ends}
-    if config.task.name in families.LABEL_TASKS:
+    if config.task.one_output:
         return out  # a pad id would hide the separator at a text's end from transformers' classifiers
     out["pad_token_id"] = tokenizer.separator
-    if config.task.name == "seq2seq":
+    if config.task.generates == "answer":
         start = special_id(tokenizer, config.model.vocab_size, "start")
         out |= {"decoder_start_token_id": start, "pad_token_id": start}
     return out
@@ -85,10 +85,10 @@ def _roles(config: Config, tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
 
 def _around(config: Config) -> tuple[list[str], list[str]]:
     """Roles of what stands before a text and after it, as in training."""
-    if config.task.name == "lm":
+    if config.task.generates == "continuation":
         return ["bos"], []
     starts = {"cls": ["cls"], "separator": ["eos"]}.get(config.model.starts, [])
-    return ([] if config.task.name == "seq2seq" else starts), ["eos"]
+    return ([] if config.task.generates == "answer" else starts), ["eos"]
 
 
 def _name(tokenizer: Tokenizer, id: int, default: str) -> str:

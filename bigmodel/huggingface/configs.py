@@ -269,7 +269,7 @@ def write(
         out |= {"embedding_size": c.channels[0], "depths": list(RESNET_STAGES[c.depth])}
         out["hidden_sizes"] = [width * (4 if bottleneck else 1) for width in c.channels]
         out |= {"layer_type": "bottleneck" if bottleneck else "basic", "num_channels": channels}
-    if config.task.name in families.LABEL_TASKS:
+    if config.task.one_output:
         labels = class_names or tuple(f"LABEL_{k}" for k in range(c.num_classes))
         out["id2label"] = {str(k): name for k, name in enumerate(labels)}
         out["label2id"] = {name: k for k, name in enumerate(labels)}

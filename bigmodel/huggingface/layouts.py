@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmodel.config import Config, families
+from bigmodel.config import MLM, Config, families
 from bigmodel.config.families import RESNET_STAGES
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -260,7 +260,7 @@ def _resnet(c: families.ResNet) -> Layout:
 
 def of(config: Config) -> Layout | None:
     """The layout of `config.model`; None where Hugging Face's classes have no such model."""
-    c, classifies = config.model, config.task.name in families.LABEL_TASKS
+    c, classifies = config.model, config.task.one_output
     if isinstance(c, families.GPT):
         gpt2 = {"position": "learned", "norm": "layernorm", "bias": True, "kv_heads": c.heads, "experts": 0}
         if _has(c, gpt2, ACTIVATIONS) and c.head_dim * c.heads == c.width:
@@ -271,7 +271,7 @@ def of(config: Config) -> Layout | None:
     elif isinstance(c, families.BERT):
         bert = {"position": "learned", "norm": "layernorm", "bias": True, "norm_order": "post", "experts": 0}
         if _has(c, bert, ACTIVATIONS, "post") and c.token_types and c.head_dim * c.heads == c.width:
-            task = config.task
+            task = config.task if isinstance(config.task, MLM) else MLM()
             return _bert(c, task.next_sentence and not classifies, classifies, task.goes_on)
     elif isinstance(c, families.T5):
         if _has(c, {"norm": "rmsnorm", "bias": False, "experts": 0}, T5_ACTIVATIONS) and not classifies:

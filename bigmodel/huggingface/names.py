@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bigmodel.config import Config, InputError, families
+from bigmodel.config import Config, InputError
 from bigmodel.data import labels
 from bigmodel.data.source import Feature
 
@@ -44,21 +44,21 @@ def facts(config: Config, names: tuple[str, ...], channels: int) -> dict[str, An
     Raises:
         InputError: a data set that was given cannot be read.
     """
-    d, task = config.data, config.task.name
-    if task not in families.LABEL_TASKS:
+    d, kind = config.data, config.task.label_kind
+    if not config.task.one_output:
         return {}
     out: dict[str, Any] = {"class names": list(names)}
     if d.name != NOWHERE:
         known = labels.features(config)
-        if d.label in known and known[d.label].dtype == "text" and task == "classify":
+        if d.label in known and known[d.label].dtype == "text" and kind == "class":
             out[f"names of {d.label}"] = list(names)
         return out
-    kinds = {"classify": ((), "int64"), "multilabel": ((None,), "int64"), "regress": ((), "float32")}
+    kinds = {"class": ((), "int64"), "classes": ((None,), "int64"), "numbers": ((), "float32")}
     shape: tuple[int | None, ...]
-    shape, dtype = kinds[task]
-    if task == "regress" and len(names) > 1:
+    shape, dtype = kinds[kind]
+    if kind == "numbers" and len(names) > 1:
         shape = (len(names),)
-    features = {d.label: Feature(shape, dtype, None if task == "regress" else len(names), names)}
+    features = {d.label: Feature(shape, dtype, None if kind == "numbers" else len(names), names)}
     if config.model.vocab_size:
         features[d.text] = Feature((), "text")
     else:

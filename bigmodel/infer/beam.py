@@ -40,7 +40,7 @@ class BeamSearch:
         """
         decoder, k = self.decoder, self.beams
         config = decoder.program.config
-        total = length + (max(map(len, prompts)) if config.task.name == "lm" else 0)
+        total = length + (max(map(len, prompts)) if config.task.generates == "continuation" else 0)
         if total > context(config):
             raise InputError(f"{total} ids are more than the context of {context(config)}; lower the length")
         every = [ids for ids in prompts for _ in range(k)]

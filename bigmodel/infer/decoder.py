@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigmodel import mesh, tasks
+from bigmodel import mesh
 from bigmodel.config import Config, InputError
 from bigmodel.infer import sampling
 from bigmodel.infer.sampling import Sampling
@@ -26,6 +26,7 @@ from bigmodel.models import module
 from bigmodel.models.module import Definition
 from bigmodel.models.weights import InBlocks, Quantized
 from bigmodel.program import Program, State, on_mesh
+from bigmodel.tasks import base
 
 CHUNK = 16  # tokens decoded in one compiled loop, between looks at what has ended
 UNROLLED = 64  # layers; a deeper stack is scanned, which copies its cache at every token but compiles faster
@@ -35,7 +36,7 @@ Params = Any
 
 def context(config: Config) -> int:
     """Tokens that one answer's prompt and text may have together."""
-    return config.task.target_len or config.seq_len
+    return config.task.answer_len or config.seq_len
 
 
 def cache_spec(config: Config, rows: int, slots: int = 0, dtype: str = "") -> dict[str, jax.ShapeDtypeStruct]:
@@ -79,13 +80,13 @@ class Decoder:
         self.end = self.ends[0] if self.ends else -1
         self.start = max(self.end, 0) if start is None else start
         config = built.config
-        if config.task.name not in READERS:
+        if not config.task.generates:
             raise InputError(
                 f"model.name={config.model.name} with task.name={config.task.name} generates no text; "
-                f"use a run whose task is one of {', '.join(READERS)}"
+                "use a run of task.name=lm or seq2seq"
             )
         self.keeps = self.keeps_cache(config)
-        self.batches = self.keeps and config.task.name == "lm"  # fit for continuous batching
+        self.batches = self.keeps and config.task.generates == "continuation"  # fit for continuous batching
         self.slots = slots or min(context(config), config.model.window or context(config))
         self.cache_dtype = cache_dtype or config.compute_dtype
         self.depth = config.model.cached_layers
@@ -149,7 +150,9 @@ class Decoder:
         for row, ids in enumerate(prompts):
             tokens_BL[row, : len(ids)] = ids
             seen_BV[row, ids] = True
-        reads_all = self.program.config.task.name == "lm"  # attention reads every slot: no more than needed
+        reads_all = (
+            self.program.config.task.generates == "continuation"
+        )  # attention reads every slot: no more than needed
         needed = max(lengths) + (longest if reads_all else 0)
         cache = self.empty_cache(rows, min(self.slots, max(_padded(needed, 64), tokens_BL.shape[1])))
         state = {
@@ -171,7 +174,7 @@ class Decoder:
 
         The state's `at` comes in as the prompts' lengths, and goes out as the place of what follows.
         """
-        return READERS[self.program.config.task.name](self, params, rest, state, tokens_BL)
+        return READERS[self.program.config.task.generates](self, params, rest, state, tokens_BL)
 
     def decode(self, state: dict[str, Any], steps: int) -> tuple[dict[str, Any], jax.Array]:
         """-> (state, ids int32 [B, CHUNK]: -1 where none was drawn). `steps` is at most CHUNK."""
@@ -204,7 +207,7 @@ class Decoder:
         real_BS = (at_BS <= read_BN.max(1, keepdims=True)).astype(jnp.int32)
         whole = {"tokens": ids_BS, "segments": real_BS, "positions": at_BS}
         outputs, _ = self.model.apply(params, rest, whole, key=None, train=False)
-        logits_BSV = tasks.logits(outputs)
+        logits_BSV = base.logits(outputs)
         return jnp.take_along_axis(logits_BSV, read_BN[..., None], 1), {"ids": ids_BS}
 
     def follow(self, logits_BV: jax.Array, state: dict[str, Any]) -> dict[str, Any]:
@@ -287,8 +290,8 @@ def _read_seq2seq(
 
 
 READERS: dict[str, Callable[..., tuple[jax.Array, dict[str, Any]]]] = {
-    "lm": _read_lm,
-    "seq2seq": _read_seq2seq,
+    "continuation": _read_lm,
+    "answer": _read_seq2seq,
 }
 
 

@@ -49,7 +49,7 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     built, state = loading.load(directory)
     names, weights, tree = _weights(built, state)
     functions = {"forward": _forward(built)}
-    if built.config.task.name == "lm" and Decoder.keeps_cache(built.config):
+    if built.config.task.generates == "continuation" and Decoder.keeps_cache(built.config):
         functions |= _decoding(built)
     with disk.writing(target):
         scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name))

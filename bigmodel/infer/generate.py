@@ -42,7 +42,7 @@ def generate(
     each = [settings] * len(prompts) if isinstance(settings, Sampling) else list(settings)
     texts = [[int(i) for i in ids] for ids in prompts]
     answers: list[list[int]] = [[] for _ in rows]
-    slides = config.task.name == "lm"
+    slides = config.task.generates == "continuation"
     if not slides and max(lengths) > window:
         raise InputError(f"length is {max(lengths)}, but targets have {window} ids; set it to that or less")
     left, starts = list(lengths), [0] * len(prompts)
@@ -78,7 +78,7 @@ class Writer:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.continues = decoder.program.config.task.name == "lm"  # else it answers
+        self.continues = decoder.program.config.task.generates == "continuation"  # else it answers
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], step: int | None = None, **options: Any) -> Writer:

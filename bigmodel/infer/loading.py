@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 
-from bigmodel import data, log, mesh, program, selfcheck, workdir
+from bigmodel import log, mesh, program, selfcheck, tasks, workdir
 from bigmodel.checkpoint import fingerprint, parameters
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Mesh
@@ -36,7 +36,7 @@ def load(
     devices = jax.devices()
     if axes is None:
         devices = devices[: np.gcd(len(devices), config.batch_size)]
-    built = program.build(config, mesh.make_mesh(config, devices), data.batch_spec(config, path))
+    built = program.build(config, mesh.make_mesh(config, devices), tasks.batch_spec(config, path))
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         meta = checkpoints.newest_meta() if step is None else checkpoints.meta(step)
         if "config" in meta:

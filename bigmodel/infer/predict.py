@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,8 +30,10 @@ from bigmodel.infer import decoder as decoder_lib
 from bigmodel.infer import generate, image_files, loading
 from bigmodel.infer.sampling import GREEDY
 from bigmodel.program import Program, State
+from bigmodel.tasks.base import Row
+from bigmodel.tasks.text import embedding
 
-Row = dict[str, Any]
+TABLE = {"numeric", "categorical"}
 
 
 class Predictor:
@@ -53,13 +54,14 @@ class Predictor:
         Raises:
             InputError: the model writes text, which `infer.Writer` does.
         """
-        if program.config.task.name in decoder_lib.READERS:
+        if program.config.task.generates:
             raise InputError(
                 f"model.name={program.config.model.name} with task.name={program.config.task.name} writes "
                 "text; use scripts/generate.py"
             )
         self.program, self.names, self.tokenizer = program, names, tokenizer
         self.columns, self.ids = columns, ids
+        self._task = tasks.make(program.config)
         self.decode_image: Callable[[bytes, int], np.ndarray] = image_files.decode
         self._state = (program.evaluated(state), state["rest"])
         here = mesh.replicated(program.mesh)
@@ -76,7 +78,7 @@ class Predictor:
         config, spec = program.config, program.batch_spec
         return cls(
             program, state,
-            names=data.class_names(config, directory) if spec.keys() & {"label", "labels"} else (),
+            names=tasks.class_names(config, directory) if spec.keys() & {"label", "labels"} else (),
             tokenizer=data.get_tokenizer(config, directory) if "tokens" in spec else None,
             columns=tables.fitted(config, directory) if spec.keys() & TABLE else None,
             ids=ratings.ids(config, data.Facts(config, directory)) if "user" in spec else None,
@@ -85,8 +87,10 @@ class Predictor:
     @property
     def reads(self) -> str:
         """`text`, `image` or `row`."""
-        key = next(key for key in READERS if key in self.program.batch_spec)
-        return {"image": "image", "tokens": "text"}.get(key, "row")
+        spec = self.program.batch_spec
+        if "serial" in spec:  # a GAN's batch has images too
+            return "row"
+        return "image" if "image" in spec else "text" if "tokens" in spec else "row"
 
     @property
     def rows(self) -> int:
@@ -125,20 +129,30 @@ class Predictor:
 
     def read(self, item: Any, number: int = 0) -> dict[str, Any]:
         """One input -> its arrays of a batch. Raises InputError with its number."""
-        read = next(READERS[key] for key in READERS if key in self.program.batch_spec)
         try:
-            return read(self, item)
+            return self._reader()(self, item)
         except (InputError, ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:
             raise InputError(f"input {number}: {error}") from error
 
+    def _reader(self) -> Callable[[Predictor, Any], dict[str, Any]]:
+        spec = self.program.batch_spec
+        if "serial" in spec:
+            return _read_serial
+        if "user" in spec:
+            return _read_pair
+        return {"image": _read_image, "text": _read_text, "row": _read_row}[self.reads]
+
     def predicted(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[Row], int]:
         """`predict` of inputs that `read` gave, at most a batch's; numbered from `first` in messages."""
-        return self._written(read, first, WRITERS[self.program.config.task.name])
+        return self._written(read, first, self._answer)
 
     def embedded(self, read: Sequence[dict[str, Any]], first: int = 0) -> tuple[list[list[float]], int]:
         """`embed` of inputs that `read` gave, at most a batch's."""
-        rows, count = self._written(read, first, _embedding)
+        rows, count = self._written(read, first, lambda out: embedding(out, self.program.config))
         return [row["embedding"] for row in rows], count
+
+    def _answer(self, out: Mapping[str, np.ndarray]) -> Row:
+        return self._task.answer(out, self.names, self.columns)
 
     def _written(
         self, read: Sequence[dict[str, Any]], first: int, write: Callable[..., Row]
@@ -154,7 +168,7 @@ class Predictor:
                         "numbers are far from the training data's, else the run has diverged"
                     )
             out |= {key: value for key, value in arrays.items() if key not in self.program.batch_spec}
-            rows.append(write(self, out))
+            rows.append(write(out))
         return rows, tokens
 
     def _outputs_of(self, read: Sequence[dict[str, Any]]) -> tuple[dict[str, np.ndarray], int]:
@@ -172,20 +186,12 @@ class Predictor:
     def _outputs(self, params: Any, rest: Any, batch: Any) -> Any:
         with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
             outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
-        task = self.program.config.task
-        keep = tasks.PREDICTIONS.get(task.name)
-        if keep is not None:
-            outputs = keep(outputs, task)
-        out = dict(outputs) if isinstance(outputs, Mapping) else {"logits": outputs}
-        out.pop("losses", None)
-        if "hidden" in out:  # one vector a text: the mean of its tokens
+        out = dict(self._task.inferred(outputs))
+        if isinstance(outputs, Mapping) and "hidden" in outputs:  # one vector a text: the mean of its tokens
             real_BL1 = (batch["segments"] > 0).astype(jnp.float32)[..., None]
-            hidden_BLD = out.pop("hidden").astype(jnp.float32)
+            hidden_BLD = outputs["hidden"].astype(jnp.float32)
             out["mean"] = (hidden_BLD * real_BL1).sum(1) / jnp.maximum(real_BL1.sum(1), 1.0)
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32), out)
-        if task.name == "mlm":
-            wide.pop("logits", None)
-        return wide
+        return jax.tree.map(lambda x: x.astype(jnp.float32), out)
 
 
 class Answerer:
@@ -259,7 +265,7 @@ def _read_image(predictor: Predictor, item: Any) -> dict[str, Any]:
         image = image.astype(np.uint8)
     size = np.array(image.shape[:2], np.float32)
     scale = size / shape[:2]
-    if config.data.image_size and config.task.name == "detect":  # as in training
+    if config.data.image_size and "boxes" in predictor.program.batch_spec:  # as in training
         whole = np.array([[0, 0, *size]], np.float32)
         image, inner = box_data.letterbox(image, whole, config.data.image_size)
         scale = size / inner[0, 2:]
@@ -286,7 +292,7 @@ def _bytes_of(item: str | pathlib.Path) -> bytes:
 
 
 def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """As labelled texts are read in training (data/batches.py); or a text's ids, without special ones."""
+    """As labelled texts are read in training (data/texts.py); or a text's ids, without special ones."""
     assert predictor.tokenizer is not None
     program, tokenizer = predictor.program, predictor.tokenizer
     name = program.config.data.text
@@ -365,81 +371,3 @@ def _read_pair(predictor: Predictor, item: Any) -> dict[str, Any]:
     if not isinstance(item, Mapping) or any(item.get(key) is None for key in predictor.ids):
         raise InputError(f"a row with columns {' and '.join(predictor.ids)} is needed")
     return {key: labels.id_of(item[key], ids, 0) for key, ids in predictor.ids.items()}
-
-
-TABLE = {"numeric", "categorical"}
-READERS: dict[str, Callable[[Predictor, Any], dict[str, Any]]] = {
-    "serial": _read_serial,  # before image: a GAN's batch has both
-    "image": _read_image,
-    "tokens": _read_text,
-    **dict.fromkeys(TABLE, _read_row),
-    "user": _read_pair,
-}
-
-
-# ------------------------------------------------------------------------------------------------ writing
-
-
-def _class_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
-    share_V = np.exp(out["logits"] - out["logits"].max())
-    share_V = share_V / share_V.sum()
-    best = np.argsort(-share_V, kind="stable")[:5]  # of equals the first, as in evaluation
-    names = [_name(predictor, i) for i in best]
-    top = {name: round(float(share_V[i]), 6) for name, i in zip(names, best, strict=True)}
-    return {"label": int(best[0]), "name": names[0], "probability": float(share_V[best[0]]), "top": top}
-
-
-def _labels_of(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
-    share_V = 1 / (1 + np.exp(-out["logits"]))
-    labels_N = np.flatnonzero(share_V > 0.5).tolist()
-    names = [_name(predictor, label) for label in labels_N]
-    return {"labels": labels_N, "names": names, "probabilities": share_V.tolist()}
-
-
-def _value(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
-    """Numbers in the label's own units, which training standardised."""
-    mean, deviation = predictor.columns.label_scale if predictor.columns else (0.0, 1.0)
-    return {"value": (out["logits"].astype(np.float64) * deviation + mean).tolist()}
-
-
-def _embedding(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
-    """A text's vector of length 1: the mean of its tokens' hidden states."""
-    if "mean" not in out:
-        raise InputError(
-            f"model.name={predictor.program.config.model.name} gives no embeddings; use an encoder's run"
-        )
-    vector = out["mean"] / max(math.sqrt(float((out["mean"] ** 2).sum())), 1e-12)
-    return {"embedding": vector.tolist()}
-
-
-def _picture(predictor: Predictor, out: Mapping[str, np.ndarray]) -> Row:
-    """A generated image in -1..1 as base64 of a PNG."""
-    image = np.clip((out["fake"] + 1) * 127.5, 0, 255).round().astype(np.uint8)
-    _, png = cv2.imencode(".png", image if image.shape[-1] == 1 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    return {"image": base64.b64encode(png.tobytes()).decode()}
-
-
-def _boxes(predictor: Predictor, out: Mapping[str, Any]) -> Row:
-    """What was found, the surest first; boxes (y0, x0, y1, x1) in pixels of the image as it was given."""
-    sure = out["scores"] > 0
-    boxes = np.clip(out["found"][sure] * np.tile(out["scale"], 2), 0, np.tile(out["size"], 2))
-    labels_N = out["classes"][sure].astype(int).tolist()
-    return {
-        "boxes": boxes.round(2).tolist(), "scores": out["scores"][sure].tolist(), "labels": labels_N,
-        "names": [_name(predictor, label) for label in labels_N],
-    }  # fmt: skip
-
-
-def _name(predictor: Predictor, label: int) -> str:
-    return predictor.names[label] if label < len(predictor.names) else str(label)
-
-
-def _score(predictor: Predictor, out: Mapping[str, Any]) -> Row:
-    """How much the user likes the item: a rating, or logits."""
-    return {"score": float(out["scores"][0])}
-
-
-WRITERS: dict[str, Callable[[Predictor, Mapping[str, np.ndarray]], Row]] = {
-    "classify": _class_of, "multilabel": _labels_of, "regress": _value, "mlm": _embedding, "gan": _picture,
-    "detect": _boxes, "rank": _score,
-}  # fmt: skip

@@ -22,7 +22,6 @@ from starlette.requests import ClientDisconnect
 
 from bigmodel.config import InputError
 from bigmodel.infer import answers, engine, loading, openai_api
-from bigmodel.infer import decoder as decoder_lib
 from bigmodel.infer.access import Gate, client_of
 from bigmodel.infer.generate import Writer
 from bigmodel.infer.openai_api import Refusal
@@ -247,7 +246,7 @@ def load(
     sizes = engine.Sizes(slots=slots)
     writer: Writer | None = None
     predictor: Predictor | Answerer | None = None
-    if built.config.task.name in decoder_lib.READERS:
+    if built.config.task.generates:
         writer = Writer.of(built, state, directory, cache_dtype=cache_dtype)
     if writer is None:
         predictor = Predictor.of(built, state, directory)

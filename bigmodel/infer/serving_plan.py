@@ -51,7 +51,7 @@ def plan(
     Raises:
         InputError: no such target, a model that keeps no cache, or one row that does not fit.
     """
-    if config.task.name != "lm" or not decoder_lib.Decoder.keeps_cache(config):
+    if config.task.generates != "continuation" or not decoder_lib.Decoder.keeps_cache(config):
         raise InputError(
             f"--mode=serve is for Transformers of task.name=lm, not model.name={config.model.name} with "
             f"task.name={config.task.name}"

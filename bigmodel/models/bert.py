@@ -42,7 +42,7 @@ class BERT(nnx.Module):
         dense = functools.partial(layers.Dense, width, std=std, dtype=dtype, rngs=rngs)
         self.pooler = dense(width) if c.pooler else None
         self.next_sentence = dense(2) if "next_sentence" in spec else None
-        classifies = config.task.name in families.LABEL_TASKS
+        classifies = config.task.one_output
         mlm = c.head == "mlm" and not classifies
         self.head = dense(c.num_classes) if classifies else None
         self.transform = dense(width) if mlm else None

@@ -21,7 +21,7 @@ import optax
 
 from bigmodel import trees
 from bigmodel.config import Config, InputError
-from bigmodel.config.families import LABEL_TASKS, TOKEN_TASKS, Transformer
+from bigmodel.config.families import Transformer
 from bigmodel.models import attention, weights
 from bigmodel.models.module import Definition, Tree
 
@@ -83,7 +83,7 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
         InputError: they do not predict the same thing.
     """
     where = config.distill.teacher
-    if config.task.name not in (*LABEL_TASKS, *TOKEN_TASKS):
+    if not (config.task.one_output or config.task.predicts_tokens):
         raise InputError(
             f"distill.teacher: task.name={config.task.name} has no logits to learn; leave it out, or distil "
             "a model that classifies, regresses or predicts tokens"
@@ -97,7 +97,7 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
             f"distill.teacher={where} does task.name={taught.task.name}, not {config.task.name}; "
             "give a teacher of the same task"
         )
-    if config.task.name not in LABEL_TASKS and taught.seq_len != config.seq_len:
+    if not config.task.one_output and taught.seq_len != config.seq_len:
         raise InputError(f"distill.teacher={where} has seq_len={taught.seq_len}; set seq_len so")
     for who, definition, c in (("model", student, config), ("teacher", teacher, taught)):
         if config.distill.hidden and _output(definition.params_spec) is None:
@@ -134,9 +134,9 @@ def distance(config: Config, student: jax.Array, teacher: jax.Array) -> jax.Arra
     temperature T (Hinton et al. 2015, section 2); of several labels each its own; of values, squares."""
     t = config.distill.temperature
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    if config.task.name == "regress":
+    if config.task.label_kind == "numbers":
         return jnp.square(student - teacher).mean(-1)
-    if config.task.name == "multilabel":
+    if config.task.label_kind == "classes":
         soft = jax.nn.sigmoid(teacher / t)
         return t * t * (optax.sigmoid_binary_cross_entropy(student / t, soft)).mean(-1)
     log_p, log_q = jax.nn.log_softmax(teacher / t), jax.nn.log_softmax(student / t)
@@ -191,7 +191,7 @@ def _of_shape(x_BL: jax.Array, batch: Mapping[str, jax.Array], shape: tuple[int,
 
 def _for_task(config: Config, loss: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     """A masked-word model's losses are told by position of the text [B, L], not of the masks [B, M]."""
-    if config.task.name != "mlm":
+    if "masked_real" not in batch:
         return loss
     real = batch["masked_real"]
     mean_B1 = (loss * real).sum(1, keepdims=True) / jnp.maximum(real.sum(1, keepdims=True), 1)

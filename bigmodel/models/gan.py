@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bigmodel import config as config_lib
 from bigmodel import mesh
 from bigmodel.config import Config, InputError
 from bigmodel.config.families import GAN as GANConfig
@@ -34,6 +35,7 @@ class GAN(nnx.Module):
 
     def __init__(self, config: Config, spec: Spec, rngs: nnx.Rngs):
         assert isinstance(config.model, GANConfig)
+        assert isinstance(config.task, config_lib.GAN)
         c = self.c = config.model
         self.compute_dtype, self.wgan = config.compute_dtype, config.task.gan_loss == "wgan-gp"
         _, height, width, channels = spec["image"].shape

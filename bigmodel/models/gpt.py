@@ -38,7 +38,7 @@ class GPT(nnx.Module):
         self.positions = layers.Embed(length, c.width, dtype=dtype, rngs=rngs) if learned else None
         self.blocks = module.stack(lambda rngs: transformer.Block(config, rngs), c.depth, rngs)
         self.norm = transformer.norm(c, dtype) if c.norm_order == "pre" else None
-        self.one_output = config.task.name in families.LABEL_TASKS
+        self.one_output = config.task.one_output
         outputs, std = c.num_classes if self.one_output else c.vocab_size, transformer.small(c)
         head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
         self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel import mesh
-from bigmodel.config import Config, families
+from bigmodel.config import Config, Rank, families
 from bigmodel.models import embedding, layers
 
 Batch = Mapping[str, jax.Array]
@@ -50,6 +50,7 @@ class Pairs(nnx.Module):
     def __init__(self, config: Config, spec: Mapping[str, Any], rngs: nnx.Rngs):
         c = config.model
         assert isinstance(c, families.Recommender)
+        assert isinstance(config.task, Rank)
         self.c, self.dtype, self.loss = c, config.compute_dtype, config.task.rank_loss
         table = functools.partial(embedding.Rows, dtype=config.param_dtype, rngs=rngs)
         self.users = table(c.users, self.vector(c), std=self.std(c))

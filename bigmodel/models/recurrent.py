@@ -164,7 +164,7 @@ class RNN(nnx.Module):
         self.embed = layers.Embed(c.vocab_size, c.embed_width, dtype=dtype, rngs=rngs)
         widths = (c.embed_width, *(c.width,) * (c.depth - 1))
         self.layers = nnx.List([Layer(c, i, dtype=dtype, rngs=rngs) for i in widths])
-        self.one_output = config.task.name in families.LABEL_TASKS
+        self.one_output = config.task.one_output
         ties = c.tie_embeddings and not self.one_output
         inner = c.embed_width if ties else c.width  # a tied output layer reads what the embedding's width is
         std = c.width**-0.5

@@ -44,7 +44,7 @@ class T5(nnx.Module):
                 std=std, rngs=rngs,
             )  # fmt: skip
 
-        self.one_output = config.task.name in families.LABEL_TASKS
+        self.one_output = config.task.one_output
         self.encoder_bias = relative(True)
         self.decoder_bias = None if self.one_output else relative(False)
         self.encoder = Stack(config, rngs, c.depth)

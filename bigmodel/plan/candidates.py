@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bigmodel import data, disk, program
+from bigmodel import disk, program, tasks
 from bigmodel import mesh as mesh_lib
 from bigmodel.config import Config, InputError
 from bigmodel.plan import calibrate, estimate, flops
@@ -102,7 +102,7 @@ def _meshes(config: Config, devices: int) -> Iterator[dict[str, Any]]:
 def _on_one_device(config: Config) -> Program:
     """The Program on a CPU device: its shapes and FLOPs are those of any mesh."""
     alone = config.replace(mesh=type(config.mesh)(), microbatches=1, compiler_options={})
-    return program.build(alone, mesh_lib.make_mesh(alone, jax.devices("cpu")[:1]), data.batch_spec(alone))
+    return program.build(alone, mesh_lib.make_mesh(alone, jax.devices("cpu")[:1]), tasks.batch_spec(alone))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, program
 from bigmodel import mesh as mesh_lib
+from bigmodel import program, tasks
 from bigmodel.config import InputError, override
 from bigmodel.machines import memory
 from bigmodel.machines.memory import Room
@@ -107,7 +107,7 @@ def _state_bytes(built: Program, way: dict[str, str]) -> float:
     """Bytes of a device's state with other settings; infinite where they make no run."""
     try:
         config = override(built.config, way)
-        return estimate.tree_bytes(program.build(config, built.mesh, data.batch_spec(config)).state_spec)
+        return estimate.tree_bytes(program.build(config, built.mesh, tasks.batch_spec(config)).state_spec)
     except InputError:
         return float("inf")
 

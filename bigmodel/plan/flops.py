@@ -15,7 +15,6 @@ from jax.interpreters import partial_eval
 
 from bigmodel import mesh, models, optim, tasks
 from bigmodel.config import Config
-from bigmodel.config.families import TOKEN_TASKS
 from bigmodel.models.attention import SEES
 from bigmodel.models.module import Definition
 from bigmodel.program import Program, gradients, microbatches
@@ -61,7 +60,7 @@ def model_flops(program: Program) -> float:
     frozen = optim.split(config, program.state_spec["params"])[1]
     codes = set(program.model.held) - program.model.frozen.keys()
     compared = config.distill.hidden or config.distill.attention
-    if frozen or codes or compared or tasks.make(config).passes_many:
+    if frozen or codes or compared or tasks.make(config).several_passes:
         return gradient_flops(program)
     teacher = teacher_flops(program)
     return 3 * (loss_flops(program) - teacher) + teacher
@@ -112,7 +111,7 @@ def by_formula(config: Config) -> float | None:
     """Training FLOPs a token by the family's formula; None: it has none for this task, or some parameters are
     frozen."""
     frozen = config.optim.freeze or config.lora.rank
-    known = not frozen and config.task.name in TOKEN_TASKS
+    known = not frozen and config.task.predicts_tokens
     return config.model.flops_per_token(config.seq_len) if known else None
 
 

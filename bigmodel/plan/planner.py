@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from bigmodel import data, disk, log, mesh, program, units
+from bigmodel import disk, log, mesh, program, tasks, units
 from bigmodel.config import Config, InputError, ranges
 from bigmodel.machines import chips
 from bigmodel.plan import candidates, estimate, receipt, target
@@ -65,7 +65,7 @@ def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Rece
 def build(config: Config, aim: Target) -> Program:
     """The very Program that `train` runs, on the target's mesh."""
     chips.check_dtype(aim.chip, config.compute_dtype)
-    return program.build(config, mesh.make_mesh(config, aim.devices), data.batch_spec(config))
+    return program.build(config, mesh.make_mesh(config, aim.devices), tasks.batch_spec(config))
 
 
 def build_within_budget(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
@@ -74,7 +74,7 @@ def build_within_budget(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
     Raises:
         InputError: the budget buys more steps than a counter holds; and as `program.build`.
     """
-    spec = data.batch_spec(config)
+    spec = tasks.batch_spec(config)
     built = program.build(config, the_mesh, spec)
     if not config.budget:
         return built

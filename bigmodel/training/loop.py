@@ -266,7 +266,7 @@ class Loop:
         self.eval_metrics = found
         self.writer.write(step, found)
         first = next(iter(run.eval_data.values()))
-        for name, image in evaluate.shown(run.program, self.state, first).items():
+        for name, image in evaluate.draw(run.program, self.state, first).items():
             self.writer.picture(step, name, image)
         self._write_samples(step, first)
         return True

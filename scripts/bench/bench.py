@@ -39,6 +39,8 @@ from bigmodel.config import Config
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # scripts/
 import cli
 
+from bigmodel.tasks import base
+
 
 class Case(NamedTuple):
     config: str
@@ -175,7 +177,7 @@ def bare(case: str, config: Config) -> interleave.Rival:
     import jax.numpy as jnp
     import optax
 
-    from bigmodel import optim, tasks
+    from bigmodel import optim
     from bigmodel.program import microbatches
 
     program = build(case, config)
@@ -187,7 +189,7 @@ def bare(case: str, config: Config) -> interleave.Rival:
 
     def loss(params: Any, rest: Any, batch: Any) -> Any:
         outputs, rest = model.apply(params, rest, batch, key=None, train=True)
-        return _mean_loss(config, tasks.logits(outputs), batch), rest
+        return _mean_loss(config, base.logits(outputs), batch), rest
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import interleave
 
+from bigmodel import tasks
+
 GPT2 = "configs/gpt.py:size=124m,seq_len=1024"
 CASES = {"decode-1": (GPT2, 1), "decode-8": (GPT2, 8)}  # the model, and prompts at once
 PROMPT, NEW = 32, 64
@@ -31,13 +33,13 @@ def ours(path: str, batch: int, quantized: bool = False) -> Run:
     import jax
 
     from bigmodel import config as config_lib
-    from bigmodel import data, mesh, program
+    from bigmodel import mesh, program
     from bigmodel.infer import decoder as decoder_lib
     from bigmodel.infer import generate
 
     more = {"quantize.weights": "int8"} if quantized else {}
     config = config_lib.load(interleave.ROOT / path, {"batch_size": 1, "compute_dtype": "float32", **more})
-    built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), data.batch_spec(config))
+    built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), tasks.batch_spec(config))
     params, rest = jax.jit(built.model.init)(jax.random.key(0))
     decoder = decoder_lib.Decoder(built, {"params": params, "rest": rest})
     del params, rest

@@ -1,0 +1,187 @@
+"""The protocol of a task, and what several tasks compute alike.
+
+A task's `terms` maps the model's outputs to named (sum, weight) pairs; "loss" is among them, and its weight
+is `weight(batch)`, which needs no model: so a batch can be cut into microbatches without changing the loss.
+
+Legend: B batch, L length, V vocabulary or classes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bigmodel.config import Config, InputError
+from bigmodel.data import labels
+from bigmodel.data.facts import Facts
+from bigmodel.data.labels import Shapes
+from bigmodel.data.pipeline import Parts
+from bigmodel.metrics import Metrics
+
+Batch = Mapping[str, jax.Array]
+Examples = dict[str, np.ndarray]  # arrays [N, ...] of all examples
+Features = Callable[[np.ndarray], np.ndarray]  # images [N, H, W, C] as the model sees them -> [N, D]
+Row = dict[str, Any]
+
+
+class Task:
+    """One task of one config: its batch, loss, metrics, predictions, reports and pictures.
+
+    Derive from it and define `shapes`, `examples`, `weight` and `terms`; the rest has defaults.
+    """
+
+    several_passes: ClassVar[bool] = (
+        False  # a step is not one forward pass and its transpose: see plan/flops.py
+    )
+    compared: ClassVar[tuple[str, ...]] = ("label", "label_scale", "group")  # arrays that a report needs
+    needs_all: ClassVar[bool] = False  # some metrics are `over_all` examples at once
+    reports: ClassVar[bool] = False  # a full evaluation makes a `report`
+    draws: ClassVar[bool] = False  # each evaluation draws `pictures` of a batch
+    class_feature: ClassVar[str] = ""  # the feature whose classes have names; label: that of data.label
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    # ------------------------------------------------------------------------------------------- batches
+
+    def shapes(self, facts: Facts) -> Shapes:
+        """Returns name -> (shape of one example, dtype) of a batch's arrays but `mask`. Reads no records.
+
+        Raises:
+            InputError: an unknown dataset, or features that do not suit the task or the model.
+        """
+        raise NotImplementedError
+
+    def examples(self, split: str, facts: Facts, train: bool) -> Parts:
+        """Opens a split: the examples, and how a batch is made of them."""
+        raise NotImplementedError
+
+    def class_names(self, facts: Facts) -> tuple[str, ...]:
+        """Returns the names of the classes; () where they have none."""
+        key = labels.name_of(self.config) if self.class_feature == "label" else self.class_feature
+        if not key:
+            return ()
+        if (named := facts.stored("class names")) is not None:
+            return tuple(named)
+        feature = facts.features[key]
+        return tuple(facts.names(key)) if feature.dtype == "text" else feature.names
+
+    # -------------------------------------------------------------------------------- loss and predictions
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """Returns the scalar that the loss is divided by: the examples that count."""
+        return batch["mask"].sum()
+
+    def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
+        """Returns the loss and the metrics as {name: (sum, weight)}."""
+        raise NotImplementedError
+
+    def predictions(self, outputs: Any) -> dict[str, jax.Array]:
+        """Returns what evaluation keeps of each example's outputs."""
+        return {"output": logits(outputs).astype(jnp.float32)}
+
+    # -------------------------------------------------------------------------------------------- reports
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """Returns metrics of a split that follow from the others."""
+        return {}
+
+    def over_all(self, examples: Examples) -> Mapping[str, float | None]:
+        """Returns metrics that need all examples of a split at once."""
+        return {}
+
+    def report(
+        self,
+        examples: Examples,
+        directory: pathlib.Path,
+        names: Sequence[str] = (),
+        features: Features | None = None,
+    ) -> dict[str, Any]:
+        """Returns the metrics of a full evaluation, and draws its pictures.
+
+        Args:
+            examples: predictions and `compared` arrays of the whole split.
+            directory: where the pictures go.
+            names: of the classes; none: their numbers.
+            features: of images, for distances between sets of them.
+        """
+        raise InputError(f"task.name={self.config.task.name} has no report beyond its metrics")
+
+    def pictures(self, kept: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns pictures uint8 [H, W, 3] of one batch and its predictions, by name."""
+        return {}
+
+    def inferred(self, outputs: Any) -> dict[str, jax.Array]:
+        """Returns what scripts/predict.py needs of each example's outputs."""
+        return self.predictions(outputs)
+
+    def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
+        """Returns one example's outputs as plain values, for scripts/predict.py and the server.
+
+        Args:
+            out: what `predictions` or the model gives for one example.
+            names: of the classes.
+            columns: of the table that the example comes from (data/tables.py), or None.
+        """
+        return {key: value.tolist() for key, value in out.items()}
+
+
+def logits(outputs: Any) -> jax.Array:
+    """Returns the logits of a model's outputs."""
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs
+
+
+def model_losses(outputs: Any) -> dict[str, jax.Array]:
+    """Returns named losses of the model's own, one number for each that the task's loss counts."""
+    return outputs.get("losses", {}) if isinstance(outputs, Mapping) else {}
+
+
+def with_losses(metrics: Metrics, losses: Mapping[str, jax.Array], weight: jax.Array, train: bool) -> Metrics:
+    """Adds the model's own losses to the metrics; in training they are part of the loss."""
+    total, count = metrics["loss"]
+    for name, value in losses.items():
+        amount = (value * weight).sum()
+        metrics = {**metrics, f"{name}_loss": (amount, count)}
+        total = total + amount if train else total
+    return {**metrics, "loss": (total, count)}
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """-log softmax(logits [..., V])[labels], in nats and float32; smoothing as in Szegedy et al. 2016."""
+    logits = logits.astype(jnp.float32)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if smoothing:
+        uniform = -jax.nn.log_softmax(logits).mean(-1)
+        nll = (1 - smoothing) * nll + smoothing * uniform
+    return nll
+
+
+def focal(nll: jax.Array, gamma: float) -> jax.Array:
+    """Lin et al. 2017, eq. 4: nll * (1 - p) ** gamma, where p = exp(-nll)."""
+    return nll * jnp.maximum(-jnp.expm1(-nll), 1e-12) ** gamma
+
+
+def _precedes_none(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """bool [..., V]: classes that do not stand before the label's: lower, or equal and not earlier.
+
+    The order is argmax's and `jax.lax.top_k`'s: of equal classes the first one. A NaN precedes everything.
+    """
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    return (logits < chosen) | ((logits == chosen) & (jnp.arange(logits.shape[-1]) >= labels[..., None]))
+
+
+def is_likeliest(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """True where the label is the argmax; never where a logit is NaN. One pass that is fast on a CPU."""
+    return _precedes_none(logits, labels).all(-1)
+
+
+def is_among(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """True where the label is among the k likeliest classes; never where a logit is NaN."""
+    before = (~_precedes_none(logits, labels)).astype(jnp.int32)
+    return jnp.where(jnp.isnan(logits), k, before).sum(-1) < k

@@ -1,0 +1,255 @@
+"""Tasks with one output for each example, whatever it is: classify, multilabel, regress.
+
+| name | shape | dtype | meaning |
+|---|---|---|---|
+| image | [B, H, W, C] | float32 | images, normalised |
+| tokens, segments, positions | [B, L] | int32 | texts; segments 0: padding |
+| numeric | [B, N] | float32 | numbers of a table's row, standardised |
+| categorical | [B, C] | int32 | its categories |
+| label | [B] | int32 | classify: the class |
+| label | [B, V] | float32 | multilabel: 0 or 1 for each class; regress: numbers |
+| label_other, label_share | as label, [B] | float32 | mixup, cutmix: the other label, the first one's share |
+| label_scale | [B, 2] | float32 | regress on tables: mean and deviation of the label |
+| weight | [B] | float32 | task.class_weights: of the loss |
+| group | [B] | int32 | data.group |
+| mask | [B] | float32 | 0: the row fills up the batch, or was skipped |
+
+Legend: B batch, V classes or numbers, N examples, K classes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bigmodel import config as keys
+from bigmodel import metrics, pictures
+from bigmodel.config import Config
+from bigmodel.data import labelled
+from bigmodel.data.facts import Facts
+from bigmodel.data.labels import Shapes
+from bigmodel.data.pipeline import Parts
+from bigmodel.metrics import Metrics
+from bigmodel.tasks.base import (
+    Batch,
+    Examples,
+    Features,
+    Row,
+    Task,
+    cross_entropy,
+    focal,
+    is_among,
+    is_likeliest,
+    logits,
+    model_losses,
+    with_losses,
+)
+
+Counted = Callable[[jax.Array], jax.Array]
+
+
+class _Labels(Task):
+    reports: ClassVar[bool] = True
+    class_feature: ClassVar[str] = "label"
+
+    def shapes(self, facts: Facts) -> Shapes:
+        return labelled.shapes(self.config, facts)
+
+    def examples(self, split: str, facts: Facts, train: bool) -> Parts:
+        return labelled.examples(self.config, split, facts, train)
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return example_weight(batch).sum()
+
+
+def example_weight(batch: Batch) -> jax.Array:
+    """Returns how much each example's loss counts, [B]: 0 for padding, else its class's weight, or 1."""
+    return batch["mask"] * batch["weight"] if "weight" in batch else batch["mask"]
+
+
+class Classify(_Labels):
+    """One class for each example."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.task, keys.Classify)
+        self.keys = config.task
+
+    def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
+        """Logits [B, V]; those of auxiliary classifiers, if there are any, count `aux_weight` times each."""
+        logits_BV = logits(outputs)
+        aux = outputs.get("aux_logits", ()) if isinstance(outputs, Mapping) else ()
+        weight_B, mask_B, top_k = example_weight(batch), batch["mask"], self.keys.top_k
+        nats_B = self._loss(logits_BV, batch, train)
+        nats_B += sum((self.keys.aux_weight * self._loss(x, batch, train) for x in aux), jnp.float32(0))
+        found = {"loss": ((nats_B * weight_B).sum(), weight_B.sum())}
+
+        def count(is_right: Counted) -> tuple[jax.Array, jax.Array]:
+            right_B = over_labels(batch, lambda label: is_right(label).astype(jnp.float32))
+            return (right_B * mask_B).sum(), mask_B.sum()
+
+        found["accuracy"] = count(lambda label: is_likeliest(logits_BV, label))
+        if 1 < top_k < logits_BV.shape[-1]:
+            found[f"top{top_k}"] = count(lambda label: is_among(logits_BV, label, top_k))
+        return with_losses(found, model_losses(outputs), weight_B, train)
+
+    def _loss(self, logits_BV: jax.Array, batch: Batch, train: bool) -> jax.Array:
+        def nats(label: jax.Array) -> jax.Array:
+            nll = cross_entropy(logits_BV, label, self.keys.label_smoothing * train)
+            return focal(nll, self.keys.focal_gamma) if self.keys.loss == "focal" else nll
+
+        return over_labels(batch, nats)
+
+    def report(
+        self,
+        examples: Examples,
+        directory: pathlib.Path,
+        names: Sequence[str] = (),
+        features: Features | None = None,
+    ) -> dict[str, Any]:
+        score_NK = softmax(examples["output"])
+        is_NK = np.eye(score_NK.shape[1], dtype=bool)[examples["label"]]
+        return _report(score_NK, is_NK, examples, self.keys.top_k, directory, names)
+
+    def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
+        share_V = np.exp(out["output"] - out["output"].max())
+        share_V = share_V / share_V.sum()
+        best = np.argsort(-share_V, kind="stable")[:5]  # of equals the first, as in evaluation
+        titles = [title(names, i) for i in best]
+        top = {name: round(float(share_V[i]), 6) for name, i in zip(titles, best, strict=True)}
+        return {"label": int(best[0]), "name": titles[0], "probability": float(share_V[best[0]]), "top": top}
+
+
+def over_labels(batch: Batch, value: Counted) -> jax.Array:
+    """Returns `value` of the label, or of both labels of a mixed example by their shares."""
+    labels: list[tuple[jax.Array, jax.Array | float]] = [(batch["label"], 1.0)]
+    if "label_other" in batch:  # of mixup or CutMix
+        share_B = batch["label_share"]
+        labels = [(batch["label"], share_B), (batch["label_other"], 1 - share_B)]
+    return sum((share * value(label) for label, share in labels), jnp.float32(0))
+
+
+class Multilabel(_Labels):
+    """Any number of classes for each example."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.task, keys.Multilabel)
+        self.keys = config.task
+
+    def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
+        """Binary cross-entropy for each class, averaged over the classes; `label` is 0 or 1, [B, V]."""
+        logits_BV, label_BV = logits(outputs).astype(jnp.float32), batch["label"]
+        smoothing = self.keys.label_smoothing * train
+        if "label_other" in batch:
+            share_B1 = batch["label_share"][:, None]
+            label_BV = share_B1 * label_BV + (1 - share_B1) * batch["label_other"]
+        target_BV = label_BV * (1 - smoothing) + smoothing / 2
+        if self.keys.loss == "focal":
+            on, off = jax.nn.softplus(-logits_BV), jax.nn.softplus(logits_BV)
+            gamma = self.keys.focal_gamma
+            nats_BV = target_BV * focal(on, gamma) + (1 - target_BV) * focal(off, gamma)
+        else:
+            nats_BV = optax.sigmoid_binary_cross_entropy(logits_BV, target_BV)
+        mask_B, weight_B = batch["mask"], example_weight(batch)
+        right_BV = ((logits_BV > 0) == (label_BV > 0.5)) & ~jnp.isnan(logits_BV)  # a NaN predicts nothing
+        exact_B = right_BV.all(-1).astype(jnp.float32)
+        found = {
+            "loss": ((nats_BV.mean(-1) * weight_B).sum(), weight_B.sum()),
+            "accuracy": ((right_BV.astype(jnp.float32).mean(-1) * mask_B).sum(), mask_B.sum()),
+            "exact_match": ((exact_B * mask_B).sum(), mask_B.sum()),
+        }
+        return with_losses(found, model_losses(outputs), weight_B, train)
+
+    def report(
+        self,
+        examples: Examples,
+        directory: pathlib.Path,
+        names: Sequence[str] = (),
+        features: Features | None = None,
+    ) -> dict[str, Any]:
+        score_NK = np.exp(-np.logaddexp(0, -examples["output"].astype(np.float64)))
+        return _report(score_NK, examples["label"] > 0.5, examples, self.keys.top_k, directory, names)
+
+    def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
+        share_V = 1 / (1 + np.exp(-out["output"]))
+        found = np.flatnonzero(share_V > 0.5).tolist()
+        titles = [title(names, label) for label in found]
+        return {"labels": found, "names": titles, "probabilities": share_V.tolist()}
+
+
+class Regress(_Labels):
+    """Numbers for each example."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.task, keys.Regress)
+        self.keys = config.task
+
+    def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
+        """Squared error, or Huber's (1964), averaged over the outputs; `label` [B, V]."""
+        error_BV, huber_delta = logits(outputs).astype(jnp.float32) - batch["label"], self.keys.huber_delta
+        square_BV, distance_BV = jnp.square(error_BV), jnp.abs(error_BV)
+        loss_BV = square_BV
+        if huber_delta:
+            near_BV = jnp.minimum(distance_BV, huber_delta)
+            loss_BV = near_BV * (distance_BV - 0.5 * near_BV)
+        mask_B, weight_B = batch["mask"], example_weight(batch)
+        weight = mask_B.sum()
+        found = {
+            "loss": ((loss_BV.mean(-1) * weight_B).sum(), weight_B.sum()),
+            "mse": ((square_BV.mean(-1) * mask_B).sum(), weight),
+            "mae": ((distance_BV.mean(-1) * mask_B).sum(), weight),
+        }
+        return with_losses(found, model_losses(outputs), weight_B, train)
+
+    def report(
+        self,
+        examples: Examples,
+        directory: pathlib.Path,
+        names: Sequence[str] = (),
+        features: Features | None = None,
+    ) -> dict[str, Any]:
+        return metrics.regression(examples["output"], examples["label"])
+
+    def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
+        """Numbers in the label's own units, which training standardised."""
+        mean, deviation = columns.label_scale if columns else (0.0, 1.0)
+        return {"value": (out["output"].astype(np.float64) * deviation + mean).tolist()}
+
+
+def softmax(output_NK: np.ndarray) -> np.ndarray:
+    """Logits -> softmax's scores in float64: sure ones do not become equal.
+
+    Logits that are infinite share all the likelihood, so that the argmax is theirs.
+    """
+    x_NK = output_NK.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN stays one
+        most_N1 = x_NK.max(1, keepdims=True)
+        share_NK = np.exp(np.where(x_NK == most_N1, 0.0, x_NK - most_N1))
+    return share_NK / share_NK.sum(1, keepdims=True)
+
+
+def _report(
+    score_NK: np.ndarray,
+    is_NK: np.ndarray,
+    examples: Examples,
+    top_k: int,
+    directory: pathlib.Path,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    out = metrics.classification(score_NK, examples["label"], examples.get("group"), top_k)
+    titles = [*names, *map(str, range(len(names), score_NK.shape[1]))]
+    paths = pictures.draw(directory, is_NK, score_NK, out, titles)
+    return out | {"pictures": [str(path) for path in paths]}
+
+
+def title(names: Sequence[str], label: int) -> str:
+    """Returns a class's name, or its number where it has none."""
+    return names[label] if label < len(names) else str(label)
