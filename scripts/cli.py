@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from bigmodel.machines import accelerators
 
@@ -50,6 +50,26 @@ def directory(text: str) -> str:
 def add_config(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="e.g. configs/gpt.py:size=124m")
     flags.epilog = "Any key of the config can be set: --config.optim.lr=3e-4 --config.mesh.fsdp=8"
+
+
+def workdir_parser(description: str, step: bool = True) -> argparse.ArgumentParser:
+    """A parser with --workdir and --step, for scripts that take their config from a run."""
+    flags = parser(description)
+    flags.add_argument("--workdir", required=True, type=directory, help="a run that scripts/train.py made")
+    if step:
+        flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    return flags
+
+
+def parse_workdir(
+    flags: argparse.ArgumentParser, may_set: Collection[str] = ()
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses as `parse` does. Raises InputError for keys of the config, except those of `may_set`."""
+    args, overrides = parse(flags)
+    for item in overrides:
+        if item.partition("=")[0] not in may_set:
+            raise InputError(f"--config.{item}: the config comes from the workdir; leave it out")
+    return args, overrides
 
 
 def parse(

@@ -21,18 +21,13 @@ from bigmodel.config import InputError
 
 
 def main() -> int:
-    flags = cli.parser(__doc__)
-    flags.add_argument(
-        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
-    )
+    flags = cli.workdir_parser(__doc__, step=False)
     flags.add_argument(
         "--recipe", required=True, help="e.g. prune:0.5+finetune:200,quantize:int8, or FILE.yaml"
     )
     flags.add_argument("--out", required=True, type=cli.directory, help="a new directory")
     flags.add_argument("--seeds", type=int, default=1, help="run it so often: what differs by chance?")
-    args, rest = cli.parse(flags)
-    if rest:
-        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    args, _ = cli.parse_workdir(flags)
     from bigmodel import train
     from bigmodel.compress import recipe, stages
 

@@ -22,7 +22,6 @@ import cli
 
 from bigmodel import config as config_lib
 from bigmodel import tasks
-from bigmodel.config import InputError
 from bigmodel.infer import loading
 
 MAY_SET = {"eval.batches", *(f"data.{key}" for key in (
@@ -30,16 +29,9 @@ MAY_SET = {"eval.batches", *(f"data.{key}" for key in (
 
 
 def main() -> int:
-    flags = cli.parser(__doc__)
-    flags.add_argument(
-        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
-    )
-    flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    flags = cli.workdir_parser(__doc__)
     flags.add_argument("--features", metavar="DIR", help="of a GAN: a classifier's run, for distances by it")
-    args, rest = cli.parse(flags)
-    for item in rest:
-        if item.partition("=")[0] not in MAY_SET:
-            raise InputError(f"--config.{item}: the config comes from the workdir; leave it out")
+    args, rest = cli.parse_workdir(flags, MAY_SET)
     from bigmodel import data, evaluate, mesh, metrics, pictures, workdir
 
     program, state = loading.load(args.workdir, args.step)

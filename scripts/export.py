@@ -13,22 +13,12 @@ from __future__ import annotations
 
 import cli
 
-from bigmodel.config import InputError
-
 
 def main() -> int:
-    flags = cli.parser(__doc__)
-    flags.add_argument(
-        "--workdir",
-        required=True,
-        type=cli.directory,
-        help="a run that scripts/train.py or import_hf.py made",
-    )
+    flags = cli.workdir_parser(__doc__, step=False)
     flags.add_argument("--format", choices=("safetensors", "stablehlo"), default="safetensors")
     flags.add_argument("--out", required=True, type=cli.directory, metavar="DIR", help="a new directory")
-    args, rest = cli.parse(flags)
-    if rest:
-        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    args, _ = cli.parse_workdir(flags)
     if args.format == "stablehlo":
         from bigmodel.infer import export
 

@@ -27,10 +27,7 @@ USUAL = {"temperature": 0.8, "top_k": 40}  # where neither a flag nor an importe
 
 
 def main() -> int:
-    flags = cli.parser(__doc__)
-    flags.add_argument(
-        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
-    )
+    flags = cli.workdir_parser(__doc__)
     flags.add_argument("--prompt", action="append", help="may be given several times; default: 'import '")
     flags.add_argument("--length", type=int, help="how many tokens to add, at most")
     flags.add_argument("--temperature", type=float, help="0: the likeliest token, always")
@@ -45,10 +42,7 @@ def main() -> int:
     flags.add_argument("--draft", help="a small model's run, of the same vocabulary, that proposes tokens")
     flags.add_argument("--cache_dtype", default="", choices=["", "int8"], help="of keys and values")
     flags.add_argument("--seed", type=int, help="gives the same text each time; default: a new one")
-    flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    args, rest = cli.parse(flags)
-    if rest:
-        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    args, _ = cli.parse_workdir(flags)
     if args.length is not None and args.length < 1:
         raise InputError(f"--length={args.length}: set it to 1 or more")
     if args.beams < 0 or (args.beams and args.draft):

@@ -43,7 +43,7 @@ def main() -> int:
         help="compile the N (4) likeliest of all meshes x remat x microbatches, and rank them",
     )  # fmt: skip
     flags.add_argument(
-        "--search-over", default="remat,microbatches", metavar="KEYS",
+        "--search_over", "--search-over", default="remat,microbatches", metavar="KEYS",
         help="what --search may change beside the mesh: any of remat,microbatches,batch_size",
     )  # fmt: skip
     flags.add_argument(
@@ -77,7 +77,7 @@ def main() -> int:
         over = tuple(filter(None, args.search_over.split(",")))
         for key in over:
             if key not in search.OVER:
-                raise InputError(f"--search-over={key!r} is unknown; choose of {', '.join(search.OVER)}")
+                raise InputError(f"--search_over={key!r} is unknown; choose of {', '.join(search.OVER)}")
         say = functools.partial(print, file=sys.stderr, flush=True)
         found = search.search(
             config, args.target, compile_best=args.search, over=over, assume=assume, say=say

@@ -27,16 +27,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def main() -> int:
-    flags = cli.parser(__doc__)
-    flags.add_argument(
-        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
-    )
+    flags = cli.workdir_parser(__doc__)
     flags.add_argument("--inputs", required=True, type=pathlib.Path, help="a directory or a CSV")
     flags.add_argument("--out", required=True, type=pathlib.Path, help="a .jsonl; what is there is kept")
-    flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    args, rest = cli.parse(flags)
-    if rest:
-        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    args, _ = cli.parse_workdir(flags)
     from rich.progress import track
 
     from bigmodel.infer.predict import Predictor

@@ -49,11 +49,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The flags. Raises InputError for values that cannot be."""
-    flags = cli.parser(__doc__)
-    flags.add_argument(
-        "--workdir", required=True, type=cli.directory, help="a run that scripts/train.py made"
-    )
-    flags.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    flags = cli.workdir_parser(__doc__)
     flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
     flags.add_argument("--port", type=int, default=8000, help="0: any that is free")
     flags.add_argument("--name", help="of the model; default: the workdir's")
@@ -79,9 +75,7 @@ def parse() -> argparse.Namespace:
     http.add_argument("--max_megapixels", type=float, default=16, help="of 2**20 pixels, of one picture")
     http.add_argument("--allowed_hosts", default="", help="names in a request's Host: a,b")
     http.add_argument("--proxy", default="", help="address of a proxy whose X-Forwarded-For is believed")
-    args, rest = cli.parse(flags)
-    if rest:
-        raise InputError(f"--config.{rest[0]}: the config comes from the workdir; leave it out")
+    args, _ = cli.parse_workdir(flags)
     if not 0 <= args.port < 65536:
         raise InputError(f"--port={args.port}: choose 0 to 65535")
     for name in (

@@ -120,6 +120,6 @@ def test_assumptions_come_from_yaml(tmp_path):
     result = run_script(*plan, f"--assume={tmp_path / 'none.yaml'}")
     assert result.code == 2
     assert "cannot be read" in result.err
-    result = run_script(*plan, f"--assume={good}", "--search=2", "--search-over=colour")
+    result = run_script(*plan, f"--assume={good}", "--search=2", "--search_over=colour")
     assert result.code == 2
     assert "'colour'" in result.err
