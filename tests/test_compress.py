@@ -82,8 +82,8 @@ def test_recipes_as_text_and_as_yaml_say_the_same(tmp_path):
         "- [finetune: {steps: 7}, 'finetune:8']\n- quantize: int4\n- quantize: {kind: int4, group: 32}\n"
     )
     text = "finetune:7+finetune:8,quantize:int4,quantize:int4:group=32"
-    assert [s.ops for s in recipe.parse(text)] == [s.ops for s in recipe.parse(str(path))]
-    assert recipe.parse(text)[2].ops == (recipe.Quantize("int4", group=32),)
+    assert [s.steps for s in recipe.parse(text)] == [s.steps for s in recipe.parse(str(path))]
+    assert recipe.parse(text)[2].steps == (recipe.QuantizeStep("int4", group=32),)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_training_a_quantized_model_leaves_its_codes_and_lowers_the_loss():
 )
 def test_other_ways_to_quantize_stay_near_the_dense_model(family, recipe_text, monkeypatch):
     model = model_of(family, monkeypatch)
-    small = quantize.apply(model, recipe.parse(recipe_text)[0].ops[0])
+    small = quantize.apply(model, recipe.parse(recipe_text)[0].steps[0])
     assert loss_of(small) == pytest.approx(loss_of(model), rel=0.02)
     if "w8a8" in recipe_text:
         text = str(jax.make_jaxpr(lambda *a: small.program.model.apply(*a, key=None, train=False)[0])(
@@ -223,11 +223,11 @@ def test_float8_multiplies_float8_where_there_is_a_chip_and_is_refused_elsewhere
     held = dataclasses.replace(held, activation=jnp.abs(x).max() / weights.LARGEST["fp8"])
     np.testing.assert_allclose(jax.jit(held.product)(x), x @ w, atol=0.6)
     with pytest.raises(InputError, match="float8; use int8"):
-        quantize.apply(model_of("cnn", monkeypatch), recipe.Quantize("fp8"))
+        quantize.apply(model_of("cnn", monkeypatch), recipe.QuantizeStep("fp8"))
 
 
 def test_a_model_trained_to_be_rounded_is_rounded_without_loss(monkeypatch):
-    op = recipe.parse("quantize:int4:aware:steps=3:group=8:on=hidden/kernel")[0].ops[0]
+    op = recipe.parse("quantize:int4:aware:steps=3:group=8:on=hidden/kernel")[0].steps[0]
     model = quantize.aware(model_of("cnn", monkeypatch), op)
     state = program.start(model.program, model.params, model.rest, jax.random.key(0))
     state, metrics = steps(model.program, state, 3, [random_batch(model.config, 0)])
@@ -431,7 +431,7 @@ SLOW = pytest.mark.slow
 )  # fmt: skip
 def test_one_shot_pruning_sets_the_share_that_was_asked_for(method, amount, monkeypatch):
     model = model_of("gpt", monkeypatch)
-    small = prune.apply(model, recipe.parse(f"prune:{amount}:{method}")[0].ops[0])
+    small = prune.apply(model, recipe.parse(f"prune:{amount}:{method}")[0].steps[0])
     w = by_path(small.params)[UP]
     assert zeros(small, UP) == pytest.approx(0.5, abs=0.01)
     if amount == "2:4":
@@ -446,7 +446,7 @@ def test_one_shot_pruning_sets_the_share_that_was_asked_for(method, amount, monk
 @pytest.mark.slow
 def test_global_pruning_compares_all_layers(monkeypatch):
     model = model_of("cnn", monkeypatch)
-    small = prune.apply(model, recipe.parse("prune:0.6:global")[0].ops[0])
+    small = prune.apply(model, recipe.parse("prune:0.6:global")[0].steps[0])
     names = [name for name in by_path(model.params) if name.endswith("kernel")]
     sizes = np.array([by_path(model.params)[name].size for name in names])
     shares = np.array([zeros(small, name) for name in names])
@@ -499,7 +499,7 @@ def test_solvers_beat_rounding_and_magnitude_on_the_layers_own_error(pattern, gr
 @pytest.mark.parametrize("meshes", [[{}], pytest.param([{}, {"fsdp": 2, "tensor": 2}], marks=SLOW)])
 def test_masks_hold_through_training_on_any_mesh(meshes, monkeypatch):
     model = model_of("cnn", monkeypatch)
-    small = prune.apply(model, recipe.parse("prune:0.7")[0].ops[0])
+    small = prune.apply(model, recipe.parse("prune:0.7")[0].steps[0])
     ends = []
     for axes in meshes:
         built = build(dataclasses.replace(small.config, mesh=config_lib.Mesh(**{"data": 1, **axes})))
@@ -573,7 +573,7 @@ def test_taking_out_units_that_do_nothing_changes_nothing(family, unit, keys, mo
     model = dataclasses.replace(
         model, params=jax.device_put(trees.with_leaves(model.params, zeroed), sharding)
     )
-    small = structure.apply(model, recipe.Prune(0.5, unit=unit))
+    small = structure.apply(model, recipe.PruneStep(0.5, unit=unit))
     assert loss_of(small) == pytest.approx(loss_of(model), rel=1e-5)
     was, now = (sum(x.size for x in jax.tree.leaves(m.params)) for m in (model, small))
     assert now < 0.9 * was
@@ -612,7 +612,7 @@ def test_the_layer_that_matters_least_goes_first(monkeypatch):
         if name.startswith("blocks/") and ("/out/" in name or "/down/" in name)
     }
     model = dataclasses.replace(model, params=trees.with_leaves(model.params, idle))
-    small = structure.apply(model, recipe.Prune(0.33, unit="layers"))
+    small = structure.apply(model, recipe.PruneStep(0.33, unit="layers"))
     assert small.config.model.depth == 2
     assert structure._loss(small) <= structure._loss(model) + 1e-6  # as good as without the idle one
 
@@ -724,6 +724,27 @@ def test_bad_recipes_leave_the_output_untouched(dense, tmp_path, recipe_text, sa
     with pytest.raises(InputError, match=said):
         stages.run(dense, recipe.parse(recipe_text), out)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe_text", "message"),
+    [
+        ("finetune:2,quantize:int8,prune:0.5", "prune it before"),
+        ("finetune:2,quantize:int8+quantize:int4", "int8 already"),
+        ("finetune:2,prune:0.5:heads", "no unit=heads"),
+        ("finetune:2,distill:2:student.widht=8", "'model.width'"),
+    ],
+)
+def test_a_recipe_is_checked_before_its_first_stage(dense, tmp_path, capsys, recipe_text, message):
+    with pytest.raises(InputError, match=message):
+        stages.run(dense, recipe.parse(recipe_text), tmp_path / "out")
+    assert "step" not in capsys.readouterr().out  # no training step ran
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_student_may_be_pruned_after_its_model_was_quantized(dense):
+    config = workdir.read_config(dense)
+    stages.check(config, recipe.parse("quantize:int8,distill:2:student.width=8,prune:0.5"))
 
 
 def test_bad_workdirs_are_one_line_and_exit_code_2(dense, tmp_path):

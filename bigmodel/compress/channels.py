@@ -1,8 +1,8 @@
-"""Which parts of a model can be taken out: for each family, every array that has a slice of the same unit.
+"""Finds the parts of a model that pruning can remove: for each unit, all arrays that have a slice of it.
 
 A family is a row of `CHANNELS`: the keys of its config that become smaller, and a walk along its layers that
-notes who makes each channel and who reads it. Every walk asks the arrays' shapes how many there are, so that
-the same walk over the smaller model says how many stay.
+notes which layers write each channel and which read it. Walks take the number of channels from the arrays'
+shapes, so the same walk over the smaller model says how many stay.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from bigmodel.config import families
 from bigmodel.config.families import RESNET_STAGES, VGG_STAGES
 from bigmodel.models import inception
 
-Arrays = Mapping[str, Any]  # of a model, or their specs, by path: params/... and rest/...
+Arrays = Mapping[str, Any]  # a model's arrays, or their specs, by path: params/... and rest/...
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where units lie in an array. `axis` (from the end) holds, once or (a flattened image) for each pixel,
-    `start` entries of others, [units, `inner`] of these, and others again up to `of` (0: there are none)."""
+    """The place of units in an array.
+
+    `axis` (from the end) has, once or for each pixel of a flattened image: `start` other entries, then
+    [units, `inner`] of these, then others up to a total of `of` (0: there are no others).
+    """
 
     path: str
     axis: int
@@ -33,7 +36,7 @@ class Cut:
     of: int = 0
 
     def places(self, size: int, count: int) -> np.ndarray:
-        """[units, entries of each] of an axis of this size."""
+        """Returns the indices [units, entries of each] along an axis of this size."""
         each = np.arange(count)[:, None] * self.inner + np.arange(self.inner)
         pixels = np.arange(0, size, self.of or count * self.inner)
         return self.start + (pixels[:, None] + each[:, None]).reshape(count, -1)
@@ -41,8 +44,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Units:
-    """Units that are alike, and every array that has a slice of each. `lead` leading dimensions (a stack's
-    depth, experts) keep different ones, as many in each."""
+    """Interchangeable units, and every array that has a slice of each.
+
+    Each index of the `lead` leading dimensions (a stack's depth, experts) keeps its own units, equally many.
+    """
 
     count: int
     cuts: tuple[Cut, ...]
@@ -50,7 +55,7 @@ class Units:
 
 
 def find(c: Any, unit: str, arrays: Arrays) -> list[Units]:
-    """The units of a model of `config.model` c; `unit` is one of `kinds`, but not `layers`."""
+    """Returns the units of a model of `config.model` c; `unit` is one of `kinds`, but not `layers`."""
     if unit in ("heads", "mlp"):
         return list({"heads": _heads, "mlp": _hidden}[unit](c, arrays))
     walk = Walk(arrays)
@@ -59,14 +64,14 @@ def find(c: Any, unit: str, arrays: Arrays) -> list[Units]:
 
 
 def kinds(c: Any) -> list[str]:
-    """The kinds of units that a family has."""
+    """Returns the kinds of units that a family has."""
     if isinstance(c, families.Transformer):
         return ["heads", "mlp", "layers"]
     return ["channels"] if c.name in CHANNELS else []
 
 
 def fewer(c: Any, unit: str, amount: float) -> dict[str, Any]:
-    """The keys of `config.model` that change, without `amount` of the units."""
+    """Returns the keys of `config.model` that change when `amount` of the units is removed."""
     changes: dict[str, Any] = {}
     for key in {"heads": ("kv_heads",), "mlp": ("mlp_width",)}.get(unit) or CHANNELS[c.name][0]:
         value = getattr(c, key)
@@ -80,7 +85,7 @@ def fewer(c: Any, unit: str, amount: float) -> dict[str, Any]:
 
 
 FOLLOWS = {"kv_heads": "heads", "groups": "width"}  # so many heads for each of keys and values, and so on
-EVEN = 8  # widths above eight times this stay multiples of it, which matrix units like
+EVEN = 8  # widths above eight times this stay multiples of it, which suits matrix units
 
 
 def _left(count: int, amount: float) -> int:
@@ -94,8 +99,10 @@ STACKS = ("params/blocks", "params/encoder/blocks", "params/decoder/blocks")
 
 
 def _heads(c: families.Transformer, arrays: Arrays) -> Iterable[Units]:
-    """Key and value heads with the query heads that read them. A stack with relative positions keeps the same
-    heads in all its layers, which share the table."""
+    """Yields key and value heads with the query heads that read them.
+
+    A stack with relative positions keeps the same heads in all layers, because they share the table.
+    """
     ratio = c.heads // c.kv_heads
     for stack in STACKS:
         for name in ("attention", "cross"):
@@ -115,7 +122,7 @@ def _heads(c: families.Transformer, arrays: Arrays) -> Iterable[Units]:
 
 
 def _hidden(c: families.Transformer, arrays: Arrays) -> Iterable[Units]:
-    """Hidden units of the MLPs, or of each expert's."""
+    """Yields hidden units of the MLPs, or of each expert's MLP."""
     for stack in STACKS:
         at, lead = (f"{stack}/mlp/experts", 2) if c.experts else (f"{stack}/mlp", 1)
         if f"{at}/up/kernel" in arrays:
@@ -129,14 +136,14 @@ def _hidden(c: families.Transformer, arrays: Arrays) -> Iterable[Units]:
 
 @dataclass
 class Made:
-    """Channels that some layers make, `count` x `inner` of them, and all that is known of where they are."""
+    """Channels that some layers write, `count` x `inner` of them, and the cuts found so far."""
 
     count: int
     inner: int
     cuts: list[Cut]
 
 
-Stream = list[Made]  # the channels of a value that flows through a model: those of several layers, joined
+Stream = list[Made]  # the channels of a value that flows through a model; several layers' are concatenated
 KERNELS = ("kernel", "layer/kernel", "conv/kernel", "rows", "table")  # below a layer's path; the first there
 OTHERS = (
     "params/{}/bias", "params/{}/scale", "params/{}/norm/scale", "params/{}/norm/bias", "rest/{}/u",
@@ -145,19 +152,19 @@ OTHERS = (
 
 
 class Walk:
-    """Notes, along the layers of a model, what each makes and reads. Layers are named by their paths."""
+    """Records which channels each layer of a model writes and reads. Layers are named by their paths."""
 
     def __init__(self, arrays: Arrays):
         self.arrays = arrays
         self._made: list[Made] = []
 
     def make(self, *layers: str, count: int = 0, inner: int = 1, start: int = 0, of: int = 0) -> Stream:
-        """What a layer gives out, or several whose outputs are added or multiplied.
+        """Starts the stream that a layer writes, or several whose outputs are added or multiplied.
 
         Args:
-            count: channels, where the layer makes something else too, or an image of them.
+            count: channels, if the layer also writes others, or an image of them.
             inner: channels that go together.
-            start, of: where, in all that such a layer makes, they begin, and how much that is.
+            start, of: offset of the stream in the layer's output, and the size of that output.
         """
         count = count or self.arrays[self.kernel(layers[0])].shape[-1]
         self._made.append(Made(count // inner, inner, []))
@@ -167,19 +174,19 @@ class Walk:
         return stream
 
     def also(self, stream: Stream, *layers: str, start: int = 0, of: int = 0) -> None:
-        """These layers give out the stream too: their outputs are added to it, or they scale its channels."""
+        """Adds layers that also write the stream: by adding their outputs, or by scaling its channels."""
         for layer in layers:
             paths = [self.kernel(layer), *(path.format(layer) for path in OTHERS)]
             for path in paths:
                 self._note(stream, path, -1, start, of)
 
     def read(self, stream: Stream, *layers: str, axis: int = -2, start: int = 0, of: int = 0) -> None:
-        """These layers read the stream along `axis` of their kernels; `start`, `of` as in `make`."""
+        """Adds layers that read the stream along `axis` of their kernels; `start` and `of` as in `make`."""
         for layer in layers:
             self._note(stream, self.kernel(layer), axis, start, of)
 
     def chain(self, *layers: str) -> None:
-        """Layers of which each reads the one before, and only that one."""
+        """Adds layers that each read the one before, and only that one."""
         for before, layer in itertools.pairwise(layers):
             self.read(self.make(before), layer)
 
@@ -187,7 +194,7 @@ class Walk:
         return [Units(made.count, tuple(made.cuts)) for made in self._made]
 
     def kernel(self, layer: str) -> str:
-        """The path of a layer's weight; "" if there is no such layer."""
+        """Returns the path of a layer's weight, or "" if there is no such layer."""
         paths = (f"params/{layer}/{name}" for name in KERNELS)
         return next((path for path in paths if path in self.arrays), "")
 
@@ -219,7 +226,7 @@ def _alexnet(c: families.AlexNet, walk: Walk) -> None:
 
 
 def _vgg(c: families.VGG, walk: Walk) -> None:
-    """A stage's convolutions have one number of channels, but each keeps its own."""
+    """A stage's convolutions have the same number of channels, but each keeps its own."""
     convs = _names("convs", sum(VGG_STAGES[c.depth]))
     for index, (conv, reader) in enumerate(itertools.pairwise([*convs, "classifier/layers/0"])):
         stream = walk.make(conv)
@@ -233,8 +240,11 @@ def _resnet(c: families.ResNet, walk: Walk) -> None:
 
 
 def _stages(depth: int, walk: Walk, at: str = "", count: int = 4) -> list[Stream]:
-    """What each stage of a ResNet gives out. A stream runs through all blocks of a stage, so all keep the
-    same of its channels; a block's inner channels are its own."""
+    """Returns the output stream of each stage of a ResNet.
+
+    A stream runs through all blocks of a stage, so all keep the same channels; a block's inner channels are
+    its own.
+    """
     inner, block, out = 2 if depth >= 50 else 1, 0, []
     stream = walk.make(f"{at}stem")
     for blocks in RESNET_STAGES[depth][:count]:
@@ -274,7 +284,7 @@ def _inception(c: families.Inception, walk: Walk) -> None:
 
 
 def _branches(walk: Walk, at: str, branches: Any, stream: Stream) -> Stream:
-    """A module's branches side by side, their channels joined; a pool alone passes on what it reads."""
+    """Concatenates the channels of a module's parallel branches; a pool passes on what it reads."""
     joined: Stream = []
     for index, branch in enumerate(branches):
         value = stream
@@ -290,7 +300,7 @@ def _branches(walk: Walk, at: str, branches: Any, stream: Stream) -> Stream:
 
 
 def _rnn(c: families.RNN, walk: Walk) -> None:
-    """Hidden units, and the embedding's; a tied output layer reads the units of the embedding."""
+    """Hidden units and the embedding's units; a tied output layer reads those of the embedding."""
     embedded = stream = walk.make("embed")
     tied = not walk.kernel("head") and not walk.kernel("out")
     for index in range(c.depth):
@@ -319,7 +329,7 @@ def _gan(c: families.GAN, walk: Walk) -> None:
 
 
 def _dcgan(walk: Walk, stream: Stream) -> Stream:
-    """-> what the discriminator's last convolution gives out."""
+    """Returns the stream of the discriminator's last convolution."""
     g, d = "generator", "discriminator"
     levels = sum(bool(walk.kernel(f"{g}/ups/{index}")) for index in range(12))
     for index in range(levels):
@@ -337,7 +347,7 @@ def _dcgan(walk: Walk, stream: Stream) -> Stream:
 
 
 def _resnet_gan(walk: Walk, stream: Stream) -> Stream:
-    """-> what the discriminator's last block gives out."""
+    """Returns the stream of the discriminator's last block."""
     for side in ("generator", "discriminator"):
         blocks = [at for at in _names(f"{side}/blocks", 12) if walk.kernel(f"{at}/convs/0")]
         for at in blocks:
@@ -359,8 +369,10 @@ def _resnet_gan(walk: Walk, stream: Stream) -> Stream:
 
 
 def _detector(c: families.Detector, walk: Walk) -> None:
-    """The backbone's channels, the pyramid's, and of the heads' whole groups of a GroupNorm, whose statistics
-    all of a group's channels share."""
+    """Channels of the backbone and the pyramid, and complete groups of the heads' GroupNorms.
+
+    The channels of a group share their statistics, so they go together.
+    """
     stages = _stages(c.depth, walk, "backbone/", c.levels[-1])
     laterals, smooths = _names("laterals", len(c.levels)), _names("smooths", len(c.levels))
     pyramid, levels = walk.make(*laterals), walk.make(*smooths)
@@ -385,7 +397,7 @@ def _mf(c: families.Recommender, walk: Walk) -> None:
 
 
 def _ncf(c: families.Recommender, walk: Walk) -> None:
-    """A row holds a part that is multiplied and one for the network."""
+    """A row has a part that is multiplied and a part for the network."""
     first, row, joined = c.widths[0], c.width + c.widths[0], c.width + c.widths[-1]
     walk.read(walk.make("users", "items", count=c.width, of=row), "head", of=joined)
     for table, layer in (("users", "of_user"), ("items", "of_item")):
@@ -405,8 +417,10 @@ def _two_tower(c: families.Recommender, walk: Walk) -> None:
 
 
 def _dlrm(c: families.Recommender, walk: Walk) -> None:
-    """The categories' vectors and that of the numbers are multiplied with each other; the numbers' own comes
-    first in what the network reads."""
+    """The vectors of categories and of numbers are multiplied with each other.
+
+    The vector of numbers comes first in what the network reads.
+    """
     bottom, top = _names("bottom/layers", len(c.bottom) + 1), _names("top/layers", len(c.widths))
     vectors = walk.make(*(layer for layer in (bottom[-1], "inputs/embed") if walk.kernel(layer)))
     if walk.kernel(bottom[0]):

@@ -1,4 +1,4 @@
-"""A student that a trained model teaches: the model as it is now, or a smaller one from scratch."""
+"""Knowledge distillation: the student is the model as it is now, or a smaller one from scratch."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from bigmodel.config import Config, InputError
 from bigmodel.config.adapt import Distill, Prune, Quantize
 from bigmodel.models.distilled import NAME
 
-# From the others, unless the student sets them.
+# Keys that are derived from others, unless the student sets them.
 DERIVED = ("kv_heads", "head_dim", "mlp_width", "decoder_depth", "groups", "embed_width")
 
 
-def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path, seed: int) -> Trained:
-    """The student, and the teacher in its `rest`; without a teacher if nothing of it has a weight.
+def begin(model: Trained, step: recipe.DistillStep, teacher: pathlib.Path, seed: int) -> Trained:
+    """Returns the student with the teacher in its `rest`; without a teacher if all its weights are 0.
 
     Args:
         teacher: a workdir.
-        seed: of a new student.
+        seed: initializes a new student.
 
     Raises:
         InputError: the student's config is wrong, or the two do not predict the same thing.
     """
     how = Distill()
-    if op.weight or op.hidden or op.attention:
-        how = Distill(str(teacher), op.weight, op.temperature, op.hidden, op.attention)
+    if step.weight or step.hidden or step.attention:
+        how = Distill(str(teacher), step.weight, step.temperature, step.hidden, step.attention)
     config = model.config.replace(distill=how)
-    if op.student:
-        config = smaller(config, op.student).replace(seed=seed)
+    if step.student:
+        config = smaller(config, step.student).replace(seed=seed)
     built = trained.build(config, model.program)
     params, rest = model.params, model.rest
-    if op.student:
+    if step.student:
         state = built.init(jax.random.key(seed))
         params, rest = state["params"], {part: x for part, x in state["rest"].items() if part != NAME}
     if how.teacher:
@@ -46,13 +46,13 @@ def begin(model: Trained, op: recipe.Distill, teacher: pathlib.Path, seed: int) 
 
 
 def end(model: Trained) -> Trained:
-    """The student without its teacher."""
+    """Returns the student without its teacher."""
     rest = {part: x for part, x in model.rest.items() if part != NAME}
     return changed(model, model.config.replace(distill=Distill()), model.params, rest)
 
 
 def smaller(config: Config, student: Any) -> Config:
-    """The config with other keys of `model`; nothing of it is pruned or quantized."""
+    """Returns the config with other keys of `model`, neither pruned nor quantized."""
     tree = config_lib.to_dict(config.replace(prune=Prune(), quantize=Quantize()))
     name = student.get("name", config.model.name)
     if name != config.model.name:
@@ -69,6 +69,6 @@ def smaller(config: Config, student: Any) -> Config:
         raise InputError(f"recipe step distill: the student: {error}") from error
 
 
-def learning_rate(model: Trained, op: recipe.Distill) -> float:
+def learning_rate(model: Trained, step: recipe.DistillStep) -> float:
     """The learning rate: the config's own for a student from scratch, else a tenth of it."""
-    return op.lr or model.config.optim.lr / (1 if op.student else 10)
+    return step.lr or model.config.optim.lr / (1 if step.student else 10)

@@ -1,4 +1,4 @@
-"""What a trained model does on its training data: the inputs of its products, and the slope of its loss.
+"""Observes a trained model on its training data: inputs of matrix products, and gradients of the loss.
 
 Legend: I inputs of a product.
 """
@@ -20,27 +20,27 @@ BATCHES = 4  # of the config's batch_size, from the training split
 
 
 def batches(model: Trained, count: int = BATCHES) -> Iterator[dict[str, jax.Array]]:
-    """The first batches of the training split, on the mesh."""
+    """Yields the first batches of the training split, on the mesh."""
     pipeline = trained.train_data(model)
     return (model.program.put(pipeline[step]) for step in range(count))
 
 
 def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
-    """What is seen of the inputs of each product named, over the batches; float32.
+    """Returns a statistic of the inputs of each named product over the batches, in float32.
 
     Args:
-        what: `gram` -> [..., I, I], the sum of x x^T; `largest` -> [...], the largest |x|. The leading
-            dimensions are the weight's own (a stack's depth).
+        what: `gram`: [..., I, I], the sum of x x^T; `largest`: [...], the largest |x|. The leading dimensions
+            are the weight's own (a stack's depth).
 
-    Products that the model does not compute by `weights.product` or `conv` (largest alone) are left out.
+    Leaves out products that the model does not compute by `weights.product` or (`largest` only) `conv`.
     """
-    whole = trees.by_path(model.params)
+    flat_params = trees.by_path(model.params)
     sums = model.program.model.products
-    seen_by = {"gram": ((-2,),), "largest": ((-2,), (-4, -3, -2))}[what]
-    direct = [name for name in names if sums[name] in seen_by]
+    contracted = {"gram": ((-2,),), "largest": ((-2,), (-4, -3, -2))}[what]
+    direct = [name for name in names if sums[name] in contracted]
 
     def probe(name: str) -> dict[str, jax.Array]:
-        w = whole[name]
+        w = flat_params[name]
         lead = w.shape[: w.ndim + min(sums[name])]
         return {what: jnp.zeros((*lead, w.shape[-2], w.shape[-2]) if what == "gram" else lead, jnp.float32)}
 
@@ -51,18 +51,18 @@ def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
         out, _ = model.program.model.apply(params, rest, batch, key=None, train=False)
         return sum((x.astype(jnp.float32).sum() for x in jax.tree.leaves(out)), jnp.float32(0))
 
-    seen = _jitted(model, jax.grad(outputs))
+    statistic = _jitted(model, jax.grad(outputs))
     probes = {name: probe(name) for name in direct}
     combine = jnp.add if what == "gram" else jnp.maximum
     total = probes
     for batch in batches(model):
-        total = jax.tree.map(combine, total, seen(probes, model.params, model.rest, batch))
+        total = jax.tree.map(combine, total, statistic(probes, model.params, model.rest, batch))
     found = {name: x[what] for name, x in total.items()}
     return {name: x for name, x in found.items() if bool((x != 0).any())}
 
 
 def slopes(model: Trained) -> Iterator[Any]:
-    """The gradient of the mean loss that training lowers, batch by batch; without dropout."""
+    """Yields the gradient of the mean training loss, batch by batch, without dropout."""
     task = tasks.make(model.config)
     key = jax.random.key(0) if task.several_passes else None
 

@@ -1,7 +1,7 @@
-"""Recipes: what to do to a trained model, in stages, each of which the report prices.
+"""Recipes: stages of steps that make a trained model smaller; the report prices each stage.
 
-`prune:0.5+finetune:200,quantize:int8` is two stages; `+` joins the steps of one, `:` a step's settings, by
-kind (`prune:2:4:wanda`) or by name (`prune:0.5:method=wanda`). The same as YAML, in a file:
+`prune:0.5+finetune:200,quantize:int8` has two stages. `+` joins the steps of a stage; after `:` come a step's
+settings, by value (`prune:2:4:wanda`) or by name (`prune:0.5:method=wanda`). The same in a YAML file:
 
     - [prune: {amount: 0.5}, finetune: {steps: 200}]
     - quantize: int8
@@ -23,23 +23,27 @@ from bigmodel.config.adapt import pattern_problems
 
 
 @dataclass(frozen=True)
-class Finetune:
-    """Trains on with the workdir's own config, or with some of it changed."""
+class FinetuneStep:
+    """Trains on with the workdir's own config, or with another learning rate."""
 
     steps: int = 200
     lr: float = 0.0  # 0: a tenth of the workdir's optim.lr
 
+    def problems(self) -> Iterable[tuple[str, str]]:
+        if self.steps < 1:
+            yield "steps", f"is {self.steps}: set it to 1 or more"
+
 
 @dataclass(frozen=True)
-class Prune:
-    """Sets weights to zero, or (any other `unit`) takes whole parts of the model out."""
+class PruneStep:
+    """Sets weights to zero, or removes parts of the model (any other `unit`)."""
 
-    amount: float = 0.0  # the share that goes
-    pattern: str = ""  # N:M, such as 2:4, in place of an amount: of M consecutive inputs N stay
+    amount: float = 0.0  # the share that is removed
+    pattern: str = ""  # N:M, such as 2:4, in place of an amount: N of M consecutive inputs stay
     method: Literal["magnitude", "movement", "wanda", "sparsegpt"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"  # where weights are compared
     unit: Literal["weights", "heads", "mlp", "channels", "layers"] = "weights"
-    steps: int = 0  # of training, while the share grows (Zhu and Gupta 2017); 0: one shot
+    steps: int = 0  # training steps while the share grows (Zhu and Gupta 2017); 0: one shot
     on: str = ""  # regex on parameter paths; "": config.prune.on's default
 
     def problems(self) -> Iterable[tuple[str, str]]:
@@ -51,7 +55,7 @@ class Prune:
         if self.unit != "weights" and (self.pattern or self.steps or self.on or self.method != "magnitude"):
             yield "unit", f"is {self.unit}, which takes an amount and nothing else"
         if self.method == "movement" and not self.steps:
-            yield "steps", "is 0: movement is seen in training; give steps=200 or more"
+            yield "steps", "is 0: movement is measured in training; give steps=200 or more"
         if self.method in ("wanda", "sparsegpt") and (self.steps or self.scope == "global"):
             yield (
                 "method",
@@ -62,12 +66,12 @@ class Prune:
 
 
 @dataclass(frozen=True)
-class Quantize:
-    """Holds the weights of products in fewer bits."""
+class QuantizeStep:
+    """Stores the weights of matrix products in fewer bits."""
 
     kind: Literal["int8", "int4", "w8a8", "fp8"] = "int8"  # w8a8: int8 weights and activations; fp8: both
     method: Literal["nearest", "gptq", "aware"] = "nearest"  # aware: trained to be rounded, for `steps`
-    group: int = -1  # inputs that share a scale; -1: 64 for int4, else all of an output's
+    group: int = -1  # inputs that share a scale; -1: 64 for int4, else all inputs of an output
     steps: int = 0
     on: str = ""  # regex on parameter paths; "": config.quantize.on's default
 
@@ -83,17 +87,17 @@ class Quantize:
 
 
 @dataclass(frozen=True)
-class Distill:
-    """Trains a student beside a teacher, whose outputs it learns (Hinton et al. 2015)."""
+class DistillStep:
+    """Trains a student to match a teacher's outputs (Hinton et al. 2015)."""
 
     steps: int = 200
     student: Mapping[str, Any] = field(
         default_factory=dict
-    )  # keys of config.model: a new one; none: the model
-    teacher: str = ""  # a workdir, or a directory in Hugging Face's layout; "": what the recipe starts from
-    weight: float = 1.0  # of the teacher's part of the loss
+    )  # keys of config.model for a new student; none: the model itself
+    teacher: str = ""  # a workdir, or a directory in Hugging Face's layout; "": the run that is compressed
+    weight: float = 1.0  # weight of the teacher's part of the loss
     temperature: float = 2.0
-    hidden: float = 0.0  # weight of how the last hidden states relate to each other (Tung and Mori 2019)
+    hidden: float = 0.0  # weight of the similarities of last hidden states (Tung and Mori 2019)
     attention: float = 0.0  # Transformers: weight of the last layer's attention maps (Wang et al. 2020)
     lr: float = 0.0  # 0: the workdir's optim.lr for a new student, else a tenth of it
 
@@ -102,30 +106,34 @@ class Distill:
             yield "steps", f"is {self.steps}: set it to 1 or more"
 
 
-Op = Distill | Finetune | Prune | Quantize
-OPS: dict[str, type[Any]] = {"distill": Distill, "finetune": Finetune, "prune": Prune, "quantize": Quantize}
+Step = DistillStep | FinetuneStep | PruneStep | QuantizeStep
+STEPS: dict[str, type[Any]] = {
+    "distill": DistillStep, "finetune": FinetuneStep, "prune": PruneStep, "quantize": QuantizeStep,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stage:
-    name: str  # as it was written
-    ops: tuple[Op, ...]
+    name: str  # as written in the recipe
+    steps: tuple[Step, ...]
 
 
 def parse(text: str) -> tuple[Stage, ...]:
-    """A recipe, or a YAML file's name -> its stages.
+    """Parses a recipe, or the YAML file that `text` names, into stages.
 
     Raises:
-        InputError: a step that is not known (with the nearest one), or a setting that it does not take.
+        InputError: an unknown step or setting (with the nearest known one), or a value out of range.
     """
     if text.endswith((".yaml", ".yml")):
         return tuple(_stage_of(item) for item in _read(pathlib.Path(text)))
-    stages = [part.strip() for part in re.split(r",(?![^\[]*\])", text)]  # a comma in brackets is a value's
+    stages = [part.strip() for part in re.split(r",(?![^\[]*\])", text)]  # not at a comma inside brackets
     if not text.strip() or not all(stages):
         raise InputError(
             f"--recipe={text!r} has an empty stage; write one such as prune:0.5+finetune:200,quantize:int8"
         )
-    return tuple(Stage(stage, tuple(_op_of_text(op.strip()) for op in stage.split("+"))) for stage in stages)
+    return tuple(
+        Stage(stage, tuple(_step_of_text(step.strip()) for step in stage.split("+"))) for stage in stages
+    )
 
 
 def _read(path: pathlib.Path) -> list[Any]:
@@ -143,30 +151,30 @@ def _read(path: pathlib.Path) -> list[Any]:
 
 
 def _stage_of(item: Any) -> Stage:
-    """A stage of YAML: text, a step, or a list of steps."""
+    """Parses a stage of a YAML file: text, a step, or a list of steps."""
     if isinstance(item, str):
-        return Stage(item, tuple(_op_of_text(op.strip()) for op in item.split("+")))
-    ops: list[Op] = []
+        return Stage(item, tuple(_step_of_text(step.strip()) for step in item.split("+")))
+    steps: list[Step] = []
     for step in item if isinstance(item, list) else [item]:
         if isinstance(step, str):
-            ops.append(_op_of_text(step))
+            steps.append(_step_of_text(step))
         elif isinstance(step, Mapping):
-            ops += [_op_of_tree(str(name), settings) for name, settings in step.items()]
+            steps += [_step_of_tree(str(name), settings) for name, settings in step.items()]
         else:
             raise InputError(
                 f"recipe step {step!r} is neither text nor a name with settings; write `- quantize: int8`"
             )
-    return Stage("+".join(map(_name, ops)), tuple(ops))
+    return Stage("+".join(map(_name, steps)), tuple(steps))
 
 
-def _name(op: Op) -> str:
-    """A step as it would be written, what differs from the default alone."""
-    default, kind = type(op)(), next(name for name, cls in OPS.items() if cls is type(op))
-    settings = (f"{key}={value}" for key, value in vars(op).items() if value != getattr(default, key))
+def _name(step: Step) -> str:
+    """The step as text, with the settings that differ from their defaults."""
+    default, kind = type(step)(), next(name for name, cls in STEPS.items() if cls is type(step))
+    settings = (f"{key}={value}" for key, value in vars(step).items() if value != getattr(default, key))
     return ":".join((kind, *settings))
 
 
-def _op_of_text(text: str) -> Op:
+def _step_of_text(text: str) -> Step:
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
     cls = _class(name)
@@ -185,25 +193,25 @@ def _op_of_text(text: str) -> Op:
     return _build(cls, name, settings)
 
 
-def _op_of_tree(name: str, settings: Any) -> Op:
+def _step_of_tree(name: str, settings: Any) -> Step:
     if isinstance(settings, Mapping):
         return _build(_class(name), name, settings)
-    return _op_of_text(name if settings is None else f"{name}:{settings}")
+    return _step_of_text(name if settings is None else f"{name}:{settings}")
 
 
 def _class(name: str) -> type[Any]:
-    if name not in OPS:
-        raise InputError(f"recipe step {name!r} is unknown{parsing.nearest(name, OPS)}")
-    return OPS[name]
+    if name not in STEPS:
+        raise InputError(f"recipe step {name!r} is unknown{parsing.nearest(name, STEPS)}")
+    return STEPS[name]
 
 
 def _field_for(cls: type[Any], name: str, item: str) -> str:
-    """Which setting a bare value is of: a word's, the one with that choice; a number's, the first number."""
+    """Returns the setting that takes a bare value: the one with that choice, or the first number."""
     hints = typing.get_type_hints(cls)
     numeric = re.fullmatch(r"[-+.\deE]+", item) is not None
     choices: list[str] = []
     for key, hint in hints.items():
-        if numeric and hint in (int, float) and key != "group":  # a group is always named
+        if numeric and hint in (int, float) and key != "group":  # a group needs its name
             return key
         if typing.get_origin(hint) is Literal:
             if item in typing.get_args(hint):
@@ -215,9 +223,7 @@ def _field_for(cls: type[Any], name: str, item: str) -> str:
 
 
 def _build(cls: type[Any], name: str, settings: Mapping[str, Any]) -> Any:
-    op = parsing.build(cls, settings, f"{name}.")
-    for key, problem in op.problems() if hasattr(op, "problems") else ():
+    step = parsing.build(cls, settings, f"{name}.")
+    for key, problem in step.problems():
         raise InputError(f"recipe step {name}: {key} {problem}")
-    if getattr(op, "steps", 1) < 1 and cls is Finetune:
-        raise InputError(f"recipe step {name}: steps is {op.steps}: set it to 1 or more")
-    return op
+    return step

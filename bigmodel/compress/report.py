@@ -1,4 +1,4 @@
-"""What each stage of a recipe costs and keeps: measured where it can be, labelled where it is modelled."""
+"""Reports quality and cost of each stage of a recipe: measured where possible, else labeled as modeled."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from bigmodel.plan import flops
 from bigmodel.units import quantity, size
 
 BATCHES = (1, 32)  # examples whose latency is measured
-# Rounds are interleaved over the stages, so that a busy moment of the machine hits all alike; of slow models
-# there are fewer, but three.
+# Rounds are interleaved over the stages, so that a busy moment of the machine hits all of them. Slow models
+# get fewer rounds, but at least three.
 ROUNDS, ROUND_S, ENOUGH_S = 7, 0.15, 20.0
 Row = dict[str, Any]
 
 
 def describe(name: str, model: Trained) -> Row:
-    """A stage's row, without what must be timed: see `time_all`. Without held-out data it has no metrics,
-    which the first row (`dense`) says."""
+    """Returns a stage's row without its timings, which `time_all` adds.
+
+    Without held-out data it has no metrics; the first row (`dense`) says so.
+    """
     state = {"params": model.params, "rest": model.rest}
     held_out = trained.held_out(model, say=name == "dense")
     values = evaluate.run(model.program, state, held_out) if held_out is not None else {}
@@ -46,25 +48,25 @@ def describe(name: str, model: Trained) -> Row:
 
 
 def _weights(model: Trained) -> dict[str, Any]:
-    """What inference holds."""
+    """Returns the arrays that inference needs."""
     return {"params": model.params, "rest": model.rest}
 
 
 def _nonzero(model: Trained) -> int:
-    """Parameters that are not zero, quantized ones as they dequantize."""
+    """Counts parameters that are not zero; quantized ones after dequantization."""
 
     @jax.jit
     def count(params: Any, rest: Any) -> Any:
-        held = {part: rest[part] for part in model.program.model.held}
-        whole = model.program.model.unpack(params, held)
-        leaves = jax.tree.leaves(whole, is_leaf=lambda x: hasattr(x, "astype"))
+        codes = {part: rest[part] for part in model.program.model.held}
+        unpacked = model.program.model.unpack(params, codes)
+        leaves = jax.tree.leaves(unpacked, is_leaf=lambda x: hasattr(x, "astype"))
         return [(w.astype(np.float32) != 0).sum() for w in leaves]
 
     return sum(int(n) for n in count(model.params, model.rest))
 
 
 def _disk_bytes(weights: Any) -> int:
-    """Of a checkpoint that holds the parameters and the rest alone, written to be measured."""
+    """Writes a checkpoint of the parameters and the rest to measure its size."""
     with tempfile.TemporaryDirectory() as directory:
         with Checkpoints(directory, async_save=False) as checkpoints:
             checkpoints.save(0, weights, {})
@@ -75,7 +77,7 @@ def _disk_bytes(weights: Any) -> int:
 
 
 def time_all(rows: Sequence[Row], models: Sequence[Trained]) -> None:
-    """Adds latency, throughput and energy to the rows: a forward pass on one device, of each batch size."""
+    """Adds latency, throughput and energy to the rows: a forward pass on one device for each batch size."""
     device = jax.devices()[0]
     meter = energy.Meter([device])
     for row in rows:
@@ -93,7 +95,7 @@ def time_all(rows: Sequence[Row], models: Sequence[Trained]) -> None:
 
 
 def _forward(model: Trained, n: int, device: jax.Device, has_data: bool) -> tuple[Callable[[], Any], int]:
-    """-> (a call that runs `n` held-out examples, or zeros, to the end, the bytes it takes at its peak)."""
+    """Returns a call that runs `n` held-out examples (or zeros) to the end, and its peak bytes."""
     if has_data:
         first = trained.eval_data(model)[0]
     else:
@@ -115,7 +117,7 @@ def _forward(model: Trained, n: int, device: jax.Device, has_data: bool) -> tupl
 def _interleaved(
     calls: Sequence[Callable[[], Any]], meter: energy.Meter
 ) -> tuple[list[float], list[float | None]]:
-    """-> (seconds a call, joules a call where a counter can be read): medians over the rounds."""
+    """Returns medians over the rounds: seconds a call, and joules a call if there is a counter."""
     for call in calls:
         call()
     seconds: list[list[float]] = [[] for _ in calls]
@@ -139,11 +141,11 @@ def _interleaved(
     )
 
 
-# ------------------------------------------------------------------------------------------------ telling
+# ----------------------------------------------------------------------------------------------- printing
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """The rows for a terminal, dense first."""
+    """Returns the rows as a table for a terminal, dense first."""
     names = main_metrics(rows[0]["metrics"])
     head = ["stage", *names, "params", "nonzero", "disk", "memory", "FLOP/ex", *(f"ms b{n}" for n in BATCHES)]
     head += [f"ex/s b{BATCHES[-1]}", f"mJ/ex b{BATCHES[-1]}"]
@@ -163,14 +165,14 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def main_metrics(metrics: Iterable[str]) -> list[str]:
-    """The one or two that people read first."""
+    """Returns the one or two metrics that people read first."""
     known, metrics = ("bits_per_byte", "accuracy", "exact_match", "mae", "r2"), set(metrics)
     return [name for name in known if name in metrics][:2] or sorted(metrics)[:2]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Says plainly which choices did not make the model faster here, and why."""
-    dense, said = rows[0], []
+    """Says which stages did not make the model faster here, and why."""
+    dense, lines = rows[0], []
     for row in rows[1:]:
         gains = [dense["latency_s"][str(n)] / row["latency_s"][str(n)] for n in BATCHES]
         if max(gains) >= 1.05:
@@ -181,47 +183,58 @@ def notes(rows: Sequence[Row]) -> list[str]:
             why = "its products run on floats that are dequantized first, which saves bytes, not time"
         elif sparse:
             why = "a dense unit multiplies zeros like any other number"
-        said.append(
+        lines.append(
             f"{row['stage']}: not faster than dense here ({', '.join(f'{g:.2f}x' for g in gains)}): {why}"
         )
-    return said
+    return lines
 
 
 def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Quality against bytes and against latency; stages that no other beats in both are joined."""
+    """Draws quality against bytes and against latency, one numbered dot a stage.
+
+    A dark dot is a stage that no other stage dominates (smaller or faster, and no worse); a line joins them.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     name = main_metrics(rows[0]["metrics"])[0]
     up = name in ("accuracy", "exact_match", "r2")
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4 + 0.22 * len(rows)), layout="constrained")
     quality = [row["metrics"][name] for row in rows]
     last = str(BATCHES[-1])
     costs = {
-        "memory, MiB": [row["memory_bytes"] / 2**20 for row in rows],
-        f"latency of {last} examples, ms": [1e3 * row["latency_s"][last] for row in rows],
+        "memory (MiB)": [row["memory_bytes"] / 2**20 for row in rows],
+        f"latency of {last} examples (ms)": [1e3 * row["latency_s"][last] for row in rows],
     }
     for axes, (label, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
         front = sorted(pareto(cost, [-q if up else q for q in quality]), key=lambda i: cost[i])
-        axes.plot([cost[i] for i in front], [quality[i] for i in front], color="#b0b7bf", zorder=1)
-        axes.scatter(
-            cost, quality, color=["#1f4e79" if i in front else "#b0b7bf" for i in range(len(rows))], zorder=2
-        )
-        for i, row in enumerate(rows):
-            inward = "right" if cost[i] > 0.6 * max(cost) else "left"
+        axes.plot([cost[i] for i in front], [quality[i] for i in front], color=GREY, zorder=1)
+        colors = [DARK if i in front else GREY for i in range(len(rows))]
+        axes.scatter(cost, quality, s=190, color=colors, zorder=2)
+        for i in range(len(rows)):
             axes.annotate(
-                row["stage"], (cost[i], quality[i]), xytext=(0, -15 if i % 2 else 7), fontsize=8,
-                textcoords="offset points", horizontalalignment=inward,
-            )  # fmt: skip
+                str(i), (cost[i], quality[i]), ha="center", va="center", color="white", fontsize=9, zorder=3
+            )
         axes.set_xlabel(label)
         axes.margins(0.15)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(f"{name} ({'higher' if up else 'lower'} is better)")
+    dots = {DARK: "no other stage is better in both", GREY: "another stage is"}
+    handles = [Line2D([], [], marker="o", ls="", ms=9, color=c, label=text) for c, text in dots.items()]
+    stages = [
+        Line2D([], [], marker=f"${i}$", ls="", ms=7, color="black", label=row["stage"])
+        for i, row in enumerate(rows)
+    ]
+    figure.legend(handles=[*stages, *handles], loc="outside lower left", frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
+DARK, GREY = "#1f4e79", "#a3abb5"
+
+
 def pareto(cost: Sequence[float], loss: Sequence[float]) -> list[int]:
-    """Which points no other beats in one and equals or beats in the other."""
+    """Returns the indices of points that no other point dominates."""
     points = list(zip(cost, loss, strict=True))
     return [
         i for i, (c, q) in enumerate(points)
@@ -238,9 +251,11 @@ def say(lines: Sequence[str]) -> None:
 
 
 def spread(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """The rows of a recipe that ran with several seeds -> for each stage and metric its values, their mean
-    and standard deviation, and `gain`: the mean difference from the stage before, seed by seed, with the p of
-    a two-sided paired t-test (None where all differences are alike)."""
+    """Summarizes the rows of several seeds: for each stage and metric the values, their mean and deviation.
+
+    `gain` is the mean difference from the stage before, seed by seed; `p` is that of a two-sided paired
+    t-test (None if all differences are equal).
+    """
     out: list[Row] = []
     for index, stage in enumerate(runs[0]):
         metrics = {}
@@ -259,7 +274,7 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def paired_t(differences: Sequence[float]) -> float | None:
-    """The chance of a mean at least so far from 0 if chance alone made the differences (Student 1908)."""
+    """Returns the p-value of a mean this far from 0 under the null hypothesis (Student 1908)."""
     count, deviation = len(differences), _deviation(differences)
     if not deviation:
         return None
@@ -268,14 +283,14 @@ def paired_t(differences: Sequence[float]) -> float | None:
 
 
 def spread_table(rows: Sequence[Row]) -> list[str]:
-    """What `spread` found, for a terminal."""
+    """Returns the rows of `spread` as lines for a terminal."""
     lines = []
     for row in rows:
         for name in main_metrics(row["metrics"]):
             m = row["metrics"][name]
             line = f"{row['stage']}: {name} {m['mean']:.4f}, sd {m['sd']:.4f} of {len(m['values'])} seeds"
             if "gain" in m:
-                chance = "always alike" if m["p"] is None else f"p = {m['p']:.2g}, paired t"
+                chance = "no spread" if m["p"] is None else f"p = {m['p']:.2g}, paired t"
                 line += f"; {m['gain']:+.4f} from the stage before ({chance})"
             lines.append(line)
     return lines

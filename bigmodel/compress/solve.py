@@ -1,4 +1,4 @@
-"""One weight after another is changed, and those after it make up for the error: SparseGPT and GPTQ.
+"""SparseGPT and GPTQ: change weights one after another; later ones compensate for the error of earlier ones.
 
 Both are Optimal Brain Surgeon (Hassibi and Stork 1993) in a fixed order, on the layer's own squared error
 || X (W - W') ||^2, whose Hessian is X^T X.
@@ -19,18 +19,18 @@ from bigmodel.config import Prune
 from bigmodel.models import weights
 from bigmodel.sparsity import masks, pattern
 
-BLOCK = 128  # inputs whose errors the later ones hear of at once
-DAMPING = 0.01  # of the Hessian's mean diagonal, added to it (Frantar et al. 2022, section 3.3)
-Prepare = Callable[[jax.Array, jax.Array], jax.Array]  # rows [G, O], diagonal [G] -> what settles them
-Settle = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # row [O], that, its place -> its new value
+BLOCK = 128  # inputs whose errors reach the later ones in one product
+DAMPING = 0.01  # share of the Hessian's mean diagonal that is added to it (Frantar et al. 2022, section 3.3)
+Prepare = Callable[[jax.Array, jax.Array], jax.Array]  # rows [G, O], diagonal [G] -> scales or masks
+Settle = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # row [O], those, its index -> the new row
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """How `in_order` walks the inputs, of which the last block, and its last group, may be smaller.
+    """Sizes of the blocks and groups in which `in_order` walks the inputs; the last ones may be smaller.
 
-    What is still to come hears of a group's errors before the next group is prepared; of a block's, in one
-    product.
+    A group's errors reach the rest of its block before the next group is prepared; a block's errors reach the
+    later blocks in one product.
     """
 
     block: int
@@ -40,10 +40,10 @@ class Order:
 def in_order(
     w_IO: jax.Array, gram_II: jax.Array, order: Order, prepare: Prepare, settle: Settle
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """-> (new weights [I, O], what `prepare` gave for the groups, stacked: of whole blocks, of the last one).
+    """Returns new weights [I, O], and the stacked results of `prepare`: of full blocks, then of the last one.
 
-    Frantar et al. 2022, section 3.3: the inverse Hessian's Cholesky factor holds all that is needed of it.
-    float32.
+    Frantar et al. 2022, section 3.3: the Cholesky factor of the inverse Hessian is all that is needed of it.
+    Computes in float32.
     """
     inputs, block = w_IO.shape[0], order.block
     dead_I = jnp.diag(gram_II) == 0
@@ -76,12 +76,12 @@ def in_order(
 def _settled(
     rows_BO: jax.Array, u_BB: jax.Array, group: int, prepare: Prepare, settle: Settle
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A block's rows, one after another -> (new rows, their errors, what each group was prepared with)."""
+    """Settles a block's rows one by one: returns new rows, their errors, and each group's `prepare`."""
     at_B, diagonal_B = jnp.arange(len(rows_BO)), jnp.diag(u_BB)
 
     def one_group(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[Any, jax.Array]:
-        mine_GO = jax.lax.dynamic_slice_in_dim(carry[0], start, group)
-        prepared = prepare(mine_GO, jax.lax.dynamic_slice_in_dim(diagonal_B, start, group))
+        rows_GO = jax.lax.dynamic_slice_in_dim(carry[0], start, group)
+        prepared = prepare(rows_GO, jax.lax.dynamic_slice_in_dim(diagonal_B, start, group))
 
         def one_row(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             (rows_BO, errors_BO), j = carry, start + k
@@ -99,9 +99,11 @@ def _settled(
 
 
 def sparsegpt(w: jax.Array, gram: jax.Array, how: Prune) -> jax.Array:
-    """w [..., I, O] pruned as `how` says, the rest of it changed to make up (Frantar and Alistarh 2023,
-    algorithm 1): what costs least goes, w^2 / diagonal^2, of a block of 128 inputs at once; of N:M, of each M
-    inputs when their turn comes (section 3.4)."""
+    """Prunes w [..., I, O] as `how` says and changes the rest to compensate (Frantar and Alistarh 2023).
+
+    Algorithm 1: removes the weights with the least w^2 / diagonal^2, chosen for a block of 128 inputs at
+    once, or for N:M patterns for each M inputs in turn (section 3.4).
+    """
     how = dataclasses.replace(how, scope="layer")
     order = Order(BLOCK, BLOCK)
     if how.pattern:
@@ -119,32 +121,32 @@ def sparsegpt(w: jax.Array, gram: jax.Array, how: Prune) -> jax.Array:
 
 
 def gptq(w: jax.Array, gram: jax.Array, kind: str, group: int) -> weights.Quantized:
-    """w [..., I, O] quantized, each weight after those before it made up for (Frantar et al. 2022).
+    """Quantizes w [..., I, O] weight by weight; later ones compensate for earlier ones (Frantar et al. 2022).
 
-    A group's scale is chosen when its turn comes; without groups, an output's is of its own weights.
+    A group's scale is chosen when its turn comes; without groups, each output has one scale.
     """
     inputs = w.shape[-2]
     grouped = 0 < group < inputs
     order = Order(group, group) if grouped else Order(BLOCK, BLOCK)
 
     def one(w_IO: jax.Array, h_II: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whole = weights.quantize(w_IO, (-2,), kind, 0, search=True).scale
+        per_output = weights.quantize(w_IO, (-2,), kind, 0, search=True).scale
 
         def prepare(rows_GO: jax.Array, diagonal_G: jax.Array) -> jax.Array:
-            return weights.quantize(rows_GO, (-2,), kind, 0, search=True).scale if grouped else whole
+            return weights.quantize(rows_GO, (-2,), kind, 0, search=True).scale if grouped else per_output
 
         def settle(row_O: jax.Array, scale_1O: jax.Array, k: jax.Array) -> jax.Array:
             return weights.encode(row_O[None], scale_1O, kind).astype(jnp.float32)[0]
 
         new_IO, scales = in_order(w_IO, h_II, order, prepare, settle)
-        return new_IO, scales[0][:, 0] if grouped else whole
+        return new_IO, scales[0][:, 0] if grouped else per_output
 
     new, scale = _over_stack(one)(w.astype(jnp.float32), gram)
     return weights.encode(new, scale, kind)
 
 
 def _over_stack(function: Any) -> Any:
-    """Of [I, O] and [I, I] -> of [..., I, O] and [..., I, I]."""
+    """Maps a function of [I, O] and [I, I] over leading dimensions."""
 
     def over(w: jax.Array, gram: jax.Array) -> Any:
         mapped = function

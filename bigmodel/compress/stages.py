@@ -1,6 +1,6 @@
-"""A workdir and a recipe -> a smaller workdir, and a report of every stage.
+"""Runs a recipe on a workdir: writes a smaller workdir and a report of every stage.
 
-Everything is made in OUT.partial, which takes OUT's name when all is done: bad input leaves OUT untouched.
+Everything is written to OUT.partial, which is renamed to OUT at the end, so bad input leaves OUT untouched.
 """
 
 from __future__ import annotations
@@ -15,38 +15,39 @@ from dataclasses import replace
 from bigmodel import log, train, workdir
 from bigmodel.checkpoint import transfer
 from bigmodel.compress import distill, prune, quantize, recipe, report, structure, trained
-from bigmodel.compress.recipe import Op, Stage
+from bigmodel.compress.recipe import Stage, Step
 from bigmodel.compress.trained import Trained
-from bigmodel.config import InputError
+from bigmodel.config import Config, InputError
 
-SEEDS_APART = 100  # those of two repetitions: each training step of a recipe takes the next one
+SEED_STRIDE = 100  # between two repetitions: each training step of a recipe takes the next seed
 
 
 def run(
     directory: str | os.PathLike[str], stages: tuple[Stage, ...], out: str | os.PathLike[str], seed: int = -1
 ) -> list[report.Row]:
-    """Takes the run in `directory` through the recipe; writes `out`, report.json and report.png in it.
+    """Runs the recipe on the run in `directory`; writes the workdir `out` with report.json and report.png.
 
-    Training data are needed by what trains or calibrates alone; without held-out data there are no metrics,
-    and no picture of them.
+    Only steps that train or calibrate need training data. Without held-out data there are no metrics and no
+    picture.
 
     Args:
-        seed: of what is random in it; -1: the run's own.
+        seed: -1 for the run's own.
 
     Raises:
-        InputError: `out` holds something, there is no good checkpoint, or a step does not fit the model.
+        InputError: `out` is not empty, there is no good checkpoint, or a step does not fit the model.
         train.NotFinite: training diverged.
     """
     log.show_logging()
-    with _made_whole(out) as scratch:
+    with _new_workdir(out) as scratch:
         model = trained.load(directory)
+        check(model.config, stages)
         if seed >= 0:
             model = trained.changed(model, model.config.replace(seed=seed), model.params, model.rest)
         seed = model.config.seed
         rows, models = [report.describe("dense", model)], [model]
         for number, stage in enumerate(stages, 1):
-            for index, op in enumerate(stage.ops):
-                model = _apply(model, op, scratch / f"{number}-{index}", pathlib.Path(directory), seed)
+            for index, step in enumerate(stage.steps):
+                model = _apply(model, step, scratch / f"{number}-{index}", pathlib.Path(directory), seed)
             log.say(f"stage     {stage.name}")
             rows.append(report.describe(stage.name, model))
             models.append(model)
@@ -63,13 +64,16 @@ def run(
 def repeat(
     directory: str | os.PathLike[str], stages: tuple[Stage, ...], out: str | os.PathLike[str], times: int
 ) -> list[report.Row]:
-    """`run`, so often, into `out`/1, `out`/2 ..., with seeds of their own, and `out`/report.json, which says
-    how far they spread and whether a stage differs from the one before. Raises as `run`."""
+    """Calls `run` `times` times with different seeds, into `out`/1, `out`/2 and so on.
+
+    `out`/report.json gives the spread of each stage's metrics, and whether a stage differs from the one
+    before. Raises as `run`.
+    """
     first = workdir.read_config(pathlib.Path(directory)).seed
-    with _made_whole(out) as scratch:
+    with _new_workdir(out) as scratch:
         made = scratch / "made"
         runs = [
-            run(directory, stages, made / str(number + 1), first + SEEDS_APART * number)
+            run(directory, stages, made / str(number + 1), first + SEED_STRIDE * number)
             for number in range(times)
         ]
         rows = report.spread(runs)
@@ -79,11 +83,11 @@ def repeat(
 
 
 @contextlib.contextmanager
-def _made_whole(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A scratch directory; what is then in its `made` takes the name `out` if nothing is raised.
+def _new_workdir(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a scratch directory; its `made` is renamed to `out` if nothing is raised.
 
     Raises:
-        InputError: `out` holds something or cannot be written.
+        InputError: `out` is not empty or cannot be written.
     """
     target = pathlib.Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -102,29 +106,59 @@ def _made_whole(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _apply(model: Trained, op: Op, scratch: pathlib.Path, teacher: pathlib.Path, seed: int) -> Trained:
-    """One step of a stage. What trains does so in `scratch`, a workdir of its own. New students begin with
-    the same seed, so that their stages can be compared."""
-    if isinstance(op, recipe.Quantize):
-        if op.steps:
-            model = tune(quantize.aware(model, op), op.steps, 0.0, scratch)
-        return quantize.apply(model, op)
-    if isinstance(op, recipe.Finetune):
-        return tune(model, op.steps, op.lr, scratch)
-    if isinstance(op, recipe.Distill):
-        student = distill.begin(model, op, _teacher(model, op, teacher, scratch), seed)
-        return distill.end(tune(student, op.steps, distill.learning_rate(model, op), scratch))
-    if op.unit != "weights":
-        return structure.apply(model, op)
-    if not op.steps:
-        return prune.apply(model, op)
-    model = tune(prune.scheduled(model, op), op.steps, 0.0, scratch)
+def check(config: Config, stages: tuple[Stage, ...]) -> None:
+    """Refuses a recipe that cannot end well, before its first stage spends hours.
+
+    Args:
+        config: the config of the run that is compressed.
+
+    Raises:
+        InputError: a quantized model is pruned or quantized again, the family has no such units, a student's
+            config is wrong, or the chip has no such number format.
+    """
+    for stage in stages:
+        for step in stage.steps:
+            quantized = config.quantize.weights != "none" and not config.quantize.aware
+            if quantized and isinstance(step, recipe.PruneStep | recipe.QuantizeStep):
+                prunes = isinstance(step, recipe.PruneStep)
+                fix = "prune it before" if prunes else "start from a run that is not quantized"
+                raise InputError(
+                    f"recipe stage {stage.name}: the model is {config.quantize.weights} already; {fix}"
+                )
+            if isinstance(step, recipe.QuantizeStep):
+                quantize.check_chip(step)
+                config = config.replace(quantize=quantize.settings(step))
+            elif isinstance(step, recipe.PruneStep) and step.unit != "weights":
+                structure.check(config.model, step.unit)
+            elif isinstance(step, recipe.DistillStep) and step.student:
+                config = distill.smaller(config, step.student)
+
+
+def _apply(model: Trained, step: Step, scratch: pathlib.Path, teacher: pathlib.Path, seed: int) -> Trained:
+    """Runs one step. Training uses `scratch` as its workdir. All new students begin with the same seed, so
+    that stages can be compared."""
+    if isinstance(step, recipe.QuantizeStep):
+        if step.steps:
+            model = tune(quantize.aware(model, step), step.steps, 0.0, scratch)
+        return quantize.apply(model, step)
+    if isinstance(step, recipe.FinetuneStep):
+        return tune(model, step.steps, step.lr, scratch)
+    if isinstance(step, recipe.DistillStep):
+        student = distill.begin(model, step, _teacher(model, step, teacher, scratch), seed)
+        return distill.end(tune(student, step.steps, distill.learning_rate(model, step), scratch))
+    if step.unit != "weights":
+        return structure.apply(model, step)
+    if not step.steps:
+        return prune.apply(model, step)
+    model = tune(prune.scheduled(model, step), step.steps, 0.0, scratch)
     return prune.finished(model)
 
 
-def _teacher(model: Trained, op: recipe.Distill, first: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
-    """The teacher's workdir; one is made in `scratch` of a directory in Hugging Face's layout."""
-    given = pathlib.Path(op.teacher) if op.teacher else first
+def _teacher(
+    model: Trained, step: recipe.DistillStep, first: pathlib.Path, scratch: pathlib.Path
+) -> pathlib.Path:
+    """Returns the teacher's workdir; imports a directory in Hugging Face's layout next to `scratch`."""
+    given = pathlib.Path(step.teacher) if step.teacher else first
     if (given / "checkpoints").is_dir() or not any(given.glob("*.safetensors")):
         return given
     made = scratch.with_name(f"{scratch.name}-teacher")
@@ -133,7 +167,7 @@ def _teacher(model: Trained, op: recipe.Distill, first: pathlib.Path, scratch: p
 
 
 def tune(model: Trained, steps: int, lr: float, scratch: pathlib.Path) -> Trained:
-    """Trains on: a run of its own, in the order of another seed.
+    """Trains on in a run of its own, with the next seed's data order.
 
     Args:
         lr: 0: a tenth of the config's.
@@ -146,7 +180,7 @@ def tune(model: Trained, steps: int, lr: float, scratch: pathlib.Path) -> Traine
     )  # fmt: skip
     trained.save(trained.changed(model, config, model.params, model.rest), scratch)
     result = train.run(config, scratch)
-    if result.exit_code != train.DONE:  # stopped by a signal: half a training is no stage
+    if result.exit_code != train.DONE:  # stopped by a signal: half a stage is of no use
         raise SystemExit(result.exit_code)
     params = result.program.evaluated(result.state)
     return Trained(result.program, params, result.state["rest"], scratch, result.state, result.step)

@@ -1,7 +1,7 @@
-"""Whole parts taken out: attention heads, hidden units, channels, layers. What is left is a smaller config.
+"""Structured pruning: removes attention heads, hidden units, channels or layers; the config becomes smaller.
 
-A unit's importance is Molchanov et al. 2019, eq. 8: (sum over its weights of weight x gradient)^2, the loss
-that goes with it to first order, averaged over batches. A layer's is the loss without it, measured.
+A unit's importance is Molchanov et al. 2019, eq. 8, averaged over batches: (sum over its weights of
+weight x gradient)^2, the change of the loss to first order. A layer's importance is the loss without it.
 """
 
 from __future__ import annotations
@@ -21,32 +21,35 @@ from bigmodel.compress.trained import Trained
 from bigmodel.config import InputError
 
 
-def apply(model: Trained, op: recipe.Prune) -> Trained:
-    """The model without `op.amount` of its units, each layer keeping the most important of its own.
+def check(c: Any, unit: str) -> None:
+    """Raises InputError if the family of `config.model` c has no such units."""
+    if unit not in channels.kinds(c):
+        choices = ", ".join(["weights", *channels.kinds(c)])
+        raise InputError(f"recipe step prune: {_refusal(c, unit)}; choose {choices}")
+
+
+def apply(model: Trained, step: recipe.PruneStep) -> Trained:
+    """Removes `step.amount` of the model's units; each layer keeps its most important ones.
 
     Raises:
-        InputError: the family has no such units, or the model is quantized.
+        InputError: the family has no such units.
     """
-    if model.config.quantize.weights != "none":
-        raise InputError("recipe step prune: the model is quantized already; prune it before")
     c = model.config.model
-    if op.unit not in channels.kinds(c):
-        choices = ", ".join(["weights", *channels.kinds(c)])
-        raise InputError(f"recipe step prune: {_refusal(c, op.unit)}; choose {choices}")
-    if op.unit == "layers":
-        return _without_layers(model, op.amount)
-    smaller = dataclasses.replace(c, **channels.fewer(c, op.unit, op.amount))
+    check(c, step.unit)
+    if step.unit == "layers":
+        return _without_layers(model, step.amount)
+    smaller = dataclasses.replace(c, **channels.fewer(c, step.unit, step.amount))
     config = model.config.replace(model=smaller)
     flat, spec = arrays(vars(model)), trained.build(config, model.program).state_spec
-    groups, left = channels.find(c, op.unit, flat), channels.find(smaller, op.unit, arrays(spec))
+    groups, left = channels.find(c, step.unit, flat), channels.find(smaller, step.unit, arrays(spec))
     keep: dict[tuple[str, int], np.ndarray] = {}
     for group, then, score in zip(groups, left, _importance(model, groups), strict=True):
         worst = np.argsort(-score, axis=-1, kind="stable")[..., then.count :]
         for cut in group.cuts:
             size = flat[cut.path].shape[cut.axis]
             mask = keep.setdefault((cut.path, cut.axis), np.ones((*score.shape[:-1], size), bool))
-            gone = cut.places(size, group.count)[worst]
-            np.put_along_axis(mask, gone.reshape(*gone.shape[:-2], -1), False, axis=-1)
+            removed = cut.places(size, group.count)[worst]
+            np.put_along_axis(mask, removed.reshape(*removed.shape[:-2], -1), False, axis=-1)
     for (path, axis), mask in keep.items():
         flat[path] = _take(flat[path], axis, mask)
     parts = (
@@ -61,12 +64,12 @@ PARTS = ("params", "rest")
 
 
 def arrays(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a state's `params` and `rest`, by path."""
+    """Returns the leaves of a state's `params` and `rest` by path."""
     return {f"{part}/{path}": x for part in PARTS for path, x in trees.by_path(state[part]).items()}
 
 
 def _refusal(c: Any, unit: str) -> str:
-    """Why a family has no such units."""
+    """Says why a family has no such units."""
     why = {
         "layers": "each of its layers changes the shape of what it reads",
         "channels": "one stream runs through all its layers, whose norms measure all of it",
@@ -75,7 +78,7 @@ def _refusal(c: Any, unit: str) -> str:
 
 
 def _importance(model: Trained, groups: list[Units]) -> list[np.ndarray]:
-    """For each group [lead..., units]."""
+    """Returns the importance of each group's units, [lead..., units]."""
     params = trees.by_path(model.params)
 
     @jax.jit
@@ -95,14 +98,17 @@ def _importance(model: Trained, groups: list[Units]) -> list[np.ndarray]:
 
 
 def _per_unit(x: jax.Array, cut: Cut, group: Units) -> jax.Array:
-    """Sums over everything but the leading dimensions and the units -> [lead..., units]."""
+    """Sums over all but the leading dimensions and the units: returns [lead..., units]."""
     axis = x.ndim + cut.axis
     along = x.sum(tuple(i for i in range(group.lead, x.ndim) if i != axis))
     return along[..., cut.places(x.shape[axis], group.count)].sum(-1)
 
 
 def _take(x: jax.Array, axis: int, mask: np.ndarray) -> jax.Array:
-    """x without what `mask` [lead..., size of the axis] says no to, equally many for each of `lead`."""
+    """Returns the entries of x along `axis` where `mask` [lead..., size of the axis] is true.
+
+    Each of the leading dimensions has as many.
+    """
     lead = mask.shape[:-1]
     index = np.nonzero(mask)[-1].reshape(*lead, -1)
     before = x.ndim + axis - len(lead)
@@ -114,7 +120,7 @@ def _take(x: jax.Array, axis: int, mask: np.ndarray) -> jax.Array:
 
 
 def _without_layers(model: Trained, amount: float) -> Trained:
-    """One layer after another goes: each time the one without which the loss is lowest."""
+    """Removes layers one by one, each time the one without which the loss is lowest."""
     for key, (_, depth) in model.config.model.stacks.items():
         target = max(round(depth * (1 - amount)), 1)
         for _ in range(depth - target):
@@ -129,8 +135,8 @@ def _without_one(model: Trained, key: str) -> Trained:
     flat = {name: x for name, x in trees.by_path(model.params).items() if name.startswith(stack + "/")}
 
     def without(layer: int) -> Any:
-        kept = np.delete(np.arange(depth), layer)
-        return trees.with_leaves(model.params, {name: x[kept] for name, x in flat.items()})
+        others = np.delete(np.arange(depth), layer)
+        return trees.with_leaves(model.params, {name: x[others] for name, x in flat.items()})
 
     smaller = trained.changed(model, config, without(0), model.rest)
     losses = [_loss(dataclasses.replace(smaller, params=without(layer))) for layer in range(depth)]
@@ -138,7 +144,7 @@ def _without_one(model: Trained, key: str) -> Trained:
 
 
 def _loss(model: Trained) -> float:
-    """Of the calibration batches."""
+    """The mean loss of the calibration batches."""
     state = {"params": model.params, "rest": model.rest}
     terms = [jax.device_get(model.program.eval_step(state, b)["loss"]) for b in observe.batches(model)]
     total, weight = np.sum(terms, axis=0)

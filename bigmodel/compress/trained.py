@@ -1,4 +1,4 @@
-"""A trained model on its way through a recipe: its Program, its parameters, and how it is written."""
+"""A trained model between the steps of a recipe: loads, changes and saves it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from bigmodel.data import tokenizer_files
 from bigmodel.infer import loading
 from bigmodel.program import Program
 
-# What `train` and `evaluate` make of a run; every other file of a workdir (a tokenizer) goes with the model.
-MADE = (
+# Files that `train` and `evaluate` write; every other file of a workdir (a tokenizer) goes with the model.
+WRITTEN = (
     "config.json", "plan.json", "ledger.json", "metrics.jsonl", "loss.png", "evaluation.json", "report.json",
     "report.png", "init.json", ".lock",
 )  # fmt: skip
@@ -28,13 +28,13 @@ MADE = (
 
 @dataclass(frozen=True)
 class Trained:
-    """A model between two steps. `step` is that of `state` where training went on, else 0."""
+    """A model between two steps. `step` counts the updates of `state` after training, else it is 0."""
 
     program: Program
     params: Any
     rest: Any
     source: pathlib.Path  # the workdir whose files (a tokenizer) go with it
-    state: Any = None  # the whole state, after training
+    state: Any = None  # the entire state, after training
     step: int = 0
 
     @property
@@ -43,21 +43,21 @@ class Trained:
 
 
 def load(directory: str | os.PathLike[str]) -> Trained:
-    """The newest checkpoint of a run; its moving average where it has one. Raises InputError."""
+    """Loads the newest checkpoint of a run, the moving average if it has one. Raises InputError."""
     built, state = loading.load(directory)
     return Trained(built, built.evaluated(state), state["rest"], pathlib.Path(directory))
 
 
 def build(config: Config, like: Program) -> Program:
-    """The Program of a changed config, on the devices that `like` is on, for the same batches."""
+    """Builds the Program of a changed config for the devices and batches of `like`."""
     return program.build(config, like.mesh, like.batch_spec)
 
 
 def changed(model: Trained, config: Config, params: Any, rest: Any) -> Trained:
-    """`model` with another config and the arrays that go with it, which are laid out as its Program wants.
+    """Returns `model` with another config and its arrays, sharded as the new Program's specs say.
 
     Raises:
-        InputError: they do not fit together, which is a fault of the step that made them.
+        InputError: config and arrays do not fit together, which is a fault of the step that made them.
     """
     built = build(config, model.program)
     for name, tree in (("params", params), ("rest", rest)):
@@ -76,11 +76,13 @@ def _shape(x: Any) -> str:
 
 
 def save(model: Trained, directory: pathlib.Path) -> None:
-    """Writes an ordinary workdir: config.json, the model's own files and a checkpoint that training goes on
-    from, at step 0 unless training made it."""
+    """Writes an ordinary workdir: config.json, the model's own files and a checkpoint to train on from.
+
+    The checkpoint is at step 0 unless training made it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for path in model.source.iterdir():
-        if path.is_file() and path.name.partition(".damaged-")[0] not in MADE:
+        if path.is_file() and path.name.partition(".damaged-")[0] not in WRITTEN:
             shutil.copyfile(path, directory / path.name)
     if (origin := model.source / tokenizer_files.ORIGIN).is_dir():  # how an imported model reads its inputs
         shutil.copytree(origin, directory / tokenizer_files.ORIGIN, dirs_exist_ok=True)
@@ -94,7 +96,7 @@ def save(model: Trained, directory: pathlib.Path) -> None:
 
 
 def _meta(model: Trained, directory: pathlib.Path) -> dict[str, Any]:
-    """What the checkpoint says of its run. Without training data, what the source's says of them."""
+    """Returns the checkpoint's metadata. Without training data, the data's fingerprint is the source's."""
     try:
         pipeline = tasks.make_pipeline(model.config, "train", directory, **_rows(model.program)).fingerprint()
     except InputError as error:
@@ -106,12 +108,12 @@ def _meta(model: Trained, directory: pathlib.Path) -> dict[str, Any]:
 
 
 def eval_data(model: Trained) -> data.Pipeline:
-    """The held-out split of the model's config. Raises InputError where it is not there."""
+    """Opens the held-out split of the model's config. Raises InputError if it is missing."""
     return tasks.make_pipeline(model.config, "eval", model.source, **_rows(model.program))
 
 
 def held_out(model: Trained, say: bool) -> data.Pipeline | None:
-    """`eval_data`, or None where it is not there. `say`: says why."""
+    """Returns `eval_data`, or None if it is missing; `say` prints why."""
     try:
         return eval_data(model)
     except InputError as error:
@@ -121,11 +123,7 @@ def held_out(model: Trained, say: bool) -> data.Pipeline | None:
 
 
 def train_data(model: Trained) -> data.Pipeline:
-    """The training split of the model's config.
-
-    Raises:
-        InputError: it is not there.
-    """
+    """Opens the training split of the model's config. Raises InputError if it is missing."""
     try:
         return tasks.make_pipeline(model.config, "train", model.source, **_rows(model.program))
     except InputError as error:

@@ -1,7 +1,7 @@
-"""Models in Hugging Face's layout: config.json and safetensors <-> a config and parameters of ours.
+"""Reads and writes models in Hugging Face's layout: config.json and safetensors.
 
-Read are GPT-2, Llama, Mixtral, BERT, T5 (v1.0, v1.1), ViT and ResNet. Every tensor's name, shape and dtype
-is checked against the model before any is read, and none is ignored in silence.
+Reads GPT-2, Llama, Mixtral, BERT, T5 (v1.0, v1.1), ViT and ResNet. Checks every tensor's name, shape and
+dtype against the model before it reads any, and ignores none silently.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ __all__ = [
     "write_unused",
 ]
 
-NAMES, UNUSED = "tensors.json", "unused.safetensors"  # of an imported file, for its export
+NAMES, UNUSED = "tensors.json", "unused.safetensors"  # what an export of an imported model puts back
 FLOATS = ("float32", "bfloat16", "float16")
 Arrays = dict[str, np.ndarray]
 
 
 class Pretrained(NamedTuple):
-    """A model of Hugging Face's, before its parameters are read."""
+    """A Hugging Face model before its parameters are read."""
 
     directory: pathlib.Path
     config: Config
@@ -55,10 +55,10 @@ class Pretrained(NamedTuple):
     files: dict[str, str]  # name in the layout -> name in the file
 
     def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
-        """Parameters and statistics by our paths, in the file's dtypes.
+        """Reads parameters and statistics by our paths, in the file's dtypes.
 
         Args:
-            shapes: of the arrays by path, a stack's with its leading [depth].
+            shapes: the arrays' shapes by path; a stack's have a leading [depth].
 
         Raises:
             InputError: a tensor that is missing, left over, or of another shape or dtype.
@@ -77,16 +77,16 @@ class Pretrained(NamedTuple):
         return out
 
     def class_names(self) -> tuple[str, ...]:
-        """By number; () of a model without classes."""
+        """Returns class names by number; () for a model without classes."""
         where = str(self.directory / "config.json")
         return names.classes(self.hf, where) if self.config.task.one_output else ()
 
     def channels(self) -> int:
-        """Of an image."""
+        """Returns the number of channels of an image."""
         return configs.number(self.hf, "num_channels", 3, str(self.directory / "config.json"))
 
     def unused(self) -> Arrays:
-        """The tensors that the model does not need, by their names in the file."""
+        """Reads the tensors that the model does not need, by their names in the file."""
         return {n: self.tensors.read(n) for n in self.tensors.shapes if re.search(self.layout.unused, n)}
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -96,7 +96,7 @@ class Pretrained(NamedTuple):
             raise InputError(f"{where}: no tensor of this layout holds {min(missing_ours)!r}")
         for name, shape in wanted.items():
             if name not in self.files:
-                raise InputError(f"{where} lacks the tensor {name!r} that its config.json asks for")
+                raise InputError(f"{where} lacks the tensor {name!r} that its config.json needs")
             file = self.files[name]
             if self.tensors.shapes[file] != shape:
                 has = list(self.tensors.shapes[file])
@@ -122,9 +122,9 @@ class Pretrained(NamedTuple):
 
 
 def open_pretrained(directory: str | os.PathLike[str]) -> Pretrained:
-    """Reads config.json and the headers of the safetensors files; no tensor yet.
+    """Reads config.json and the headers of the safetensors files, but no tensor yet.
 
-    The config's `param_dtype` is the widest of the file's; `data` is what the directory's tokenizer asks for.
+    The config's `param_dtype` is the widest dtype of the file; `data` follows the directory's tokenizer.
 
     Raises:
         InputError: see `configs.read` and `files.Tensors`.
@@ -153,7 +153,7 @@ def open_pretrained(directory: str | os.PathLike[str]) -> Pretrained:
 
 
 def _files(layout: Layout, tensors: Tensors) -> dict[str, str]:
-    """Name in the layout -> name in the file, which may lack the prefix, or have TensorFlow's old names."""
+    """Maps names of the layout to the file's, which may lack the prefix or be TensorFlow's old ones."""
     bare = not any(name.startswith(layout.prefix) for name in tensors.shapes)
     known = {theirs for _, theirs, _, _ in layout.expand()} | layout.copies.keys()
     out = {}
@@ -165,7 +165,7 @@ def _files(layout: Layout, tensors: Tensors) -> dict[str, str]:
 
 
 def _shapes_there(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Their tensors' shapes, from those of ours."""
+    """Returns the shapes of their tensors, given the shapes of our arrays."""
 
     def empty(ours: str, index: tuple[int, ...]) -> np.ndarray:
         return np.broadcast_to(np.float32(0), shapes[ours][len(index) :])
@@ -174,7 +174,7 @@ def _shapes_there(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict
 
 
 def _joined(layout: Layout, array: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, their tensor) from `array(our path, index)`; pieces follow each other in the rows."""
+    """Yields (their name, their tensor) from `array(our path, index)`; the rows list pieces in order."""
     pieces: dict[str, list[np.ndarray]] = {}
     for ours, theirs, index, form in layout.expand():
         x = form.write(array(ours, index))
@@ -187,9 +187,9 @@ def _joined(layout: Layout, array: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def tensors_of(config: Config, arrays: Mapping[str, np.ndarray]) -> tuple[Layout | None, Arrays]:
-    """Parameters and statistics by our paths -> (the layout, tensors by Hugging Face's names).
+    """Converts parameters and statistics by our paths: returns (layout, tensors by Hugging Face's names).
 
-    A model that Hugging Face has no class for keeps our paths, with dots; its layout is None.
+    A model that transformers has no class for keeps our paths, with dots; its layout is None.
     """
     layout = layouts.of(config)
     if layout is None:
@@ -201,13 +201,13 @@ def tensors_of(config: Config, arrays: Mapping[str, np.ndarray]) -> tuple[Layout
 def write_config(
     config: Config, layout: Layout, arrays: Mapping[str, np.ndarray], class_names: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The config.json of an export; `arrays` as for `tensors_of`."""
+    """Returns the config.json of an export; `arrays` as for `tensors_of`."""
     size, channels = image_of(config, arrays)
     return configs.write(config, layout, channels, size, class_names)
 
 
 def image_of(config: Config, arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """-> (the size of the images that a model reads, their channels); 0 and 3 of one that reads none."""
+    """Returns the size and the channels of the images that a model reads; 0 and 3 if it reads none."""
     c = config.model
     if isinstance(c, families.ViT):
         patches = arrays["positions/table"].shape[0] - 1
@@ -217,20 +217,21 @@ def image_of(config: Config, arrays: Mapping[str, np.ndarray]) -> tuple[int, int
     return 0, 3
 
 
-# --------------------------------------------------------------------------------- what an import puts aside
+# ------------------------------------------------------------------------------------- files of an import
 
 
 def write_unused(pretrained: Pretrained, directory: pathlib.Path) -> None:
-    """Keeps the file's names and dtypes, and the tensors that the model has no place for."""
+    """Stores the file's names and dtypes, and the tensors that the model has no place for."""
     dtypes, shapes = pretrained.tensors.dtypes, pretrained.tensors.shapes
     names = {file: [name, dtypes[file], list(shapes[file])] for name, file in pretrained.files.items()}
     (directory / NAMES).write_text(json.dumps({"param_dtype": pretrained.config.param_dtype, "names": names}))
     if unused := pretrained.unused():
         save_file(unused, directory / UNUSED, metadata={"format": "pt"})
+        (directory / UNUSED).chmod(0o644)
 
 
 def describes(directory: pathlib.Path, config: Config) -> bool:
-    """Whether the config.json that came with an import still says what its model is."""
+    """Returns true if the config.json that came with an import still describes its model."""
     stored, hf = read_json(directory / NAMES), read_json(directory / "config.json")
     tensors = {name for name, _, _ in stored["names"].values()}
     tree = configs.read(hf, tensors | stored["names"].keys(), str(directory / "config.json"))
@@ -238,18 +239,18 @@ def describes(directory: pathlib.Path, config: Config) -> bool:
 
 
 def as_imported(directory: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Config) -> Arrays:
-    """`tensors` under the names and in the dtypes of the file they came from, with what was put aside."""
-    kept = read_json(directory / NAMES)
+    """Returns `tensors` by the names and in the dtypes of the imported file, with its unused tensors."""
+    stored = read_json(directory / NAMES)
     aside = load_file(directory / UNUSED) if (directory / UNUSED).is_file() else {}
     layout = layouts.of(config)
     copies = layout.copies if layout else {}
-    same_dtype = kept["param_dtype"] == config.param_dtype
+    same_dtype = stored["param_dtype"] == config.param_dtype
     out = {}
-    for file, (name, dtype, _) in kept["names"].items():
+    for file, (name, dtype, _) in stored["names"].items():
         x = aside.get(file, tensors.get(copies.get(name, name)))
         if x is None:
             raise InputError(
-                f"{directory / NAMES} names {file!r}, which this model has not; remove {directory}"
+                f"{directory / NAMES} names {file!r}, which this model lacks; remove {directory}"
             )
         out[file] = x.astype(dtype) if same_dtype else x
     return out

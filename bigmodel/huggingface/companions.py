@@ -1,7 +1,7 @@
-"""The files beside config.json and the weights of a model that was trained here.
+"""Writes the files beside config.json and the weights of an export: tokenizer, generation, preprocessor.
 
-They say what the model was taught to see: what stands around a text, which ids end an answer, how an image is
-made ready. So transformers gives it the same ids and pixels.
+They describe the inputs of training: the tokens around a text, the ids that end an answer, how images are
+prepared. With them, transformers gives the model the same ids and pixels.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Tree = dict[str, Any]
 
 
 def pictures(config: Config, size: int, channels: int) -> dict[str, Tree]:
-    """File name -> its JSON, of a model that reads images."""
+    """Returns the files (name to JSON) of a model that reads images."""
     return {processors.FILE: processors.write(config.data, size, channels)}
 
 
 def texts(config: Config, tokenizer: Tokenizer) -> dict[str, Tree]:
-    """File name -> its JSON, of a model that reads text."""
+    """Returns the files (name to JSON) of a model that reads text."""
     roles = _roles(config, tokenizer)
     tree = _pipeline(tokenizer)
     for name, id in roles.values():
@@ -57,7 +57,7 @@ def texts(config: Config, tokenizer: Tokenizer) -> dict[str, Tree]:
 
 
 def ids(config: Config, tokenizer: Tokenizer) -> Tree:
-    """The ids that begin, end and fill a text, as config.json and generation_config.json have them."""
+    """Returns the ids that begin, end and pad a text, by their keys in config.json."""
     ends = list(tokenizer.ends)
     out: Tree = {"bos_token_id": tokenizer.first, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     if config.task.one_output:
@@ -70,7 +70,7 @@ def ids(config: Config, tokenizer: Tokenizer) -> Tree:
 
 
 def _roles(config: Config, tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
-    """Role -> a token and its id."""
+    """Maps roles (eos, bos, pad ...) to tokens and their ids."""
     vocab_size = config.model.vocab_size
     end = _name(tokenizer, tokenizer.separator, SEPARATOR)
     out = {"eos": (end, tokenizer.separator), "pad": (end, tokenizer.separator)}
@@ -84,7 +84,7 @@ def _roles(config: Config, tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
 
 
 def _around(config: Config) -> tuple[list[str], list[str]]:
-    """Roles of what stands before a text and after it, as in training."""
+    """Returns the roles of the tokens before and after a text, as in training."""
     if config.task.generates == "continuation":
         return ["bos"], []
     starts = {"cls": ["cls"], "separator": ["eos"]}.get(config.model.starts, [])
@@ -96,7 +96,7 @@ def _name(tokenizer: Tokenizer, id: int, default: str) -> str:
 
 
 def _pipeline(tokenizer: Tokenizer) -> Tree:
-    """The JSON of tokenizer.json."""
+    """Returns the tree of tokenizer.json."""
     if isinstance(tokenizer, Pretrained):
         tree: Tree = json.loads(tokenizer.model.to_str())
         return tree
@@ -115,7 +115,7 @@ def _pipeline(tokenizer: Tokenizer) -> Tree:
 
 
 def _place(tree: Tree, name: str, id: int) -> None:
-    """Puts a special token at its id."""
+    """Adds a special token at its id."""
     if all(token["content"] != name for token in tree["added_tokens"]):
         if isinstance(tree["model"]["vocab"], dict):
             tree["model"]["vocab"].setdefault(name, id)

@@ -1,6 +1,7 @@
-"""A Hugging Face config.json -> `config.model` and what else it decides, and back.
+"""Converts a Hugging Face config.json to our config, and back.
 
-`KEYS` are the values that both sides hold, under their names; the rest is worked out in a function each way.
+`KEYS` lists the values that both sides have under different names; a function per family and direction does
+the rest.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from bigmodel.huggingface import known, names
 from bigmodel.huggingface.layouts import ACTIVATIONS, T5_ACTIVATIONS, Layout
 
 HF = Mapping[str, Any]  # a config.json
-Tree = dict[str, Any]  # of ours, as `config.from_dict` takes it
+Tree = dict[str, Any]  # our config, as `config.from_dict` takes it
 
-# model_type -> {their key: (our key, its default where config.json leaves it out; None: it must not)}
+# model_type -> {their key: (our key, the default if config.json lacks it; None: it must be there)}
 KEYS: dict[str, dict[str, tuple[str, Any]]] = {
     "gpt2": {
         "n_layer": ("depth", None), "n_embd": ("width", None), "n_head": ("heads", None),
@@ -56,11 +57,11 @@ KEYS["mixtral"] = KEYS["llama"] | {
 
 
 def read(hf: HF, tensors: set[str], where: str) -> Tree:
-    """config.json -> a config: the model, its task, the lengths and sizes it was made for.
+    """Converts config.json to a config: the model, its task, and its lengths and sizes.
 
     Args:
-        tensors: the names of those that are there, which say which heads the model has.
-        where: the file, for messages.
+        tensors: names of the file's tensors, which tell the model's heads.
+        where: the file's name, for messages.
 
     Raises:
         InputError: a model or a setting that is not supported, or a value that is missing or no number.
@@ -79,23 +80,23 @@ def read(hf: HF, tensors: set[str], where: str) -> Tree:
 
 
 def number(hf: HF, key: str, default: Any, where: str) -> Any:
-    """A number of config.json, or its default."""
+    """Returns a number of config.json, or its default."""
     value = default if hf.get(key) is None else hf[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31:
-        told = "lacks" if value is None else f"has {key}={value!r} in place of"
-        raise InputError(f"{where} {told} a number {key}; fetch it again")
+        fault = "lacks" if value is None else f"has {key}={value!r} in place of"
+        raise InputError(f"{where} {fault} a number {key}; fetch it again")
     return value
 
 
 def _refuse(hf: HF, where: str, **expected: Any) -> None:
-    """Settings that no model of ours follows must have the one value that means "off"."""
+    """Raises InputError for settings that our models do not support, unless they have the given value."""
     for key, value in expected.items():
         if hf.get(key, value) not in (value, None):
             raise InputError(f"{where}: {key}={hf[key]!r} is not supported; only {value!r} is")
 
 
 def _named(table: Mapping[str, str], hf: HF, key: str, default: str, where: str) -> str:
-    """Our name for their activation."""
+    """Returns our name for their activation."""
     name = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}.get(hf.get(key, default), hf.get(key))
     name = name or default
     for ours, theirs in table.items():
@@ -143,7 +144,7 @@ def _llama(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
     model["kv_heads"] = number(hf, "num_key_value_heads", 8 if mixtral else model["heads"], where)
     model["head_dim"] = number(hf, "head_dim", model["width"] // max(model["heads"], 1), where)
     model["tie_embeddings"] = hf.get("tie_word_embeddings", False)
-    if "experts" in model:  # every token has its place: Mixtral drops none
+    if "experts" in model:  # room for every token: Mixtral drops none
         model["capacity_factor"] = model["experts"] / max(model["experts_per_token"], 1)
     task = _task(hf, model, tensors, "score.weight", where) or {"name": "lm"}
     return {"model": model, "seq_len": length, "task": task}
@@ -162,7 +163,7 @@ def _bert(hf: HF, model: Tree, tensors: set[str], where: str) -> Tree:
 
 
 def _task(hf: HF, model: Tree, tensors: set[str], head: str, where: str) -> Tree:
-    """The task of a head of classes, if the tensor is there; how many there are goes into the model."""
+    """Returns the task of a classification head if its tensor exists; sets the model's num_classes."""
     if head not in tensors:
         return {}
     count = model["num_classes"] = len(names.classes(hf, where))
@@ -235,10 +236,10 @@ PROBLEMS = {
 def write(
     config: Config, layout: Layout, channels: int = 3, size: int = 0, class_names: tuple[str, ...] = ()
 ) -> Tree:
-    """`config` -> the config.json with which transformers reads what `layout` names.
+    """Converts `config` to the config.json with which transformers reads a model in this layout.
 
     Args:
-        channels, size: of an image.
+        channels, size: the images' channels and size.
         class_names: by number; none: LABEL_0 and so on.
     """
     c = config.model

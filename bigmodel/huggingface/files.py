@@ -1,6 +1,7 @@
-"""Safetensors files: one, or several with an index; read tensor by tensor, and checked before any is read.
+"""Reads and writes safetensors files: one, or several with an index.
 
-Pickled weights (`*.bin`, `*.pt`) are never opened: unpickling runs whatever code the file holds.
+Checks all headers before it reads a tensor. Never opens pickled weights (`*.bin`, `*.pt`), because
+unpickling runs whatever code a file contains.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors.numpy import save_file
 from bigmodel.config import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5 << 30  # a file's tensors, as Hugging Face cuts them
+SHARD_BYTES = 5 << 30  # most bytes of tensors in a file, as in transformers
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
@@ -29,9 +30,9 @@ DTYPES = {
 
 
 class Tensors:
-    """The tensors of a directory (or of one file) by name; only headers are read until `read`.
+    """The tensors of a directory (or of one file) by name; reads only headers until `read`.
 
-    Raises InputError naming the file, if there is none, it is pickled, damaged, or of a dtype not in DTYPES.
+    Raises InputError, which names the file, if it is missing, pickled, damaged, or has a dtype not in DTYPES.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,7 +70,7 @@ class Tensors:
 
 
 def _promised(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor name -> file, as the index of several files has it; {} if there is none."""
+    """Returns the index of several files (tensor name to file); {} if there is no index."""
     index = path / INDEX
     if not index.is_file():
         return {}
@@ -97,14 +98,14 @@ def _single(path: pathlib.Path) -> pathlib.Path:
         raise InputError(f"{path} holds {len(safe)} safetensors files and no {INDEX}; fetch that too")
     if pickled := [f for f in found if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")]:
         raise InputError(
-            f"{pickled[0]} is pickled, and opening it would run what code it holds; give {SINGLE} instead "
+            f"{pickled[0]} is pickled, and opening it would run code that it contains; give {SINGLE} instead "
             "(transformers' save_pretrained writes it)"
         )
     raise InputError(f"{path} holds no safetensors file; give a directory with {SINGLE}")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Raises InputError if the file is missing or holds no JSON object."""
+    """Reads a JSON object. Raises InputError if the file is missing or has none."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -117,7 +118,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write(directory: pathlib.Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = SHARD_BYTES) -> None:
-    """`model.safetensors`, or several of up to `shard_bytes` and their index."""
+    """Writes `model.safetensors`, or several files of up to `shard_bytes` and their index."""
     shards: list[dict[str, np.ndarray]] = [{}]
     room = shard_bytes
     for name, x in tensors.items():
@@ -138,7 +139,7 @@ def write(directory: pathlib.Path, tensors: Mapping[str, np.ndarray], shard_byte
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str], flag: str) -> Iterator[pathlib.Path]:
-    """A directory beside `path` that becomes `path` when the block ends well, and else leaves no trace.
+    """Yields a directory that is renamed to `path` when the block succeeds, and is removed when it fails.
 
     Raises:
         InputError: `path` exists and is not an empty directory, or cannot be made; `flag` names it.

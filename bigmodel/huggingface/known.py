@@ -1,4 +1,4 @@
-"""The keys of a config.json that are read, those that change no prediction, and the classes that are read."""
+"""Lists which keys of a config.json are read, which change no prediction, and which classes are supported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from bigmodel.config import InputError
 
-# Keys that change nothing that a trained model computes, or that other files decide.
+# Keys that do not change what a trained model computes, or that other files decide.
 NEUTRAL_TEXT = """
     model_type architectures dtype torch_dtype transformers_version _name_or_path _commit_hash auto_map
     attn_implementation _attn_implementation _attn_implementation_internal _attn_implementation_autoset
@@ -70,7 +70,7 @@ CLASSES = {
 
 
 def check(hf: Mapping[str, Any], kind: str, where: str) -> None:
-    """Raises InputError for a key, a value or a class that no model here follows."""
+    """Raises InputError for a key, a value or a class that is not supported."""
     for name in hf.get("architectures") or []:
         if name not in CLASSES[kind].split():
             known = ", ".join(CLASSES[kind].split())
@@ -82,7 +82,7 @@ def check(hf: Mapping[str, Any], kind: str, where: str) -> None:
             continue
         if key not in off and value not in ([], {}):
             raise InputError(
-                f"{where}: {key}={str(value)[:60]!s} is unknown of a {kind}; remove it if it changes nothing"
+                f"{where}: {key}={str(value)[:60]!s} is unknown for a {kind}; remove it if it changes nothing"
             )
         if key in off and value != off[key]:
             raise InputError(f"{where}: {key}={str(value)[:60]!s} is not supported; only {off[key]!r} is")

@@ -1,7 +1,7 @@
-"""Where each of our parameters is in a Hugging Face file: one table a family, read in both directions.
+"""Maps our parameters to the tensors of Hugging Face files: one table a family, for both directions.
 
-A row is (our path, their name, how theirs is laid out). {i} counts the blocks of a stack, which are one
-array with a leading [depth] here; {j} those of a decoder; {e} experts, the next dimension.
+A row is (our path, their name, their form). {i} counts the blocks of a stack, which is one array with a
+leading [depth] here; {j} those of a decoder; {e} counts experts, the next dimension.
 
 Legend: I inputs, O outputs, H height, W width, P patch, C channels, D width.
 """
@@ -23,8 +23,10 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 class Form(NamedTuple):
-    """How an array of ours is written there, and read back; or which of several equal pieces of theirs
-    (along the last axis) it is."""
+    """Functions that write our array as theirs and read it back.
+
+    With `pieces`, ours is one of several equal pieces of theirs along the last axis.
+    """
 
     write: Change
     read: Change
@@ -33,9 +35,9 @@ class Form(NamedTuple):
 
 
 SAME = Form(lambda x: x, lambda x: x)
-TURNED = Form(lambda x: x.T, lambda x: x.T)  # [I, O] here, [O, I] there
+TRANSPOSED = Form(lambda x: x.T, lambda x: x.T)  # [I, O] here, [O, I] there
 BACK = Form(lambda x: x[::-1], lambda x: x[::-1])  # two classes in the other order
-TURNED_BACK = Form(lambda x: x.T[::-1], lambda x: x[::-1].T)
+TRANSPOSED_BACK = Form(lambda x: x.T[::-1], lambda x: x[::-1].T)
 CONV = Form(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 0))  # HWIO here, OIHW there
 ROW = Form(lambda x: x[None, None], lambda x: x[0, 0])  # [D] here, [1, 1, D] there
 ROWS = Form(lambda x: x[None], lambda x: x[0])  # [N, D] here, [1, N, D] there
@@ -55,18 +57,18 @@ Row = tuple[str, str, Form]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family's files are laid out."""
+    """The tensors of a family's files."""
 
     model_type: str
     architecture: str  # the transformers class that reads it
     rows: tuple[Row, ...]
-    sizes: Mapping[str, int]  # of {i}, {j} and {e}
-    prefix: str = ""  # which a file of the bare model leaves out
-    copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files hold twice -> the first
+    sizes: Mapping[str, int]  # the ranges of {i}, {j} and {e}
+    prefix: str = ""  # that files of the bare model lack
+    copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files repeat -> the original
     unused: str = r"(?!)"  # regex on tensors that the model does not need: counters, masks, frequencies
 
     def expand(self) -> Iterator[tuple[str, str, tuple[int, ...], Form]]:
-        """(our path, their name, index into our array, form), for every tensor."""
+        """Yields (our path, their name, index into our array, form) for every tensor."""
         for ours, theirs, form in self.rows:
             letters = re.findall(r"{(\w)}", theirs)
             for index in itertools.product(*(range(self.sizes[letter]) for letter in letters)):
@@ -74,7 +76,7 @@ class Layout:
 
 
 def _dense(ours: str, theirs: str, bias: bool = True) -> list[Row]:
-    rows = [(f"{ours}/kernel", f"{theirs}.weight", TURNED)]
+    rows = [(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSED)]
     return [*rows, (f"{ours}/bias", f"{theirs}.bias", SAME)] if bias else rows
 
 
@@ -84,7 +86,7 @@ def _norm(ours: str, theirs: str, bias: bool = True) -> list[Row]:
 
 
 def _gpt_head(c: families.GPT, classifies: bool, table: str) -> tuple[list[Row], dict[str, str], str]:
-    """-> (its rows, the tensors that are copies of another, the end of the class's name)."""
+    """Returns its rows, the tensors that are copies of another, and the suffix of the class's name."""
     if classifies:
         return _dense("head", "score", bias=False), {}, "ForSequenceClassification"
     if c.tie_embeddings:
@@ -166,7 +168,7 @@ def _bert(c: families.BERT, next_sentence: bool, classifies: bool, goes_on: int 
         rows += _norm("transform_norm", "cls.predictions.transform.LayerNorm")
         rows.append(("head_bias", "cls.predictions.bias", SAME))
     if next_sentence:
-        kernel, bias = (TURNED_BACK, BACK) if goes_on else (TURNED, SAME)
+        kernel, bias = (TRANSPOSED_BACK, BACK) if goes_on else (TRANSPOSED, SAME)
         rows.append(("next_sentence/kernel", "cls.seq_relationship.weight", kernel))
         rows.append(("next_sentence/bias", "cls.seq_relationship.bias", bias))
     mlm = c.head == "mlm" and not classifies
@@ -259,7 +261,7 @@ def _resnet(c: families.ResNet) -> Layout:
 
 
 def of(config: Config) -> Layout | None:
-    """The layout of `config.model`; None where Hugging Face's classes have no such model."""
+    """Returns the layout of `config.model`; None if transformers has no class for such a model."""
     c, classifies = config.model, config.task.one_output
     if isinstance(c, families.GPT):
         gpt2 = {"position": "learned", "norm": "layernorm", "bias": True, "kv_heads": c.heads, "experts": 0}

@@ -1,4 +1,4 @@
-"""`id2label` of a config.json, and what else its files say that a workdir keeps as facts of the data."""
+"""Reads class names from a config.json, and derives the facts about data that a workdir stores."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bigmodel.config import Config, InputError
 from bigmodel.data import labels
 from bigmodel.data.source import Feature
 
-NOWHERE = "none"  # data.name of an import for which no data set was given
+NOWHERE = "none"  # data.name of an import without a data set
 
 
 def classes(hf: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The names of a head's classes, by number; transformers' default is two.
+    """Returns the names of a head's classes by number; transformers' default is two classes.
 
     Raises:
         InputError: `id2label` skips a number, or disagrees with `num_labels`.
@@ -39,7 +39,7 @@ def classes(hf: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def facts(config: Config, names: tuple[str, ...], channels: int) -> dict[str, Any]:
-    """What the workdir of an import keeps, so that neither its shapes nor its names need a data set.
+    """Returns the facts that an import's workdir stores, so that shapes and names need no data set.
 
     Raises:
         InputError: a data set that was given cannot be read.

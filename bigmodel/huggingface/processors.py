@@ -1,4 +1,4 @@
-"""preprocessor_config.json <-> the keys of `config.data` that make an image ready: sizes, crop, mean, std."""
+"""Converts preprocessor_config.json to the keys of `config.data` that prepare an image, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARED = {
     "do_center_crop": False, "image_mean": HALF, "image_std": HALF, "crop_size": None,
 }  # fmt: skip
 CROPPED = {"resample": 3, "do_center_crop": True, "crop_size": 224}
-# The values that a processor's class has where the file leaves them out.
+# Defaults of a processor's class for values that the file lacks.
 TYPES: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": SHARED | {"resample": 2, "size": 224, "square": True},
     "ConvNextImageProcessor": SHARED | {"resample": 3, "size": 384, "square": False, "crop_pct": 224 / 256},
@@ -35,11 +35,11 @@ NEUTRAL = {
 
 
 def read(directory: pathlib.Path, kind: str, size: int, channels: int) -> dict[str, Any]:
-    """Keys of `config.data`; {} where the directory says nothing.
+    """Returns keys of `config.data`; {} if the directory has no such file.
 
     Args:
         kind: the model_type.
-        size: of the images that the model reads; 0: whatever the file says.
+        size: the size of the images that the model reads; 0: any.
 
     Raises:
         InputError: a processor, a key or a value that is not supported.
@@ -60,7 +60,7 @@ def read(directory: pathlib.Path, kind: str, size: int, channels: int) -> dict[s
 
 
 def _checked(found: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """The file's values over those of its class."""
+    """Returns the file's values merged over the defaults of its class."""
     named = str(found.get("image_processor_type") or found.get("feature_extractor_type") or BY_MODEL[kind])
     name = named.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if name not in TYPES:
@@ -78,7 +78,7 @@ def _checked(found: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
 
 
 def _sizes(given: Mapping[str, Any], where: str) -> tuple[int, int, str]:
-    """-> (the square that is cut out, what is resized to, how)."""
+    """Returns the side of the square crop, the size to resize to, and how to resize."""
     side, how = _size(given["size"], given["square"], "size", where)
     crop = side
     if given["do_center_crop"]:
@@ -101,7 +101,7 @@ def _sizes(given: Mapping[str, Any], where: str) -> tuple[int, int, str]:
 
 
 def _size(value: Any, square: bool, key: str, where: str) -> tuple[int, str]:
-    """A size in any of its forms -> (pixels, exact: both sides; cover: the shorter side)."""
+    """Parses a size in any form: returns pixels, and `exact` (both sides) or `cover` (the shorter)."""
     if isinstance(value, list | tuple) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
     if isinstance(value, int) and not isinstance(value, bool):
@@ -118,7 +118,7 @@ def _size(value: Any, square: bool, key: str, where: str) -> tuple[int, str]:
 
 
 def _normalised(given: Mapping[str, Any], channels: int, where: str) -> dict[str, Any]:
-    """Mean and std of pixels in 0..1, whatever the file scales them by."""
+    """Returns mean and std of pixels in 0..1, however the file scales them."""
     scale = given["rescale_factor"] * 255 if given["do_rescale"] else 255.0
     out = {}
     for key, off in (("mean", 0.0), ("std", 1.0)):
@@ -133,9 +133,9 @@ def _normalised(given: Mapping[str, Any], channels: int, where: str) -> dict[str
 
 
 def write(data: Data, size: int, channels: int) -> dict[str, Any]:
-    """The preprocessor_config.json of a model that was trained here; `size` is that of its images.
+    """Returns the preprocessor_config.json of a model that was trained here; `size` is its images' size.
 
-    Pillow has no filter that averages where it shrinks and is linear where it grows: `box` is the nearest to
+    Pillow has no filter that averages when it shrinks and is linear when it grows; `box` is the closest to
     `data.resample=area`.
     """
     side = max(round(size / data.eval_crop), size)
