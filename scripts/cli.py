@@ -19,6 +19,7 @@ from bigmodel.machines import accelerators
 if not accelerators.found():
     accelerators.keep_to_cpu()  # before anything imports JAX
 
+from bigmodel import config as config_lib
 from bigmodel import disk, workdir
 from bigmodel.config import InputError
 from bigmodel.training import ending
@@ -49,7 +50,10 @@ def directory(text: str) -> str:
 
 def add_config(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="e.g. configs/gpt.py:size=124m")
-    flags.epilog = "Any key of the config can be set: --config.optim.lr=3e-4 --config.mesh.fsdp=8"
+    flags.epilog = (
+        "Any key of the config can be set: --config.optim.lr=3e-4 --config.mesh.fsdp=8\n"
+        "--config=FILE --help lists them all."
+    )
 
 
 def workdir_parser(description: str, step: bool = True) -> argparse.ArgumentParser:
@@ -76,7 +80,23 @@ def parse(
     flags: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
     """-> (flags, overrides such as "optim.lr=3e-4", taken from --config.KEY=VALUE or --config.KEY VALUE)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv) and (spec := _config_of(argv)):
+        keys = config_lib.describe(spec, _overrides([item for item in argv if item.startswith("--config.")]))
+        flags.epilog = f"The config's keys; {spec} or a flag sets those with a star:\n" + "\n".join(keys)
     args, rest = flags.parse_known_args(argv)
+    return args, _overrides(rest)
+
+
+def _config_of(argv: list[str]) -> str:
+    """The value of --config, or "" without one."""
+    for item, following in zip(argv, [*argv[1:], ""], strict=True):
+        if item == "--config" or item.startswith("--config="):
+            return item.partition("=")[2] or following
+    return ""
+
+
+def _overrides(rest: list[str]) -> list[str]:
     overrides = []
     while rest:
         item = rest.pop(0)
@@ -85,7 +105,7 @@ def parse(
         if "=" not in item and rest and not rest[0].startswith("--"):
             item += "=" + rest.pop(0)
         overrides.append(item.removeprefix("--config."))
-    return args, overrides
+    return overrides
 
 
 @contextlib.contextmanager
@@ -104,6 +124,13 @@ def patience(what: str, every_s: float = 20) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
+
+
+def say(line: str) -> None:
+    """Prints a line on the first host of a SLURM job, before JAX knows the hosts; a closed pipe is fine."""
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(1, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def keep_memory() -> None:

@@ -1,4 +1,4 @@
-"""Trains a config, or goes on from the newest checkpoint in the workdir.
+"""Trains a config, or resumes from the newest checkpoint in the workdir.
 
     python scripts/train.py --config=configs/gpt.py:size=124m,seq_len=1024 --config.optim.lr=3e-4 \\
         --workdir=DIR
@@ -7,16 +7,16 @@ Exit codes: 0 done; 2 bad input, no memory or no room; 3 the loss is not finite;
 this mesh is wrong (see config.check.gradient); 75 stopped by SIGTERM, run again to resume; 130 stopped by
 Ctrl-C, likewise.
 
-Before the first step a signal ends the run at once. Then the step is ended and saved, an evaluation given up,
-and a read waited for 5 s more. A step that has not ended a minute and twice the longest step after the signal
-is not saved. A second signal ends the run at once. When one host of a job fails, the others end with its exit
-code and its line.
+Before the first step a signal ends the run at once. Later the step is finished and saved, an evaluation is
+abandoned, and a read gets 5 s more. A step that takes longer than a minute plus twice the longest one is not
+saved. A second signal ends the run at once. If one host of a job fails, the others end with its exit code and
+its line.
 """
 
 import os
 import signal
 
-if __name__ == "__main__":  # from the first line on, until bigmodel/training/ending.py hears of signals
+if __name__ == "__main__":  # until bigmodel/training/ending.py listens
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -31,12 +31,15 @@ def main() -> int:
     end = ending.take_over()
     flags = cli.parser(__doc__)
     cli.add_config(flags)
-    flags.add_argument("--workdir", required=True, type=cli.directory, help="where the run is kept")
-    flags.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
+    flags.add_argument("--workdir", required=True, type=cli.directory, help="the run's directory")
+    flags.add_argument(
+        "--resume", choices=("auto", "never", "must"), default="auto", help="auto: if there is a checkpoint"
+    )
     flags.add_argument("--force", action="store_true", help="start even if it takes more memory than is free")
     flags.add_argument("--verbose", action="store_true", help="show the libraries' own messages too")
     args, overrides = cli.parse(flags)
     config = config_lib.load(args.config, overrides)
+    cli.say(f"start     {config.model.name} on {config.data.name} in {args.workdir}")
     from bigmodel import log, selfcheck, train  # JAX, Flax and Orbax: only for a config that is sound
 
     log.show_libraries(args.verbose)

@@ -8,7 +8,7 @@ import math
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from bigmodel import config as config_lib
 from bigmodel.config import Config, InputError, load, parsing
@@ -84,6 +84,11 @@ BAD = [  # override -> what the message must name: the key, and the fix
     ("optim.leraning_rate=3", ["optim.leraning_rate", "unknown"]),
     ("optm.lr=3", ["optm", "did you mean 'optim'?"]),
     ("model.wdith=3", ["model.wdith", "did you mean 'model.width'?"]),
+    ("lr=3", ["'lr' is unknown", "did you mean 'optim.lr'?"]),
+    ("optim.learning_rate=3", ["did you mean 'optim.lr'?"]),
+    ("model.n_layer=3", ["did you mean 'model.depth'?"]),
+    ("warmup_step=3", ["did you mean 'optim.warmup_steps'?"]),
+    ("name=gpt", ["'model.name' or 'task.name'"]),
     ("zzzz=3", ["'zzzz' is unknown", "known: batch_size"]),
     ("model.name=gtp", ["model.name='gtp'", "did you mean 'gpt'?"]),
     ("steps=abc", ["steps='abc'", "whole number such as 1000"]),
@@ -313,3 +318,31 @@ def test_a_bad_reference_is_one_line(tmp_path, monkeypatch, name, words):
     for word in (f"shape.name={name!r}", *words):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------- reference
+
+
+@pytest.mark.parametrize("name", ["gpt", "cnn", "recommender"])
+def test_every_key_is_described_once_and_those_that_are_set_have_a_star(name):
+    path = ROOT / "configs" / f"{name}.py"
+    lines = [line for line in config_lib.describe(path, ["optim.lr=0.5", "eval.sets.val.split=test"]) if line]
+    config = load(path, ["optim.lr=0.5"])
+    found = {line[2:].split()[0]: line for line in lines}
+    everything = config_lib.flatten(config_lib.to_dict(config)).keys()
+    assert len(found) == len(lines)
+    assert everything - found.keys() <= {key for key in everything if key.startswith("optim.groups.")}
+    assert found.keys() - everything <= {"compiler_options", "optim.groups", "eval.sets"}
+    starred = {key for key, line in found.items() if line.startswith("* ")}
+    assert {"optim.lr", "eval.sets", "batch_size"} <= starred
+    assert "seed" not in starred
+    assert re.search(r"^\* optim\.lr +0\.5 +float, default 0\.001$", found["optim.lr"])
+    assert found["optim.clip_norm"].endswith("float  # by global norm; 0: off")
+    assert "gpt|bert|" in found["model.name"]
+
+
+def test_help_of_a_script_lists_the_keys_of_its_config():
+    ran = run_script("train.py", "--config=configs/mlp.py", "--config.seed=3", "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert re.search(r"\n\* seed +3 +int, default 0", ran.out)
+    assert "model.widths" in ran.out

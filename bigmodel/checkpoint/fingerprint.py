@@ -128,14 +128,6 @@ def refuse_other_config(
     return found
 
 
-def told(was: Mapping[str, Any], now: Config) -> str:
-    """The end of a message about arrays that do not fit: which keys differ; "" if none does."""
-    refused = (
-        {key: pair for key, pair in changes(was, now).items() if not may_change(key, pair[1])} if was else {}
-    )
-    return f" ({_listed(refused)})" if refused else ""
-
-
 def refuse_other_data(was: Mapping[str, Any], now: Mapping[str, Any], path: pathlib.Path) -> None:
     """Compares two fingerprints of training data. Raises InputError, which names the first difference."""
     for key in sorted(was.keys() | now.keys()):

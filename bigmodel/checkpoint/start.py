@@ -69,15 +69,13 @@ def compare_with_last(
     if transfer.is_imported(checkpoints) or not (meta := checkpoints.newest_meta()):
         return
     was = meta.get("config") or _written(path)
-    try:
-        checkpoints.check(built.state_spec)
-    except InputError as error:
-        raise InputError(f"{error}{fingerprint.told(was, built.config)}") from error
     if "pipeline" in meta:
         fingerprint.refuse_other_data(meta["pipeline"], pipeline, path)
-    if was:
-        for key, (before, after) in fingerprint.refuse_other_config(was, built.config, path).items():
-            log.say(f"config    {key}: was {before}, now {after}")
+    # The keys that differ say more than the arrays that do.
+    changed = fingerprint.refuse_other_config(was, built.config, path) if was else {}
+    checkpoints.check(built.state_spec)
+    for key, (before, after) in changed.items():
+        log.say(f"config    {key}: was {before}, now {after}")
     for sentence in fingerprint.changed_files(meta, built.config):
         log.say(f"config    {sentence}")
 

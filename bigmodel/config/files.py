@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from bigmodel.config import parsing
+from bigmodel.config import parsing, reference
 from bigmodel.config.optim import optim_groups
 from bigmodel.config.parsing import InputError
 from bigmodel.config.run import Config, check, flatten, to_dict
@@ -49,9 +49,19 @@ def load(spec: str | pathlib.Path, overrides: Iterable[str] | Mapping[str, Any] 
         InputError: a missing file, an unknown key (with the nearest known one), a value of the wrong
             type or out of range.
     """
+    return from_dict(_overridden(_read(spec), overrides))
+
+
+def describe(spec: str | pathlib.Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> list[str]:
+    """Lines with every key, its value, type, default and comment; a star marks what the file or an override
+    sets. Arguments and errors as `load`."""
+    tree = _overridden(_read(spec), overrides)
+    return reference.table(from_dict(tree), list(flatten(tree)))
+
+
+def _read(spec: str | pathlib.Path) -> dict[str, Any]:
     path_text, _, arg = str(spec).partition(":")
-    tree = _get_config(pathlib.Path(path_text), arg or None).to_dict()
-    return from_dict(_overridden(tree, overrides))
+    return dict(_get_config(pathlib.Path(path_text), arg or None).to_dict())
 
 
 def override(config: Config, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
@@ -74,7 +84,10 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     Raises:
         InputError: as `load`.
     """
-    config = parsing.build(Config, tree, "")
+    try:
+        config = parsing.build(Config, tree, "")
+    except parsing.UnknownKey as error:
+        raise parsing.UnknownKey(error.key, reference.meant(error.key, tree)) from error
     groups = {  # text becomes values
         name: {key: getattr(group, key) for key in config.optim.groups[name]}
         for name, group in optim_groups(config.optim).items()

@@ -24,6 +24,14 @@ class InputError(ValueError):
     """Bad input. The message is one line that names the key, file or record, and the fix; exit code 2."""
 
 
+class UnknownKey(InputError):
+    """A key that no dataclass has."""
+
+    def __init__(self, key: str, hint: str) -> None:
+        super().__init__(f"config key {key!r} is unknown{hint}")
+        self.key = key
+
+
 def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     """Dataclass `cls` from a nested dict; text is parsed by the field's type.
 
@@ -41,7 +49,7 @@ def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     fields = {key_of(field.name): field.name for field in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
-            raise InputError(f"config key {prefix + key!r} is unknown{nearest(key, fields, prefix)}")
+            raise UnknownKey(prefix + key, nearest(key, fields, prefix))
     return cls(
         **{fields[key]: _value(hints[fields[key]], value, prefix + key) for key, value in tree.items()}
     )
