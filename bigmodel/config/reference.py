@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import functools
 import inspect
 import io
 import json
@@ -82,7 +81,6 @@ def _type(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else "JSON"
 
 
-@functools.cache
 def _comments(cls: type) -> dict[str, str]:
     """Field -> the comment above it or at its end, for a dataclass and those it derives from."""
     out: dict[str, str] = {}
