@@ -1,6 +1,7 @@
 """A run's directory: who may write in it, and the config it was started with.
 
-config.json  plan.json  metrics.jsonl  tb/  loss.png  checkpoints/<step>/  tokenizer.json  ledger.json
+config.json  plan.json  metrics.jsonl  tb/  checkpoints/<step>/  tokenizer.json  ledger.json
+loss.png  metrics.png  pictures/  samples/ (drawn and written while it trains)
 fitted.json (class names, columns, ids: what training fitted)
 init.json (what became of each array of init.from)  huggingface/ (of an imported model: what its export needs)
 """

@@ -149,3 +149,32 @@ def test_a_start_says_what_it_does_and_one_that_fails_leaves_nothing(tmp_path, c
     with pytest.raises(InputError):
         train.run(cnn(data__name="table:nowhere.csv"), tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] in ([], [".lock"])
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "unit"),
+    [
+        ("gpt", {}, "nats"),
+        ("gpt", {"task__label_smoothing": 0.1}, ""),
+        ("cnn", {}, "nats"),
+        ("cnn", {"task__loss": "focal"}, ""),
+        ("gan", {}, ""),
+        ("detector", {}, ""),
+    ],
+)
+def test_a_loss_is_in_nats_only_where_it_is_a_log_likelihood(family, keys, unit):
+    assert tiny(family, **keys).task.loss_unit == unit
+
+
+def test_curves_are_drawn_of_all_metrics_of_the_task(tmp_path):
+    config = tiny("gan")
+    assert log.plot(tmp_path, config) == []
+    rows = [
+        {"step": step, "train/loss": 2.0, "train/generator_loss": 1.0, "train/lr": 0.1, "perf/mfu": 0.5}
+        for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [path.name for path in log.plot(tmp_path, config)] == ["loss.png"]
+    rows += [{"step": 2, "eval/test/told_apart": None, "eval/val/told_apart": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [path.name for path in log.plot(tmp_path, config)] == ["loss.png", "metrics.png"]

@@ -21,8 +21,8 @@ from bigmodel.program import Program
 
 # Files that `train` and `evaluate` write; every other file of a workdir (a tokenizer) goes with the model.
 WRITTEN = (
-    "config.json", "plan.json", "ledger.json", "metrics.jsonl", "loss.png", "evaluation.json", "report.json",
-    "report.png", "init.json", ".lock",
+    "config.json", "plan.json", "ledger.json", "metrics.jsonl", "loss.png", "metrics.png", "evaluation.json",
+    "report.json", "report.png", "init.json", ".lock",
 )  # fmt: skip
 
 

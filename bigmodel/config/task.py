@@ -41,6 +41,11 @@ class TaskKeys:
         """Tokens of an answer's text, where they are not seq_len; else 0."""
         return 0
 
+    @property
+    def loss_unit(self) -> str:
+        """Unit of the loss: nats, where it is a mean negative log-likelihood; else none."""
+        return "nats" if self.predicts_tokens and not getattr(self, "label_smoothing", 0.0) else ""
+
     def task(self) -> Any:
         """Returns the code of a task outside the package: a subclass of `bigmodel.tasks.base.Task`."""
         raise NotImplementedError(f"{type(self).__name__} has no method `task` that returns its code")
@@ -154,6 +159,11 @@ class Classify(Labels):
         yield from super().problems(model)
         yield from at_least_0(self, "focal_gamma")
         yield from positive(self, "top_k")
+
+    @property
+    def loss_unit(self) -> str:
+        plain = self.loss == "cross_entropy" and not self.label_smoothing and not self.weighs_classes
+        return "nats" if plain else ""
 
 
 @dataclass(frozen=True)

@@ -320,4 +320,4 @@ class Loop:
         if self.best.step is not None:
             log.say(f"best      step {self.best.step:,} in {self.best.metric} {self.best.value:.4f}")
         if jax.process_index() == 0:
-            log.plot_loss(self.run_.path)
+            log.plot(self.run_.path, self.config)
