@@ -323,16 +323,16 @@ def _prepare(config: Config, calibration: Any) -> tuple[float, float, Callable[[
 
     from bigmodel import mesh
     from bigmodel import program as program_lib
-    from bigmodel.plan import costs_cpu, cpu_schedule, hlo
+    from bigmodel.plan import machine, target
 
     batch = _random_batch(config)
     began = time.perf_counter()
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     program = program_lib.build(config, mesh.make_mesh(config), spec)
     compiled = program.compile()
-    costs = costs_cpu.CpuCosts(calibration, program.mesh.size)
-    plan = cpu_schedule.run(hlo.parse(compiled.as_text()), costs)
-    predicted_s, plan_s = plan.total_s + calibration.call_s, time.perf_counter() - began
+    here = machine.Cpu(target.here(tuple(program.mesh.devices.flat)))
+    predicted_s = here.walk(compiled.as_text(), program.mesh, calibration).total_s
+    plan_s = time.perf_counter() - began
     state, fed = program.init(jax.random.key(0)), program.put(batch)
 
     def step() -> Any:

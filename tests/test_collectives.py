@@ -13,31 +13,30 @@ from conftest import tiny
 
 from bigmodel import mesh
 from bigmodel.machines import chips
-from bigmodel.plan import candidates, costs_cpu, hlo, schedule
-from bigmodel.plan.costs_chip import ChipCosts
-from bigmodel.plan.schedule import Transfer
+from bigmodel.plan import candidates, costs_cpu, hlo, machine, schedule
+from bigmodel.plan.schedule import Costs, Transfer
 from bigmodel.plan.target import Target, _unravel
 
 BYTES = 2.0**30
 
 
 class Places:
-    """A mesh's devices, as `ChipCosts` asks for them."""
+    """A mesh's devices, as `Machine.costs` asks for them."""
 
     def __init__(self, count: int) -> None:
         self.devices = np.arange(count)
 
 
-def costs(chip: str, *shape: int, slices: int = 1) -> ChipCosts:
+def costs(chip: str, *shape: int, slices: int = 1) -> Costs:
     """Costs on a slice of TPUs, or on hosts x GPUs, with devices in the order of their places."""
     known = chips.BY_NAME[chip]
     count = int(np.prod(shape)) * slices
     aim = Target(chip, known, tuple(range(count)), shape, slices, "analytic")
     mesh_like: Any = Places(count)
-    return ChipCosts(aim, mesh_like, "bfloat16")
+    return machine.of(aim).costs(mesh_like, "bfloat16")
 
 
-def seconds(on: ChipCosts, kind: str, group: tuple[int, ...] = ()) -> float:
+def seconds(on: Costs, kind: str, group: tuple[int, ...] = ()) -> float:
     return on.transfer_s(Transfer(kind, BYTES, group))
 
 

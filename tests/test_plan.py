@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import built, mesh_keys, random_batch, start, tiny
 
-from bigmodel.plan import calibrate, costs_cpu, cpu_schedule, estimate, flops, hlo, schedule, target
+from bigmodel.plan import calibrate, costs_cpu, cpu_schedule, estimate, flops, hlo, machine, schedule, target
 from bigmodel.plan import compiled as compiled_lib
 
 # ---------------------------------------------------------------------------------- FLOPs, counted by hand
@@ -414,7 +414,7 @@ def test_planned_bytes_are_live_bytes(family, keys):
     program = built(family, **keys)
     compiled = program.compile()
     here = target.here(tuple(program.mesh.devices.flat))
-    planned = estimate.memory(program, compiled_lib.of(compiled), here)
+    planned = estimate.memory(program, compiled_lib.of(compiled), machine.of(here))
     state, batch = start(program), program.put(random_batch(program.config))
     live = device_bytes(state)
     assert planned["state_bytes"] == pytest.approx(live, rel=0.02)

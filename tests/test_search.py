@@ -10,7 +10,8 @@ from conftest import run_script, tiny
 
 from bigmodel import config as config_lib
 from bigmodel.config import InputError
-from bigmodel.plan import candidates, compiled, estimate, planner, search, target
+from bigmodel.machines import chips
+from bigmodel.plan import candidates, compiled, planner, search, target
 
 
 @pytest.fixture
@@ -79,7 +80,8 @@ def test_what_does_not_fit_is_never_first(no_compilers, monkeypatch):
     assert found.best.candidate.config not in refused
     assert [row.receipt is None for row in found.rows] == [False, True, True]
     assert "\n".join(search.table(found)).count("does not fit") == 2
-    monkeypatch.setattr(estimate, "capacity_bytes", lambda aim: 1.0)
+    tiny_memory = dataclasses.replace(chips.BY_NAME["v5e"], memory_bytes=2**28 + 1.0)
+    monkeypatch.setitem(chips.BY_NAME, "v5e", tiny_memory)
     found = search.search(gpt(), "v5e:2x4", compile_best=1, over=())
     assert found.considered == found.dropped > 0
     with pytest.raises(InputError, match="nothing fits"):

@@ -13,12 +13,12 @@ from bigmodel import log, trees
 from bigmodel.compress import observe, recipe, solve
 from bigmodel.compress.trained import Trained, changed
 from bigmodel.config import InputError, Prune, Quantize
+from bigmodel.machines import chips
 from bigmodel.models import quantized, weights
 
 GROUP = {"int4": 64}  # inputs that share a scale, unless the recipe says otherwise: 0.5 bit a weight
 WEIGHTS = {"w8a8": "int8"}  # by kind, where config.quantize.weights has another name
 ACTIVATIONS = {"w8a8": "int8", "fp8": "fp8"}
-FLOAT8_CHIPS = ("NVIDIA H100", "NVIDIA H200", "NVIDIA B200", "NVIDIA GB200", "NVIDIA L4", "TPU7x")
 
 
 def apply(model: Trained, step: recipe.QuantizeStep) -> Trained:
@@ -74,10 +74,10 @@ def _gptq(kind: str, group: int) -> Any:
 
 def check_chip(step: recipe.QuantizeStep) -> None:
     """Raises InputError if this machine's chips have no units for the step's number format."""
-    kind = jax.devices()[0].device_kind
-    if step.kind == "fp8" and not kind.startswith(FLOAT8_CHIPS):
+    chip = chips.chip(jax.devices()[0])
+    if step.kind == "fp8" and not chip.float8:
         raise InputError(
-            f"recipe step quantize: this chip ({kind}) multiplies no float8; use int8, int4 or w8a8"
+            f"recipe step quantize: this chip ({chip.name}) multiplies no float8; use int8, int4 or w8a8"
         )
 
 

@@ -23,6 +23,7 @@ from bigmodel.infer import decoder as decoder_lib
 from bigmodel.models import module
 from bigmodel.plan import compiled as compiled_lib
 from bigmodel.plan import estimate, planner, target
+from bigmodel.plan import machine as machine_lib
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
 
@@ -62,7 +63,7 @@ def plan(
     aim = target.of(config, spec)
     built = planner.build(config, aim)
     params, rest = _params(built)
-    capacity = estimate.capacity_bytes(aim)
+    capacity = machine_lib.of(aim).capacity_bytes
     weights, row = estimate.tree_bytes((params, rest)), _row_bytes(built)
     one = _decode(built, aim, params, rest, mesh.batch_ways(built.mesh))
     batch, many = _largest(built, aim, params, rest, one, capacity)
@@ -171,9 +172,9 @@ def _compile(
         raise InputError(
             f"--target={aim.spec}: the compiler refuses: {' '.join(str(error).split())[:300]}"
         ) from error
-    schedule, how = estimate.step(built, made, aim, calibrated=True)
+    schedule, source = machine_lib.of(aim).step(built, made, calibrated=True)
     peak = made.argument_bytes + made.output_bytes - made.alias_bytes + made.temporary_bytes
-    return _Compiled(schedule.total_s, peak, how)
+    return _Compiled(schedule.total_s, peak, source.name)
 
 
 def _ids(built: Program, *shape: int) -> jax.ShapeDtypeStruct:
@@ -243,10 +244,10 @@ def _longest(capacity: float | None, one: _Compiled, row: float, context: int) -
 
 
 def _price(aim: Target, built: Program, tokens_per_s: float, assume: Mapping[str, float]) -> Receipt:
-    dollars = assume.get("dollars_per_chip_hour", aim.chip.dollars_per_hour if aim.chip else None)
+    dollars = assume.get("dollars_per_chip_hour", aim.chip.dollars_per_hour)
     if dollars is None:
         return {}
-    chips = built.mesh.size / (aim.chip.per_chip if aim.chip else 1)
+    chips = built.mesh.size / aim.chip.per_chip
     price = chips * dollars / 3600 / tokens_per_s * 1e6
     note = f"{chips:g} chips at ${dollars:g} an hour, always busy; list price, unless given by --assume"
     return {"dollars_per_million_tokens": price, "price_note": note}

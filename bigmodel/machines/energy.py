@@ -22,10 +22,9 @@ RAPL = pathlib.Path("/sys/class/powercap")  # Intel's and AMD's counters of CPU 
 def watts(devices: Sequence[jax.Device]) -> tuple[float, str]:
     """What all these devices draw under load, and where that is from; (0, why) where it is not known."""
     known = [chips.chip(device) for device in devices]
-    if all(chip is not None and chip.watts for chip in known):
-        each = known[0].watts if known[0] else 0.0
-        total = sum(chip.watts / chip.per_chip for chip in known if chip)
-        return total, f"{each:g} W a chip under load, with its share of the host"
+    if all(chip.watts for chip in known):
+        total = sum(chip.watts / chip.per_chip for chip in known)
+        return total, f"{known[0].watts:g} W a chip under load, with its share of the host"
     if devices[0].platform == "cpu":
         hosts, cores = len({device.process_index for device in devices}), len(os.sched_getaffinity(0))
         return hosts * cores * CORE_WATTS, f"{CORE_WATTS:g} W x {cores} CPU cores, an assumption"

@@ -17,12 +17,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bigmodel import disk, program, tasks
 from bigmodel import mesh as mesh_lib
+from bigmodel import program, tasks
 from bigmodel.config import Config, InputError
-from bigmodel.plan import calibrate, estimate, flops
-from bigmodel.plan.costs_chip import MATMUL, ChipCosts
-from bigmodel.plan.costs_cpu import CpuCosts
+from bigmodel.plan import estimate, flops
+from bigmodel.plan import machine as machine_lib
 from bigmodel.plan.schedule import Costs, Transfer
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
@@ -56,14 +55,16 @@ def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[C
     shares = BATCHES if "batch_size" in over else (1.0,)
     sizes = sorted({round(config.batch_size * share) for share in shares})
     one = _on_one_device(config)
-    step_flops = _step_flops(config, one)
+    step_flops, machine = _step_flops(config, one), machine_lib.of(aim)
     for axes in _meshes(config, len(aim.devices)):
         meshed = config.replace(mesh=dataclasses.replace(config.mesh, **axes), microbatches=1)
         try:
             mesh = mesh_lib.make_mesh(meshed.replace(batch_size=math.prod(axes.values())), aim.devices)
         except InputError:  # heads or experts that do not divide
             continue
-        costs, state = _costs(config, aim, mesh), program.place(one.state_spec, mesh, one.model.rules)
+        costs = machine.costs(mesh, config.compute_dtype)
+        speed = mesh.size * machine.flops_per_s(mesh, config.compute_dtype)
+        state = program.place(one.state_spec, mesh, one.model.rules)
         held = _Held(estimate.tree_bytes(state), estimate.tree_bytes(state["params"]))
         ways = mesh_lib.batch_ways(mesh)
         for size in sizes:
@@ -72,7 +73,8 @@ def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[C
                     continue
                 for remat in policies:
                     way = meshed.replace(batch_size=size, microbatches=pieces, remat=remat)
-                    yield _estimated(way, pieces * step_flops(size / pieces), aim, mesh, costs, held)
+                    compute_s = pieces * step_flops(size / pieces) / speed
+                    yield _estimated(way, compute_s, mesh, costs, held)
 
 
 def _step_flops(config: Config, one: Program) -> Callable[[float], float]:
@@ -113,20 +115,11 @@ class _Held:
     params: float
 
 
-def _costs(config: Config, aim: Target, mesh: Mesh) -> Costs:
-    if aim.chip is not None:
-        return ChipCosts(aim, mesh, config.compute_dtype)
-    return CpuCosts(calibrate.load(disk.cache_dir()), mesh.size)
-
-
-def _estimated(
-    config: Config, step_flops: float, aim: Target, mesh: Mesh, costs: Costs, held: _Held
-) -> Candidate:
+def _estimated(config: Config, compute_s: float, mesh: Mesh, costs: Costs, held: _Held) -> Candidate:
     """The closed form: what is held, what is computed, what is moved."""
     saved, working = _activations(config, mesh)
     gradients = held.params * (2 if config.microbatches > 1 else 1)
-    compute_s = step_flops * (1 + RECOMPUTED.get(config.remat, 0.2))
-    compute_s /= mesh.size * _speed(config, aim, mesh)
+    compute_s *= 1 + RECOMPUTED.get(config.remat, 0.2)
     hidden_s, exposed_s = _moved(config, mesh, costs, held)
     return Candidate(
         config,
@@ -134,14 +127,6 @@ def _estimated(
         held.state + saved + working + gradients,
         max(compute_s, hidden_s) + 0.2 * min(compute_s, hidden_s) + exposed_s,
     )
-
-
-def _speed(config: Config, aim: Target, mesh: Mesh) -> float:
-    """FLOP/s of one device."""
-    if aim.chip is not None:
-        return aim.chip.flops[config.compute_dtype] * MATMUL[aim.chip.platform] * 0.8
-    products = calibrate.load(disk.cache_dir()).products
-    return max(2.0 * p.batch * p.m * p.k * p.n / p.seconds for p in products) * 0.6 / mesh.size
 
 
 def _activations(config: Config, mesh: Mesh) -> tuple[float, float]:
@@ -185,7 +170,7 @@ def _along(mesh: Mesh, axis: str) -> tuple[int, ...]:
 
 def nearest_that_fit(config: Config, aim: Target, count: int = 2) -> list[list[str]]:
     """The flags of the ways nearest to `config` that are likely to fit: few changes first, then by time."""
-    capacity = estimate.capacity_bytes(aim)
+    capacity = machine_lib.of(aim).capacity_bytes
     given = set(overrides(config.replace(microbatches=max(config.microbatches, 1))))
     if capacity is None:
         return []

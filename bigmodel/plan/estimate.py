@@ -7,18 +7,14 @@ from typing import Any
 
 import jax
 
-from bigmodel import disk, optim, trees
-from bigmodel.plan import calibrate, cpu_schedule, flops, hlo, schedule
+from bigmodel import optim, trees
+from bigmodel.plan import flops, hlo, schedule
 from bigmodel.plan.compiled import Compiled
-from bigmodel.plan.costs_chip import ChipCosts, attention_flops, gemm_flops
-from bigmodel.plan.costs_cpu import CpuCosts
+from bigmodel.plan.costs_chip import attention_flops, gemm_flops
 from bigmodel.plan.hlo import Instruction, Module
-from bigmodel.plan.schedule import Event, Schedule, Transfer
-from bigmodel.plan.target import Target
+from bigmodel.plan.machine import Machine
+from bigmodel.plan.schedule import Transfer
 from bigmodel.program import Program
-
-RESERVED = {"tpu": 0.25 * 2**30, "gpu": 1.5e9}  # what the runtime keeps of a device's memory for itself
-GUESSED_EFFICIENCY = 0.45  # of a lone matrix product's speed, for a step: 0.3-0.7 was measured on CPUs
 
 
 def tree_bytes(spec: Any) -> int:
@@ -57,11 +53,11 @@ def trained_parameters(program: Program) -> int:
     return parameters(optim.split(program.config, program.state_spec["params"])[0])
 
 
-def memory(program: Program, compiled: Compiled, target: Target) -> dict[str, Any]:
+def memory(program: Program, compiled: Compiled, machine: Machine) -> dict[str, Any]:
     """Bytes on one device: what the state takes, and the compiler's own peak against the memory there is."""
     spec = program.state_spec
     arguments, outputs = compiled.argument_bytes, compiled.output_bytes - compiled.alias_bytes
-    peak, capacity = peak_bytes(compiled, target.compiler), capacity_bytes(target)
+    peak, capacity = peak_bytes(compiled, machine.target.compiler), machine.capacity_bytes
     return {
         "params_bytes": tree_bytes(weights(program)),
         "optimizer_bytes": tree_bytes(spec["opt"]),
@@ -82,36 +78,6 @@ def peak_bytes(compiled: Compiled, compiler: str) -> int:
     if compiler != "libtpu" or compiled.host_bytes:  # whose peak would count what lies on the host
         return every
     return max(compiled.peak_bytes, arguments) or every  # temporaries include what is never live at once
-
-
-def capacity_bytes(target: Target) -> float | None:
-    """Bytes of one device that a program may use; None: not known (a CPU shares its host's memory)."""
-    return target.chip.memory_bytes - RESERVED[target.chip.platform] if target.chip else None
-
-
-def step(
-    program: Program, compiled: Compiled, target: Target, calibrated: bool = False
-) -> tuple[Schedule, str]:
-    """One training step on the target, walked through the compiler's schedule; and how it was had: the
-    target's `compiler`, or `guess`.
-
-    Args:
-        calibrated: measure a CPU now if it never was (under 30 s); otherwise guess from a matrix product.
-    """
-    if target.chip is not None:
-        costs = ChipCosts(target, program.mesh, program.config.compute_dtype)
-        return schedule.walk(hlo.parse(compiled.text), costs), target.compiler
-    folder = disk.cache_dir()
-    here = target.devices[0].platform == "cpu"
-    measured = (calibrate.load if calibrated else calibrate.known)(folder) if here else None
-    if measured is not None:
-        walked = cpu_schedule.run(hlo.parse(compiled.text), CpuCosts(measured, program.mesh.size))
-        return Schedule(walked.total_s + measured.call_s, walked.events), "cpu"
-    hosts = len({d.process_index for d in program.mesh.devices.flat})
-    devices = hosts if here else program.mesh.size  # CPU devices share their host's cores
-    speed = calibrate.matmul_flops(program.config.compute_dtype) * devices
-    seconds = flops.model_flops(program) / (speed * GUESSED_EFFICIENCY)
-    return Schedule(seconds, (Event("step", "matmul", "compute", 0.0, seconds, 1, seconds),)), "guess"
 
 
 def executed_flops(text: str, devices: int) -> float:

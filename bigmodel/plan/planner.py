@@ -14,6 +14,7 @@ from bigmodel.config import Config, InputError, ranges
 from bigmodel.machines import chips
 from bigmodel.plan import candidates, estimate, receipt, target
 from bigmodel.plan import compiled as compiled_lib
+from bigmodel.plan import machine as machine_lib
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.receipt import Receipt
 from bigmodel.plan.schedule import Schedule
@@ -50,16 +51,19 @@ def on(config: Config, aim: Target, *, assume: dict[str, float] | None = None) -
     began = time.perf_counter()
     built = build(config, aim)
     compiled = compile_for(built, aim)
-    steps, how = estimate.step(built, compiled, aim, calibrated=True)
-    made = receipt.make(built, compiled, aim, steps, how, assume=assume)
+    machine = machine_lib.of(aim)
+    steps, source = machine.step(built, compiled, calibrated=True)
+    made = receipt.make(built, compiled, machine, steps, source, assume=assume)
     made["plan_time_s"] = time.perf_counter() - began
     return Plan(made, steps)
 
 
 def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Receipt:
     """The receipt of a Program that is compiled for this job's own devices."""
-    aim, made = target.here(tuple(built.mesh.devices.flat)), compiled_lib.of(compiled)
-    return receipt.make(built, made, aim, *estimate.step(built, made, aim), steps_left=steps_left)
+    machine = machine_lib.of(target.here(tuple(built.mesh.devices.flat)))
+    made = compiled_lib.of(compiled)
+    steps, source = machine.step(built, made, calibrated=False)
+    return receipt.make(built, made, machine, steps, source, steps_left=steps_left)
 
 
 def build(config: Config, aim: Target) -> Program:
@@ -121,7 +125,7 @@ def _does_not_fit(said: str, built: Program, aim: Target) -> DoesNotFit:
     how_much = f"{units.size(missing)} a device too much" if missing else "too much memory a device"
     return DoesNotFit(
         f"{aim.spec}: does not fit: {how_much} (state alone {units.size(state)} of "
-        f"{units.size(estimate.capacity_bytes(aim) or 0)}); likely to fit: "
+        f"{units.size(machine_lib.of(aim).capacity_bytes or 0)}); likely to fit: "
         f"{', or '.join(tries) or 'nothing on this target, take a larger one or a smaller batch_size'}",
         missing,
     )

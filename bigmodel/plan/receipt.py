@@ -9,11 +9,11 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from bigmodel.machines import energy
+from bigmodel.machines.chips import Chip
 from bigmodel.plan import estimate, flops, schedule
 from bigmodel.plan.compiled import Compiled
+from bigmodel.plan.machine import Machine, TimeSource
 from bigmodel.plan.schedule import Schedule
-from bigmodel.plan.target import Target
 from bigmodel.program import Program, microbatches
 from bigmodel.units import duration, quantity, size
 
@@ -24,24 +24,14 @@ ASSUMPTIONS: dict[str, tuple[float, str]] = {
     "pue": (1.1, "power usage effectiveness of a large data centre (Google's fleet, 2024)"),
     "kg_co2e_per_kwh": (0.45, "world average of electricity (IEA, 2024)"),
 }
-# How far a plan may be off, as a share of the step: by the compiler that the schedule is from.
-UNCERTAINTY = {"libtpu": 0.12, "cuda": 0.3, "analytic": 0.4, "cpu": 0.25, "guess": 0.6}
-HOW = {
-    "libtpu": "libtpu's own schedule",
-    "cuda": "the CUDA compiler's own schedule; efficiencies not calibrated on a GPU",
-    "analytic": "ANALYTIC: the CPU compiler's partitioned program, as the target's compiler is not installed "
-    "(pip install -e '.[plan]'); memory is the CPU's too",
-    "cpu": "this machine's own schedule and microbenchmark",
-    "guess": "a guess from one matrix product measured here; plan.py --target=cpu calibrates",
-}
 
 
 def make(
     program: Program,
     compiled: Compiled,
-    target: Target,
+    machine: Machine,
     steps: Schedule,
-    how: str,
+    source: TimeSource,
     *,
     steps_left: int | None = None,
     assume: dict[str, float] | None = None,
@@ -49,17 +39,17 @@ def make(
     """Keys end in their unit: `_bytes` are per device, `_flops` over the whole mesh, `_s` seconds.
 
     Args:
-        steps, how: as `estimate.step` gives them.
+        steps, source: as `Machine.step` gives them.
     """
-    config, spread = program.config, UNCERTAINTY[how]
+    config, target, spread = program.config, machine.target, source.uncertainty
     count = config.steps if steps_left is None else steps_left
     tokens = config.batch_size * (config.seq_len if "tokens" in program.batch_spec else 1)
     step_flops = flops.model_flops(program)
     by_formula = flops.by_formula(config)
     r: Receipt = {
         "target": target.spec,
-        "time_from": how,
-        "device_kind": program.mesh.devices.flat[0].device_kind if target.chip is None else target.chip.name,
+        "time_from": source.name,
+        "device_kind": target.chip.name,
         "devices": program.mesh.size,
         "chips": target.chips,
         "compiler": target.compiler,
@@ -75,7 +65,7 @@ def make(
         "model_flops_per_token": step_flops / tokens,
         "formula_flops_per_token": by_formula,
         "total_flops": step_flops * count,
-        **estimate.memory(program, compiled, target),
+        **estimate.memory(program, compiled, machine),
         "step_s": steps.total_s,
         "step_s_range": [steps.total_s / (1 + spread), steps.total_s * (1 + spread)],
         "breakdown_s": steps.breakdown(),
@@ -83,55 +73,45 @@ def make(
         "tokens_per_s_per_chip": tokens / steps.total_s / target.chips,
         "total_s": steps.total_s * count,
         "total_s_range": [steps.total_s * count / (1 + spread), steps.total_s * count * (1 + spread)],
-        "time_source": HOW[how],
+        "time_source": source.text,
     }
-    r |= _mfu(program, target, r)
-    r |= _price(target, r, assume or {})
+    r |= _mfu(program, target.chip, r)
+    r |= _price(machine, r, assume or {})
     r["limited_by"] = limited_by(r)
     r["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return r
 
 
-def _mfu(program: Program, target: Target, r: Receipt) -> Receipt:
+def _mfu(program: Program, chip: Chip, r: Receipt) -> Receipt:
     """Share of the peak that useful FLOPs reach, attention counted in full and (causal) by half."""
-    if target.chip is None:
+    if program.config.compute_dtype not in chip.flops:
         return {}
-    peak = target.chip.flops[program.config.compute_dtype] * program.mesh.size * r["step_s"]
+    peak = chip.flops[program.config.compute_dtype] * program.mesh.size
     masked = flops.masked_per_token(program.config) * r["tokens_per_step"]
     return {
-        "peak_flops_per_s": target.chip.flops[program.config.compute_dtype] * program.mesh.size,
-        "mfu_full_attention": r["model_flops_per_step"] / peak,
-        "mfu_causal_attention": (r["model_flops_per_step"] - masked) / peak,
+        "peak_flops_per_s": peak,
+        "mfu_full_attention": r["model_flops_per_step"] / peak / r["step_s"],
+        "mfu_causal_attention": (r["model_flops_per_step"] - masked) / peak / r["step_s"],
     }
 
 
-def _price(target: Target, r: Receipt, assume: dict[str, float]) -> Receipt:
+def _price(machine: Machine, r: Receipt, assume: dict[str, float]) -> Receipt:
     """Chip-hours, energy, emissions and dollars of the whole run, each with what it assumes."""
     notes = {key: f"{assume.get(key, value)}: {why}" for key, (value, why) in ASSUMPTIONS.items()}
     values = {key: assume.get(key, value) for key, (value, _) in ASSUMPTIONS.items()}
-    hours = r["total_s"] / 3600
-    out: Receipt = {"hours": hours, "chip_hours": hours * target.chips}
-    watts, why = _watts(target, assume)
-    dollars = assume.get("dollars_per_chip_hour", target.chip.dollars_per_hour if target.chip else None)
+    hours, chips = r["total_s"] / 3600, machine.target.chips
+    out: Receipt = {"hours": hours, "chip_hours": hours * chips}
+    watts, why = (assume["watts"], "as given") if "watts" in assume else machine.watts()
+    dollars = assume.get("dollars_per_chip_hour", machine.chip.dollars_per_hour)
     if watts:
         notes["watts"] = f"{watts:g} a chip: {why}"
-        out["step_j"] = watts * target.chips * r["step_s"]
+        out["step_j"] = watts * chips * r["step_s"]
         out["kwh"] = out["chip_hours"] * watts / 1000 * values["pue"]
         out["kg_co2e"] = out["kwh"] * values["kg_co2e_per_kwh"]
     if dollars is not None:
         notes["dollars_per_chip_hour"] = f"{dollars:g}: list price on demand, unless given by --assume"
         out["dollars"] = out["chip_hours"] * dollars
     return {**out, "assumptions": {**notes, **{k: str(v) for k, v in assume.items() if k not in notes}}}
-
-
-def _watts(target: Target, assume: dict[str, float]) -> tuple[float, str]:
-    """Of one chip under load, and where that is from."""
-    if "watts" in assume:
-        return assume["watts"], "as given"
-    if target.chip is not None:
-        return target.chip.watts, "under load, with its share of the host"
-    total, why = energy.watts(target.devices)
-    return total / target.chips, why
 
 
 def collectives(steps: Schedule, program: Program) -> list[Receipt]:

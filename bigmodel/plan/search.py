@@ -12,7 +12,8 @@ from typing import Any
 
 from bigmodel import units
 from bigmodel.config import Config, InputError
-from bigmodel.plan import estimate, planner
+from bigmodel.plan import machine as machine_lib
+from bigmodel.plan import planner
 from bigmodel.plan import target as target_lib
 from bigmodel.plan.candidates import OVER, Candidate, candidates, name, overrides
 from bigmodel.plan.receipt import Receipt
@@ -73,7 +74,7 @@ def search(
     """
     aim = target_lib.of(config, spec)
     found = list(candidates(config, aim, over))
-    capacity = estimate.capacity_bytes(aim) or math.inf
+    capacity = machine_lib.of(aim).capacity_bytes or math.inf
     possible = [c for c in found if c.least_bytes <= capacity]
     order = _thinned(sorted(possible, key=lambda c: (c.likely_bytes > capacity, c.example_s)), capacity)
     rows: list[Row] = []

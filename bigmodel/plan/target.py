@@ -29,14 +29,6 @@ GRAMMAR = (
     "h100:8x8, or cpu, cpu:8"
 )
 HOST_CHIPS = 4  # of a TPU host in a slice of several
-# What the CUDA compiler must know of a GPU, from NVIDIA's datasheets and CUDA programming guide (table 27).
-_GPUS = {
-    "a100-40": ("8", "0", 108, 1.41, 167936, 163840, 40e9, 41943040, "NVIDIA A100-SXM4-40GB", 64),
-    "a100-80": ("8", "0", 108, 1.41, 167936, 163840, 80e9, 41943040, "NVIDIA A100-SXM4-80GB", 64),
-    "h100": ("9", "0", 132, 1.98, 233472, 232448, 84942979072, 52428800, "NVIDIA H100 80GB HBM3", 128),
-    "h200": ("9", "0", 132, 1.98, 233472, 232448, 141e9, 52428800, "NVIDIA H200", 128),
-    "b200": ("10", "0", 148, 1.965, 233472, 232448, 180e9, 132644864, "NVIDIA B200", 128),
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Target:
     """A cluster to plan for."""
 
     spec: str
-    chip: Chip | None  # None: this machine's CPU
+    chip: Chip
     devices: tuple[Any, ...]
     shape: tuple[int, ...]  # of a slice's torus, or (hosts, GPUs a host)
     slices: int
@@ -52,7 +44,7 @@ class Target:
 
     @property
     def chips(self) -> int:
-        return len(self.devices) // (self.chip.per_chip if self.chip else 1)
+        return len(self.devices) // self.chip.per_chip
 
     def coordinates(self, device: Any) -> tuple[int, ...]:
         """Where a device is in its slice's torus (a GPU: host, place in it); then its slice."""
@@ -60,15 +52,15 @@ class Target:
             return (*device.coords[: len(self.shape)], getattr(device, "slice_index", None) or 0)
         index = self.devices.index(device)
         inside = index % (len(self.devices) // self.slices)
-        place = _unravel(inside // (self.chip.per_chip if self.chip else 1), self.shape)
+        place = _unravel(inside // self.chip.per_chip, self.shape)
         return (*place, index * self.slices // len(self.devices))
 
 
 def here(devices: Sequence[Any]) -> Target:
-    """The target that this job's own devices are; an unlisted chip has none of a `Chip`'s figures."""
+    """The target that this job's own devices are."""
     chip = chips.chip(devices[0])
-    if devices[0].platform == "cpu" or chip is None:
-        return Target(devices[0].device_kind, None, tuple(devices), (len(devices),), 1, "cpu")
+    if not chip.flops:
+        return Target(chip.name, chip, tuple(devices), (len(devices),), 1, "cpu")
     hosts = len({d.process_index for d in devices})
     slices = len({getattr(d, "slice_index", None) for d in devices})
     if chip.platform == "tpu":
@@ -136,7 +128,8 @@ def installed(package: str) -> bool:
 def _cpu(spec: str, slices: int, shape: tuple[int, ...]) -> Target:
     if slices > 1 or len(shape) > 1:
         raise InputError(f"--target={spec!r}: a CPU target is cpu or cpu:COUNT, e.g. cpu:8")
-    return Target(spec, None, tuple(_cpu_devices(math.prod(shape))), shape, 1, "cpu")
+    devices = tuple(_cpu_devices(math.prod(shape)))
+    return Target(spec, chips.chip(devices[0]), devices, shape, 1, "cpu")
 
 
 def _cpu_devices(count: int) -> list[Any]:
@@ -157,10 +150,10 @@ def _tpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
             f"--target={spec!r}: a {chip.name} slice has {chip.dimensions} dimensions, e.g. "
             f"{chip.name}:{'x'.join('4' * chip.dimensions)}"
         )
-    side, most = (16, 256) if chip.dimensions == 2 else (48, 9216)
-    if max(shape) > side or math.prod(shape) > most:
+    if max(shape) > chip.slice_side or math.prod(shape) > chip.slice_chips:
         raise InputError(
-            f"--target={spec!r}: a {chip.name} slice has at most {most} chips, {side} on a side; "
+            f"--target={spec!r}: a {chip.name} slice has at most {chip.slice_chips} chips, "
+            f"{chip.slice_side} on a side; "
             f"take several slices, e.g. 2*{chip.name}:{'x'.join(['16'] * chip.dimensions)}"
         )
     if not installed("libtpu"):
@@ -170,8 +163,8 @@ def _tpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if math.prod(shape) < HOST_CHIPS:  # one host with fewer chips than a whole one
         options["chips_per_host_bounds"] = [*shape, *[1] * (3 - len(shape))]
-    if chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+    if chip.megacore:
+        options["chip_config_name"] = "megacore"
     for key, value in _NO_TPU_HERE.items():
         os.environ.setdefault(key, value)
     try:
@@ -225,18 +218,22 @@ def _gpu(spec: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
 
 
 def _gpu_config(chip: Chip) -> str:
-    major, minor, cores, ghz, shared, optin, memory, l2, kind, fpus = _GPUS[chip.name]
+    gpu = chip.cuda
+    assert gpu is not None
+    major, minor = gpu.capability
     return f"""gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-      shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
+      shared_memory_per_core: {gpu.shared_bytes} threads_per_core_limit: 2048 core_count: {gpu.cores}
+      fpus_per_core: {gpu.fpus}
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: {chip.memory_bytes_per_s:.0f} l2_cache_size: {l2} clock_rate_ghz: {ghz}
-      device_memory_size: {memory:.0f} shared_memory_per_block_optin: {optin}
+      memory_bandwidth: {chip.memory_bytes_per_s:.0f} l2_cache_size: {gpu.l2_bytes}
+      clock_rate_ghz: {gpu.clock_ghz} device_memory_size: {gpu.memory_bytes:.0f}
+      shared_memory_per_block_optin: {gpu.shared_optin_bytes}
       cuda_compute_capability {{ major: {major} minor: {minor} }}
       registers_per_core_limit: 65536 registers_per_block_limit: 65536
     }}
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
-    device_description_str: "{kind}" """
+    device_description_str: "{chip.kinds[0]}" """
 
 
 def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -184,7 +184,7 @@ class Loop:
         perf[f"{unit}_per_s"] = per_s
         if (joules := self.ledger.joules()) is not None:
             perf["joules"] = joules
-        peak = chips.peak_flops(self.run_.program.mesh.devices.flat[0], self.config.compute_dtype)
+        peak = chips.chip(self.run_.program.mesh.devices.flat[0]).flops.get(self.config.compute_dtype)
         mfu = ""
         if peak is not None:
             perf["mfu"] = (
