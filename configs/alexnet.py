@@ -2,7 +2,7 @@ r"""AlexNet, one tower (Krizhevsky 2014), with the small stem for images of 28 o
 
     python scripts/train.py --config=configs/alexnet.py --workdir=runs/alexnet
 
-Claim: dropout and ReLU train eight layers without any normalisation. Planned for `digits` of 8 x 8 pixels:
+Claim: dropout and ReLU train eight layers without any normalization. Planned for `digits` of 8 x 8 pixels:
 2.9 M parameters, 10.7 GFLOP and 0.078 s a step of 128. Measured on 2 CPU cores: 98.65 % of the test digits,
 300 steps in 40 s; a step takes 0.081 s.
 

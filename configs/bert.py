@@ -4,9 +4,9 @@
     python scripts/plan.py --config=configs/bert.py:size=base,seq_len=512
 
 `size` names a published shape: base and large (table 1), minilm-l6 (Wang et al. 2020; six layers of 384).
-Claim: words are recovered from both sides. Planned: 0.86 M parameters, 23 GFLOP and 0.26 s a step of 4,096
-tokens. Measured, 1,000 steps: of the masked bytes of held-out files 63.8 % right (1.91 bits a byte), in
-9 min 26 s of CPU time; 14 min, as the two cores did other work too.
+Claim: words are predicted from both sides. Planned: 0.86 M parameters, 23 GFLOP and 0.26 s a step of 4,096
+tokens. Measured after 1,000 steps: 63.8 % of the masked bytes of held-out files right (1.91 bits a byte), in
+9 min 26 s of CPU time (14 min on two cores that did other work too).
 The corpus is the text of Python's standard library unless `--config.data.name` says otherwise.
 """
 

@@ -4,7 +4,7 @@ r"""FCOS (Tian et al. 2019), an anchor-free single-shot detector, on a small Res
     python scripts/evaluate.py --workdir=runs/detector
 
 Claim: mAP@0.5 of at least 0.9 on drawn shapes in 10 minutes on 2 CPU cores. Planned: 0.43 M parameters,
-7.6 GFLOP and 0.22 s a step of 32. Measured on 2 cores that others shared (0.6 s a step), on the 500 test
+7.6 GFLOP and 0.22 s a step of 32. Measured on 2 shared cores (0.6 s a step), on the 500 test
 images: mAP@0.5 0.987 after 500 steps (7 min), 0.992 and mAP 0.847 after 1,000 of the 2,000 (12 min).
 
 `shapes` (64x64, 4,000 images of one to five circles, squares, triangles and stars) is drawn, not downloaded.

@@ -3,13 +3,13 @@ r"""A GAN that draws images: DCGAN (Radford et al. 2015), or a ResNet with spect
     python scripts/train.py --config=configs/gan.py --workdir=runs/gan
     python scripts/evaluate.py --workdir=runs/gan --features=runs/mnist  # a run of configs/cnn.py:data=mnist
 
-Claim: digits that anyone can read, on mnist, in 10 minutes on 2 CPU cores. Planned: 0.46 M parameters,
+Claim: legible digits on mnist in 10 minutes on 2 CPU cores. Planned: 0.46 M parameters,
 4.9 GFLOP a step of 64, 11 min 18 s for 4,000 steps. Measured on 2 cores shared with other work: 9 min 46 s,
-0.12 s a step; most fakes are digits, about one in six is none. The Frechet distance in the space of fixed
+0.12 s a step; about five in six fakes are digits. The Frechet distance in the space of fixed
 random features fell from 15.5 (step 500) to 3.5.
 
-Both networks are trained by one step, each with an optimizer of its own (`optim.groups`), the generator on
-every `critic_steps`th. Grids of fakes, always from the same latents, are in WORKDIR/pictures and TensorBoard.
+One step trains both networks, each with its own optimizer (`optim.groups`); the generator is updated every
+`critic_steps` steps. Grids of fakes, always from the same latents, are in WORKDIR/pictures and TensorBoard.
 
 The ResNet GAN on 32 pixels as in the paper (hinge loss, five critic steps, moving average of the generator):
 

@@ -18,16 +18,16 @@ from bigmodel import config as config_lib
 from bigmodel.config import InputError
 
 
-def _gpt(depth: int, width: int, heads: int, **more: object) -> dict[str, object]:
-    return {"depth": depth, "width": width, "heads": heads, **more}
+def _gpt(depth: int, width: int, heads: int, **others: object) -> dict[str, object]:
+    return {"depth": depth, "width": width, "heads": heads, **others}
 
 
-def _llama(depth: int, width: int, heads: int, mlp_width: int, **more: object) -> dict[str, object]:
+def _llama(depth: int, width: int, heads: int, mlp_width: int, **others: object) -> dict[str, object]:
     shape = {
         "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "tie_embeddings": False,
         "vocab_size": 32_000, "norm_eps": 1e-5,
     }  # fmt: skip
-    return {**shape, "depth": depth, "width": width, "heads": heads, "mlp_width": mlp_width, **more}
+    return {**shape, "depth": depth, "width": width, "heads": heads, "mlp_width": mlp_width, **others}
 
 
 _GPT2 = {"vocab_size": 50_257}

@@ -1,12 +1,13 @@
-r"""Recommenders: matrix factorisation, neural collaborative filtering, two towers, DLRM.
+r"""Recommenders: matrix factorization, neural collaborative filtering, two towers, DLRM.
 
     python scripts/train.py --config=configs/recommender.py:kind=mf --workdir=runs/mf
     python scripts/evaluate.py --workdir=runs/mf
 
-Claim: near the best that is possible on generated sets whose best is known. `lowrank_ratings`, the last
-rating of each user held out: `mf` has a mean squared error of 0.293 after 2,500 steps (16 s), where the true
-preferences have 0.264 and alternating least squares of the true rank 0.284; its width and decay were chosen
-on the rating before (`--config.data.eval_split=validation`), where it has 0.261, the true preferences 0.244.
+Claim: close to the best possible score on generated sets where it is known. On `lowrank_ratings`, with the
+last rating of each user held out, `mf` has a mean squared error of 0.293 after 2,500 steps (16 s), where the
+true preferences have 0.264 and alternating least squares of the true rank 0.284; its width and decay were
+chosen on the rating before (`--config.data.eval_split=validation`), where it has 0.261 and the true
+preferences 0.244.
 Ranking the held-out item among all that the user did not rate, HR@10 and NDCG@10: `mf` 0.356 and 0.232,
 `two_tower` 0.342 and 0.212 (700 steps, 18 s), `ncf` 0.338 and 0.216 (750 steps, 19 s); the true preferences
 0.363 and 0.235. Their steps too were chosen on the rating before, where they have 0.327 and 0.325; longer
@@ -14,10 +15,10 @@ runs overfit.
 
 `dlrm` on `clicks` (600 steps, 45 s of CPU time): log loss 0.1116 and ROC-AUC 0.817 on the test split, as good
 as a logistic regression of the one-hot categories (0.1112, 0.817) and far from the best possible (0.0915,
-0.903; always the base rate: 0.133): 3,000 clicks are few for its pairs. Settings were chosen on a fifth of
-the training rows. All on 2 CPU cores that were busy with other work too.
+0.903; the base rate has 0.133): 3,000 clicks are few for its pairs. Settings were chosen on a fifth of
+the training rows. All on 2 shared CPU cores.
 
-Planned, a DLRM with the tables of the Criteo terabyte data (188 M rows) on 16 chips: 0.09 s a step of
+Planned: a DLRM with the tables of the Criteo terabyte data (188 M rows) on 16 chips: 0.09 s a step of
 65,536, of which the tables' dense update takes 50 %, memory 34 %, the exchange 15 % and matrix products
 nothing:
 
@@ -26,7 +27,7 @@ nothing:
         --config.batch_size=65536 --config.optim.name=sgd --config.optim.b1=0 \
         --config.compute_dtype=bfloat16 --target=v5e:4x4
 
-Ratings of one's own: `--config.data.name=ratings:/path.csv` (user, item, rating, timestamp); errors name the
+Your own ratings: `--config.data.name=ratings:/path.csv` (user, item, rating, timestamp); errors name the
 sizes that the tables need. `loss` is `rating` (squared error), `binary` (drawn negatives) or `softmax` (the
 batch's items as negatives, logQ-corrected). `--config.task.eval_negatives=99` ranks as He et al. 2017 do, not
 among all items.

@@ -4,7 +4,7 @@ r"""ResNet v1.5 (He et al. 2015); by default a ResNet-18 of an eighth of the wid
 
 Claim: at least 99.2 % test accuracy on mnist in under 10 minutes on 2 CPU cores. Planned: 0.18 M parameters,
 5.5 GFLOP a step of 128. Measured: 2,000 steps, 99.50 %, in 6 min 11 s; a step takes 0.16 to 0.20 s, where the
-plan says 0.13: products as narrow as these are slower between others than alone.
+plan says 0.13: such narrow matrix products are slower between others than alone.
 
 ImageNet as in the paper (random resized crops and flips, cosine schedule):
 

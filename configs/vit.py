@@ -4,8 +4,8 @@ r"""Vision Transformers (Dosovitskiy et al. 2020; Ti and S: Touvron et al. 2020;
         --config.steps=2000 --workdir=runs/vit-mnist
     python scripts/plan.py --config=configs/vit.py:data=imagenet2012,size=b
 
-Claim: at least 98 % test accuracy on mnist. Planned: 27 GFLOP a step of 128. Measured on 2 CPU cores that
-were busy with other work: 98.64 %, 24 minutes of CPU time.
+Claim: at least 98 % test accuracy on mnist. Planned: 27 GFLOP a step of 128. Measured on 2 shared CPU
+cores: 98.64 %, 24 minutes of CPU time.
 Any TFDS image classification set with one image size works; `size=toy` takes patches of 4 pixels, the
 published sizes 16 (h and g: 14) pixels.
 """
@@ -18,8 +18,8 @@ from bigmodel import config as config_lib
 from bigmodel.config import InputError
 
 
-def _vit(depth: int, width: int, heads: int, patch: int = 16, **more: object) -> dict[str, object]:
-    return {"depth": depth, "width": width, "heads": heads, "patch": patch, **more}
+def _vit(depth: int, width: int, heads: int, patch: int = 16, **others: object) -> dict[str, object]:
+    return {"depth": depth, "width": width, "heads": heads, "patch": patch, **others}
 
 
 SIZES: dict[str, dict[str, object]] = {

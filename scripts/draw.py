@@ -184,11 +184,11 @@ def layout() -> Any:
             axes.add_patch(plt.Rectangle((left, y - 0.14), 0.94, 0.28, facecolor=color, edgecolor="none"))
             label = f"{size:,} {axis}" if axis else f"{size:,}"
             axes.text(left + 0.47, y, label, ha="center", va="center", fontsize=7.5, color=INK)
-        whole = spec.size * spec.dtype.itemsize
+        total = spec.size * spec.dtype.itemsize
         share = (
-            whole * int(jax.numpy.prod(jax.numpy.array(spec.sharding.shard_shape(spec.shape)))) // spec.size
+            total * int(jax.numpy.prod(jax.numpy.array(spec.sharding.shard_shape(spec.shape)))) // spec.size
         )
-        axes.text(7.2, y, units.size(whole), va="center", fontsize=9, color=INK)
+        axes.text(7.2, y, units.size(total), va="center", fontsize=9, color=INK)
         axes.text(8.2, y, units.size(share), va="center", fontsize=9, color=INK)
     return figure
 

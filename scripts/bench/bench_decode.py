@@ -37,8 +37,8 @@ def ours(path: str, batch: int, quantized: bool = False) -> Run:
     from bigmodel.infer import decoder as decoder_lib
     from bigmodel.infer import generate
 
-    more = {"quantize.weights": "int8"} if quantized else {}
-    config = config_lib.load(interleave.ROOT / path, {"batch_size": 1, "compute_dtype": "float32", **more})
+    kind = {"quantize.weights": "int8"} if quantized else {}
+    config = config_lib.load(interleave.ROOT / path, {"batch_size": 1, "compute_dtype": "float32", **kind})
     built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), tasks.batch_spec(config))
     params, rest = jax.jit(built.model.init)(jax.random.key(0))
     decoder = decoder_lib.Decoder(built, {"params": params, "rest": rest})

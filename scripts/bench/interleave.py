@@ -147,14 +147,14 @@ def _medians(rows: list[dict[str, float]], measure: list[dict[str, float]]) -> d
 
 def show(title: str, results: dict[str, Any], per_s: tuple[str, int] | None = None) -> None:
     """Prints the figures of a case; `per_s`: what one run makes, and how many of them."""
-    first, more = next(iter(results)), f"{per_s[0] + '/s':>12}" if per_s else ""
-    print(f"\n{title:<20}{'ms':>10}{'x ' + first:>10}{'range':>14}{'faults':>10}{'peak MiB':>10}{more}")
+    first, rate = next(iter(results)), f"{per_s[0] + '/s':>12}" if per_s else ""
+    print(f"\n{title:<20}{'ms':>10}{'x ' + first:>10}{'range':>14}{'faults':>10}{'peak MiB':>10}{rate}")
     for rival, r in results.items():
         low, high = r["ratio_range"]
-        more = f"{per_s[1] / r['time_s']:>12.1f}" if per_s else ""
+        rate = f"{per_s[1] / r['time_s']:>12.1f}" if per_s else ""
         print(
             f"  {rival:<18}{1e3 * r['time_s']:>10.1f}{r['ratio']:>10.3f}{f'{low:.2f}-{high:.2f}':>14}"
-            f"{r['faults']:>10.0f}{r['peak_mib']:>10.0f}{more}",
+            f"{r['faults']:>10.0f}{r['peak_mib']:>10.0f}{rate}",
             flush=True,
         )
 
