@@ -17,7 +17,7 @@ from bigmodel.machines import energy
 
 
 class Ledger:
-    """Seconds by bucket: start, compile, restore, step, input, eval, checkpoint; the rest is `other`."""
+    """Seconds by bucket: start, compile, check, restore, step, input, eval, checkpoint, callbacks, other."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()

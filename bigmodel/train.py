@@ -23,6 +23,7 @@ from bigmodel import config as config_lib
 from bigmodel import disk, log, mesh, selfcheck, tasks, workdir
 from bigmodel.checkpoint import best as best_lib
 from bigmodel.checkpoint import start
+from bigmodel.checkpoint.best import Best
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config
 from bigmodel.ledger import Ledger
@@ -104,6 +105,7 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
     newest = checkpoints.latest() or 0
     best = best_lib.resumed(config.checkpoint.best, run.path, newest, checkpoints.steps())
     checkpoints.best = best.step
+    _check_best(run, best)
     enough = 0 < config.eval.patience <= best.since
     # Compiled before any array exists: what the step takes is known then. A run that is done needs none.
     compiled = None if newest >= config.steps or enough else _compile(run, force)
@@ -136,6 +138,17 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
         loop.sums = Sums(checkpoints.meta(first_step).get("interval"))
     with disk.after(loop.write_ledger):
         return loop.run(first_step)
+
+
+def _check_best(run: Run, best: Best) -> None:
+    """Raises InputError where `checkpoint.best` is no metric that evaluations of this run have."""
+    task = tasks.make(run.program.config)
+    if not best.metric or task.needs_all:  # then the first evaluation shows its metrics
+        return
+    batch = next(iter(run.eval_data.values())).spec()
+    found = dict.fromkeys(jax.eval_shape(run.program.eval_step, run.program.state_spec, batch), 1.0)
+    names = [*found, *task.derived(found)]
+    best.chosen({f"eval/{data_set}/{name}": 1.0 for data_set in run.eval_data for name in names})
 
 
 def _compile(run: Run, force: bool) -> Any:

@@ -73,7 +73,8 @@ def test_the_best_step_stays_and_no_progress_ends_the_run_also_over_a_resume(tmp
 
 def test_a_metric_that_the_run_does_not_have_is_named(tmp_path):
     with pytest.raises(InputError, match=r"checkpoint\.best=eval/test/mAP is no metric .*eval/test/accuracy"):
-        train.run(cnn(steps=2, checkpoint__best="eval/test/mAP"), tmp_path)
+        train.run(cnn(steps=2, checkpoint__best="eval/test/mAP"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_of_a_log(tmp_path):

@@ -139,6 +139,11 @@ def _reporting_problems(c: Config) -> Iterable[tuple[str, str]]:
     for key in ("patience", "samples"):
         if getattr(c.eval, key) < 0:
             yield f"eval.{key}", f"is {getattr(c.eval, key)}: set it to 0 or more"
+    if c.eval.samples and not c.task.generates:
+        yield (
+            "eval.samples",
+            f"is {c.eval.samples}, but task.name={c.task.name} generates no text; set it to 0",
+        )
     names = list(eval_sets(c))
     if c.checkpoint.best and not any(
         re.match(f"-?eval/{re.escape(name)}/.", c.checkpoint.best) for name in names

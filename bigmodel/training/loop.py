@@ -276,7 +276,9 @@ class Loop:
         best, patience = self.best, self.config.eval.patience
         if not best.metric:
             return
-        if best.add(step, best.chosen(self.eval_metrics)):
+        first = best.step is None and not best.since
+        value = best.chosen(self.eval_metrics) if first else self.eval_metrics.get(best.metric)
+        if best.add(step, value):
             self.checkpoints.best = step
             if self.saved != step:
                 self._save(step)
