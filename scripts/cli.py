@@ -1,4 +1,4 @@
-"""What every script shares: the flags that name a config, and how errors become exit codes."""
+"""Shared by the scripts: flags that name a config or a workdir, and errors as exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bigmodel import disk, workdir
 from bigmodel.config import InputError
 from bigmodel.training import ending
 
-# What a disk answers when it can or may not take more: no fault of the program's.
+# Errors of a disk that is full, read-only or broken: not the program's fault.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE)
 
 
@@ -41,7 +41,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def directory(text: str) -> str:
-    """The type of a flag that names a directory: not empty, as of a shell variable that is not set."""
+    """The type of a flag that names a directory; refuses an empty one (a shell variable that is not set)."""
     try:
         return str(workdir.local(text, "the path"))
     except InputError as error:
@@ -79,7 +79,7 @@ def parse_workdir(
 def parse(
     flags: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """-> (flags, overrides such as "optim.lr=3e-4", taken from --config.KEY=VALUE or --config.KEY VALUE)."""
+    """Returns the flags, and overrides such as "optim.lr=3e-4" from --config.KEY=VALUE or KEY VALUE."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv) and (spec := _config_of(argv)):
         keys = config_lib.describe(spec, _overrides([item for item in argv if item.startswith("--config.")]))
@@ -110,7 +110,7 @@ def _overrides(rest: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def patience(what: str, every_s: float = 20) -> Iterator[None]:
-    """While it lasts, says on stderr every so many seconds that `what` still goes on, and since when."""
+    """Prints on stderr, every `every_s` seconds of the block, for how long `what` has been running."""
     ended, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -134,10 +134,10 @@ def say(line: str) -> None:
 
 
 def keep_memory() -> None:
-    """On a CPU with glibc, makes malloc keep what is freed. To be called before JAX is imported.
+    """Makes malloc keep freed memory, on a CPU with glibc. Call it before JAX is imported.
 
     Otherwise XLA's temporaries go back to the kernel after each step and are faulted in again at the next,
-    which makes small models 1.2 to 1.5 times slower. The price: the process holds on to its peak.
+    which makes small models 1.2 to 1.5 times slower. The price: the process never shrinks from its peak.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version") and not accelerators.found():
@@ -146,7 +146,7 @@ def keep_memory() -> None:
 
 
 def fail(error: Exception, code: int = 2) -> int:
-    """Prints an error as one line; in a job of several hosts, ends all of them. -> the exit code."""
+    """Prints an error as one line, ends all hosts of a job, and returns the exit code."""
     line = " ".join(str(error).split())
     _complain(f"error: {line}")
     if (end := ending.taken()) is not None:
@@ -155,7 +155,7 @@ def fail(error: Exception, code: int = 2) -> int:
 
 
 def _complain(text: str) -> None:
-    """On stderr, if anybody reads it."""
+    """Prints to stderr, if it can be written."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -167,13 +167,13 @@ def run(main: Callable[[], int]) -> None:
     keep_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a locale cannot write is no error
+            stream.reconfigure(errors="backslashreplace")  # characters that the locale lacks are no error
     try:
         code = main()
         sys.stdout.flush()
     except InputError as error:
         code = fail(error)
-    except BrokenPipeError:  # nobody reads what is printed, as behind `| head`
+    except BrokenPipeError:  # stdout is closed, as behind `| head`
         disk.to_nowhere(1)
         code = 0
     except OSError as error:

@@ -1,14 +1,14 @@
-"""Makes a trained model small, in stages, and prices each: accuracy, bytes, FLOPs, latency, joules.
+"""Makes a trained model smaller in stages and prices each: accuracy, bytes, FLOPs, latency, joules.
 
     python scripts/compress.py --workdir=runs/mnist --recipe=prune:0.5+finetune:200,quantize:int8 \\
         --out=runs/small
 
-A recipe's stages are parted by commas, the steps of one joined by +, a step's settings follow it after
-colons; or it is a YAML file (bigmodel/compress/recipe.py). OUT is a workdir as train.py makes it, with
-report.json and report.png: evaluate.py, generate.py, train.py and compress.py read it.
+A recipe has stages with commas between them, the steps of a stage are joined by +, and a step's settings
+follow it after colons; or it is a YAML file (bigmodel/compress/recipe.py). OUT becomes an ordinary workdir
+with report.json and report.png, which evaluate.py, generate.py, train.py and compress.py read.
 
---seeds=5 runs the recipe five times, into OUT/1 to OUT/5, and says of each stage's metrics how far they
-spread, and whether they differ from those of the stage before.
+--seeds=5 runs the recipe five times, into OUT/1 to OUT/5, and prints the spread of each stage's metrics and
+whether they differ from those of the stage before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def main() -> int:
         "--recipe", required=True, help="e.g. prune:0.5+finetune:200,quantize:int8, or FILE.yaml"
     )
     flags.add_argument("--out", required=True, type=cli.directory, help="a new directory")
-    flags.add_argument("--seeds", type=int, default=1, help="run it so often: what differs by chance?")
+    flags.add_argument(
+        "--seeds", type=int, default=1, help="runs of the recipe, to see what differs by chance"
+    )
     args, _ = cli.parse_workdir(flags)
     from bigmodel import train
     from bigmodel.compress import recipe, stages

@@ -3,13 +3,12 @@
     python scripts/evaluate.py --workdir=runs/toy
     python scripts/evaluate.py --workdir=runs/toy --config.data.name=table:x.csv --config.data.eval_split=all
 
-Other data are read, numbered and named as the workdir keeps it from training; the training data need not be
-there. What may be set: data.name, eval_split, data_dir, max_skipped, decimal, cache, prefetch; eval.batches.
+Other data are encoded and numbered as in training, from the workdir alone; the training data may be missing.
+Keys that may be set: data.name, eval_split, data_dir, max_skipped, decimal, cache, prefetch; eval.batches.
 
-Where the task has metrics that need all examples at once (per class, curves, calibration, gaps between
-groups; a detector's precision; distances between real images and a GAN's), WORKDIR/evaluation.json gets
-these too, and pictures go to WORKDIR/evaluation/. Pairs of texts also get BLEU and
-chrF of the greedy answers.
+If the task has metrics that need all examples at once (per class, curves, calibration, gaps between groups;
+a detector's precision; distances between real images and a GAN's), they go to WORKDIR/evaluation.json and
+pictures to WORKDIR/evaluation/. Pairs of texts also get BLEU and chrF of the greedy answers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ MAY_SET = {"eval.batches", *(f"data.{key}" for key in (
 
 def main() -> int:
     flags = cli.workdir_parser(__doc__)
-    flags.add_argument("--features", metavar="DIR", help="of a GAN: a classifier's run, for distances by it")
+    flags.add_argument(
+        "--features", metavar="DIR", help="for a GAN: a classifier's run, whose features give the distances"
+    )
     args, rest = cli.parse_workdir(flags, MAY_SET)
     from bigmodel import data, evaluate, mesh, metrics, pictures, workdir
 

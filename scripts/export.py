@@ -1,12 +1,12 @@
-"""Writes a trained model for others to read.
+"""Exports a trained model as safetensors or StableHLO.
 
     python scripts/export.py --workdir=runs/124m --format=safetensors --out=DIR
     python scripts/export.py --workdir=runs/124m --format=stablehlo --out=DIR
 
-safetensors: the parameters (their moving average, if the run has one) in Hugging Face's layout where there
-is one, with a config.json that transformers loads; else under the names of this package.
+safetensors: the parameters (their moving average, if the run has one) in Hugging Face's layout if there is
+one, with a config.json that transformers loads; else under the names of this package.
 stablehlo: the forward pass, and a language model's prefill and decode with a cache, for batches of any size
-on CPU, GPU and TPU; the weights; and saved_model.py, which loads them and needs jax and flatbuffers alone.
+on CPU, GPU and TPU; the weights; and saved_model.py, which loads them and needs only jax and flatbuffers.
 """
 
 from __future__ import annotations

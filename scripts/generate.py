@@ -2,8 +2,8 @@
 
 python scripts/generate.py --workdir=runs/toy --prompt="def main(" --length=200 --stop="\n\n"
 
-What no flag says is as an imported model's generation_config.json has it, else 200 tokens at temperature 0.8,
-among the 40 likeliest.
+Settings without a flag come from an imported model's generation_config.json, else 200 tokens at temperature
+0.8 among the 40 most likely.
 """
 
 from __future__ import annotations
@@ -30,17 +30,27 @@ def main() -> int:
     flags = cli.workdir_parser(__doc__)
     flags.add_argument("--prompt", action="append", help="may be given several times; default: 'import '")
     flags.add_argument("--length", type=int, help="how many tokens to add, at most")
-    flags.add_argument("--temperature", type=float, help="0: the likeliest token, always")
-    flags.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only; 0: all")
-    flags.add_argument("--top_p", type=float, help="from the likeliest that have this share")
-    flags.add_argument("--min_p", type=float, help="from those this likely beside the likeliest")
-    flags.add_argument("--repetition_penalty", type=float, help="above 1: what occurred is rarer")
+    flags.add_argument("--temperature", type=float, help="0: always the most likely token")
+    flags.add_argument("--top_k", type=int, help="draw from the k most likely tokens only; 0: all")
     flags.add_argument(
-        "--stop", action="append", default=[], help="ends the answer, left out of it; \\n: a line feed"
+        "--top_p", type=float, help="draw from the most likely tokens that together have this probability"
     )
-    flags.add_argument("--beams", type=int, default=0, help="above 0: beam search for the likeliest answer")
+    flags.add_argument(
+        "--min_p",
+        type=float,
+        help="draw from tokens with at least this share of the most likely one's probability",
+    )
+    flags.add_argument(
+        "--repetition_penalty", type=float, help="above 1: tokens that occurred become less likely"
+    )
+    flags.add_argument(
+        "--stop", action="append", default=[], help="ends the answer, and is left out of it; \\n: a line feed"
+    )
+    flags.add_argument("--beams", type=int, default=0, help="above 0: beam search for the most likely answer")
     flags.add_argument("--draft", help="a small model's run, of the same vocabulary, that proposes tokens")
-    flags.add_argument("--cache_dtype", default="", choices=["", "int8"], help="of keys and values")
+    flags.add_argument(
+        "--cache_dtype", default="", choices=["", "int8"], help="dtype of cached keys and values"
+    )
     flags.add_argument("--seed", type=int, help="gives the same text each time; default: a new one")
     args, _ = cli.parse_workdir(flags)
     if args.length is not None and args.length < 1:

@@ -1,4 +1,4 @@
-"""Predictions of a trained model for many inputs, one JSON line each; run again, it goes on where it stopped.
+"""Writes predictions of a trained model for many inputs, one JSON line each; run again, it goes on.
 
     python scripts/predict.py --workdir=runs/cnn --inputs=images/ --out=predictions.jsonl
     python scripts/predict.py --workdir=runs/mf --inputs=pairs.csv --out=scores.jsonl
@@ -98,7 +98,7 @@ def located(path: pathlib.Path, first: int, problem: str) -> str:
 
 
 def done_in(path: pathlib.Path, names: list[str]) -> int:
-    """How many of the inputs `path` has already; a line that was cut short is taken off.
+    """Returns how many of the inputs `path` has already; removes a line that was cut short.
 
     Raises:
         InputError: it holds predictions for other inputs.

@@ -4,10 +4,11 @@
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"prompt": "def main(", "max_tokens": 32}'
 
-/v1/completions, /v1/chat/completions (both streaming too), /v1/embeddings, /v1/models, /v1/predict (what is
-no text: classes, boxes, scores, images), /health, /metrics (Prometheus). With $BIGMODEL_API_KEY set, /v1 asks
-for it as a bearer token (several keys with commas between: each has its share of the queue). Samples differ
-unless a request has a seed. SIGTERM stops taking requests, finishes those under way, and exits with 0.
+/v1/completions and /v1/chat/completions (both also streaming), /v1/embeddings, /v1/models, /v1/predict
+(outputs other than text: classes, boxes, scores, images), /health, /metrics (Prometheus). If
+$BIGMODEL_API_KEY is set, /v1 needs it as a bearer token (several keys with commas between: each has its share
+of the queue). Samples differ unless a request has a seed. SIGTERM stops taking requests, finishes those under
+way, and exits with 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import cli
 
 from bigmodel.config import InputError
 
-OTHER_FILES = 64  # that the process has open beside its connections
+OTHER_FILES = 64  # open files of the process that are no connections
 
 
 def main() -> int:
@@ -132,7 +133,7 @@ def _run(service: object, args: argparse.Namespace) -> int:
 
 
 def files_for(connections: int) -> int:
-    """How many connections the process may have open, once it has raised its own limit of open files."""
+    """Raises the process's limit of open files, and returns how many connections it then may have open."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

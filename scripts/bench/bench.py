@@ -172,7 +172,7 @@ def loop(case: str, config: Config) -> interleave.Rival:
 
 
 def bare(case: str, config: Config) -> interleave.Rival:
-    """What one writes by hand: value_and_grad, a scan over microbatches, optax, jit with donation."""
+    """The step written by hand: value_and_grad, a scan over microbatches, optax, jit with donation."""
     import jax
     import jax.numpy as jnp
     import optax

@@ -107,7 +107,7 @@ def served(workdir: str, slots: int) -> Iterator[str]:
 
 @dataclass
 class Tally:
-    """What came of the requests to one server."""
+    """Results of the requests to one server."""
 
     requests: int = 0
     errors: int = 0

@@ -18,7 +18,7 @@ Batch = Mapping[str, Any]
 
 
 class GPT(nn.Module):
-    """As nanoGPT: fused attention, a tied head."""
+    """The model of nanoGPT: fused attention, a tied head."""
 
     def __init__(self, config: Config, batch: Batch) -> None:
         super().__init__()
