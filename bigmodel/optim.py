@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from bigmodel import trees
-from bigmodel.config import OTHERS, Config, InputError, Optim, optim_groups
+from bigmodel.config import OTHERS, Config, InputError, Optim
 
 Tree = Any
 
@@ -24,7 +24,7 @@ def make(config: Config) -> optax.GradientTransformation:
     """
     tx = _chain(config)
     if config.optim.groups:
-        groups = optim_groups(config.optim)
+        groups = config.optim.every_group
         each = {name: _chain(config.replace(optim=group)) for name, group in groups.items()}
         patterns = {name: group.on for name, group in groups.items()}
         tx = optax.partition({OTHERS: tx, **each}, functools.partial(group_names, patterns))
@@ -163,7 +163,7 @@ def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
 def learning_rates(config: Config, count: jax.Array) -> dict[str, jax.Array]:
     """`lr`, and `lr_<group>` of each of `optim.groups`, after `count` updates."""
     rates = {"lr": schedule(config)(count)}
-    for name, group in optim_groups(config.optim).items():
+    for name, group in config.optim.every_group.items():
         rates[f"lr_{name}"] = schedule(config.replace(optim=group))(count)
     return rates
 

@@ -6,7 +6,7 @@ config = load("configs/gpt.py:size=124m", ["optim.lr=3e-4"])
 from bigmodel.config.adapt import Distill, Init, Lora, Prune, Quantize
 from bigmodel.config.data import Data
 from bigmodel.config.files import describe, difference, from_dict, load, override, parse_arg
-from bigmodel.config.optim import OTHERS, Group, Optim, optim_groups
+from bigmodel.config.optim import OTHERS, Group, Optim
 from bigmodel.config.parsing import InputError
 from bigmodel.config.run import Check, Checkpoint, Config, Eval, Log, Mesh, eval_sets, flatten, to_dict
 from bigmodel.config.task import (
@@ -59,7 +59,6 @@ __all__ = [
     "flatten",
     "from_dict",
     "load",
-    "optim_groups",
     "override",
     "parse_arg",
     "to_dict",

@@ -14,7 +14,6 @@ from typing import Any
 import ml_collections
 
 from bigmodel.config import parsing, reference
-from bigmodel.config.optim import optim_groups
 from bigmodel.config.parsing import InputError
 from bigmodel.config.run import Config, check, flatten, to_dict
 from bigmodel.config.task import keys_of
@@ -90,7 +89,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
         raise parsing.UnknownKey(error.key, reference.meant(error.key, tree)) from error
     groups = {  # text becomes values
         name: {key: getattr(group, key) for key in config.optim.groups[name]}
-        for name, group in optim_groups(config.optim).items()
+        for name, group in config.optim.every_group.items()
     }
     optim = dataclasses.replace(config.optim, groups=groups)
     config = config.replace(model=config.model.resolve(), optim=optim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +11,8 @@ from typing import Any, Literal
 
 from bigmodel.config import parsing, ranges
 from bigmodel.config.parsing import InputError
+
+COMMON = ("ema_decay", "freeze", "groups")  # keys that cannot differ from group to group
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,29 @@ class Optim:
     # differ there}, e.g. {"head": {"on": "^/head/", "lr": 1e-2}}; clip_norm is then of a group's gradients.
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def every_group(self) -> dict[str, Group]:
+        """`groups` by name, filled in from the keys of this one.
+
+        Raises:
+            InputError: an unknown key, or a value of the wrong type.
+        """
+        fields = [field.name for field in dataclasses.fields(Optim)]
+        base = {key: getattr(self, key) for key in fields if key not in COMMON}
+        out = {}
+        for name, changes in self.groups.items():
+            prefix = f"optim.groups.{name}."
+            if not isinstance(changes, Mapping):
+                raise InputError(
+                    f"{prefix[:-1]} is a group of keys, not a value; set one of them, e.g. {prefix}on"
+                )
+            if wrong := sorted(set(changes) & set(COMMON)):
+                raise InputError(
+                    f"{prefix}{wrong[0]} cannot differ from group to group; set optim.{wrong[0]}"
+                )
+            out[name] = parsing.build(Group, base | dict(changes), prefix)
+        return out
+
 
 @dataclass(frozen=True)
 class Group(Optim):
@@ -45,29 +72,6 @@ class Group(Optim):
 
 
 OTHERS = "others"  # the group of the parameters that no other group takes
-
-
-OF_ALL = ("ema_decay", "freeze", "groups")  # keys that cannot differ from group to group
-
-
-def optim_groups(optim: Optim) -> dict[str, Group]:
-    """`optim.groups`, filled in from the keys of `optim` itself.
-
-    Raises:
-        InputError: an unknown key, or a value of the wrong type.
-    """
-    base = {key: value for key, value in vars(optim).items() if key not in OF_ALL}
-    out = {}
-    for name, changes in optim.groups.items():
-        prefix = f"optim.groups.{name}."
-        if not isinstance(changes, Mapping):
-            raise InputError(
-                f"{prefix[:-1]} is a group of keys, not a value; set one of them, e.g. {prefix}on"
-            )
-        if wrong := sorted(set(changes) & set(OF_ALL)):
-            raise InputError(f"{prefix}{wrong[0]} cannot differ from group to group; set optim.{wrong[0]}")
-        out[name] = parsing.build(Group, base | dict(changes), prefix)
-    return out
 
 
 def group_problems(name: str, group: Group) -> Iterable[tuple[str, str]]:

@@ -14,7 +14,7 @@ from bigmodel.config.adapt import Distill, Init, Lora, Prune, Quantize
 from bigmodel.config.data import Data
 from bigmodel.config.families import GPT, Model
 from bigmodel.config.mesh import Mesh
-from bigmodel.config.optim import Optim, group_problems, optim_groups
+from bigmodel.config.optim import Optim, group_problems
 from bigmodel.config.parsing import InputError
 from bigmodel.config.task import LM, Task
 
@@ -184,7 +184,7 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     yield from ((f"data.{key}", problem) for key, problem in ranges.data_problems(c.data))
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
     yield from ((f"optim.{key}", problem) for key, problem in ranges.optim_problems(c.optim))
-    for name, group in optim_groups(c.optim).items():
+    for name, group in c.optim.every_group.items():
         yield from ((f"optim.groups.{name}.{key}", problem) for key, problem in group_problems(name, group))
     for name in ("prune", "quantize", "distill", "lora", "init", "mesh"):
         yield from ((f"{name}.{key}", problem) for key, problem in getattr(c, name).problems())
