@@ -19,7 +19,7 @@ from bigmodel.infer import decoder as decoder_lib
 from bigmodel.infer import generate, loading
 from bigmodel.metrics import Sums
 from bigmodel.program import Program, State
-from bigmodel.tasks.base import Examples, Features, logits
+from bigmodel.tasks.base import Examples, Features
 from bigmodel.tasks.gan import in_pieces
 
 
@@ -133,12 +133,12 @@ def classifier_features(directory: str, program: Program) -> Features:
             f"normalisation, {program.batch_spec['image'].shape[1:]}; train one on data.name={ours.name}"
         )
     params, rest = built.evaluated(state), state["rest"]
-    run = jax.jit(
-        lambda image: logits(
-            built.model.apply(params, rest, {"image": image}, key=None, train=False)[0]
-        ).astype(np.float32)
-    )
-    return lambda image_NHWC: in_pieces(run, image_NHWC)
+
+    def run(image: jax.Array) -> jax.Array:
+        outputs, _ = built.model.apply(params, rest, {"image": image}, key=None, train=False)
+        return outputs["logits"].astype(np.float32)
+
+    return lambda image_NHWC: in_pieces(jax.jit(run), image_NHWC)
 
 
 def bleu(program: Program, state: State, tokenizer: Tokenizer) -> dict[str, float]:

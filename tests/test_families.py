@@ -70,7 +70,7 @@ def test_equal_experts_are_one_mlp():
     copies = jax.tree.map(lambda x: np.repeat(x[:, None], 4, 1), mlp)
     router = {"kernel": logits((1, 32, 4))}
     sparse = {**params, "blocks": {**params["blocks"], "mlp": {"experts": copies, "router": router}}}
-    expected, ours = run(params, batch), run_sparse(sparse, batch)["logits"]
+    expected, ours = run(params, batch)["logits"], run_sparse(sparse, batch)["logits"]
     real = batch["segments"] > 0
     np.testing.assert_allclose(ours[real], expected[real], rtol=1e-4, atol=1e-5)
 
@@ -120,12 +120,12 @@ def test_t5_decoder_sees_its_past_and_all_of_the_input_but_no_padding():
     config = tiny("t5", model__tie_embeddings=False, model__mlp="geglu")
     batch = random_batch(config)
     params, run = define(config, batch)
-    before = np.asarray(run(params, batch))
+    before = np.asarray(run(params, batch)["logits"])
 
     def changed(key: str, at: int) -> np.ndarray:
         other = {**batch, key: batch[key].copy()}
         other[key][0, at] = (other[key][0, at] + 1) % 40
-        return (np.asarray(run(params, other)) != before).any(-1)[0]
+        return (np.asarray(run(params, other)["logits"]) != before).any(-1)[0]
 
     real = batch["decoder_segments"][0] > 0
     padding = int(np.flatnonzero(batch["segments"][0] == 0)[0])

@@ -178,7 +178,7 @@ def jitter(state: Any) -> Any:
 def outputs(part: Any, params: Any, rest: Any, batch: Any) -> Any:
     def run(params: Any, rest: Any, batch: Any) -> Any:
         out = part.model.apply(params, rest, batch, key=None, train=False)[0]
-        return out["logits"] if isinstance(out, dict) else out
+        return out["logits"]
 
     return np.asarray(jax.jit(run)(params, rest, batch))
 
@@ -290,7 +290,7 @@ def test_a_head_reads_the_whole_text_and_no_padding(family):
 
     def run(params: Any, batch: Any) -> Any:
         out = model.apply(params, {}, batch, key=None, train=False)[0]
-        return out["logits"] if isinstance(out, dict) else out
+        return out["logits"]
 
     run = jax.jit(run)
     params = jax.jit(model.init)(jax.random.key(0))[0]

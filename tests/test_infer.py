@@ -56,7 +56,7 @@ def by_full_forward(name: str, prompt: tuple[int, ...], length: int) -> list[int
     @jax.jit
     def logits(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         outputs, _ = built.model.apply(params, state["rest"], batch, key=None, train=False)
-        return outputs["logits"] if isinstance(outputs, dict) else outputs
+        return outputs["logits"]
 
     def row(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         real = (np.arange(32) < len(ids))[None].astype(np.int32)
@@ -304,10 +304,10 @@ def test_as_many_beams_as_ids_find_the_likeliest_answer(name):
     else:
         batch["segments"] = (at <= start + 1).astype(np.int32)
     batch[key][:, start + 1] = np.arange(64)
-    logits, _ = jax.jit(lambda p, b: built.model.apply(p, {}, b, key=None, train=False))(
+    outputs, _ = jax.jit(lambda p, b: built.model.apply(p, {}, b, key=None, train=False))(
         state["params"], batch
     )
-    share = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
+    share = np.asarray(jax.nn.log_softmax(jnp.asarray(outputs["logits"], jnp.float32)))
     both = share[0, start][:, None] + share[:, start + 1]
     best = np.unravel_index(both.argmax(), both.shape)
     assert ids[0][0].tolist() == list(best)

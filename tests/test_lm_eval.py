@@ -16,7 +16,6 @@ from conftest import config_flag, finish, run_script, start_script, tiny
 
 from bigmodel import data
 from bigmodel.infer import loading
-from bigmodel.tasks import base
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the harness: many
 CONTEXT = 64
@@ -79,7 +78,7 @@ def offline(run_dir: pathlib.Path) -> Any:
 
     @jax.jit
     def logits(params: Any, batch: Any) -> Any:
-        return base.logits(program.model.apply(params, state["rest"], batch, key=None, train=False)[0])
+        return program.model.apply(params, state["rest"], batch, key=None, train=False)[0]["logits"]
 
     def score(context: str, continuation: str, before: list[int]) -> tuple[float, bool]:
         ids = before + tokenizer.encode(context + continuation).tolist()

@@ -17,7 +17,6 @@ from bigmodel.data.tokenizers import BPE, Bytes
 from bigmodel.infer import loading, server
 from bigmodel.infer.generate import Writer
 from bigmodel.infer.scoring import Scorer, Tokens
-from bigmodel.tasks import base
 
 CONTEXT = 80  # more than a chunk of the scorer
 
@@ -42,7 +41,7 @@ def offline(run_dir: pathlib.Path) -> Any:
 
     @jax.jit
     def logits(params: Any, batch: Any) -> Any:
-        return base.logits(program.model.apply(params, state["rest"], batch, key=None, train=False)[0])
+        return program.model.apply(params, state["rest"], batch, key=None, train=False)[0]["logits"]
 
     def scores(ids: list[int]) -> np.ndarray:
         tokens = np.zeros((1, CONTEXT), np.int32)

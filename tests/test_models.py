@@ -20,7 +20,6 @@ from bigmodel import models
 from bigmodel.config import Config
 from bigmodel.models import attention, layers, products
 from bigmodel.plan import estimate, flops, planner
-from bigmodel.tasks import base
 
 LLAMA = {
     "model__norm": "rmsnorm", "model__position": "rope", "model__mlp": "swiglu", "model__bias": False,
@@ -43,7 +42,7 @@ def forward(config: Config, train: bool = False) -> tuple[Any, Callable[..., jax
 
     @jax.jit
     def run(params: Any, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        return base.logits(model.apply(params, {}, batch, key=key, train=train)[0])
+        return model.apply(params, {}, batch, key=key, train=train)[0]["logits"]
 
     return jax.jit(model.init)(jax.random.key(0))[0], run
 

@@ -35,7 +35,7 @@ CELLS = ["lstm", "gru"]
 
 def define(config: config_lib.Config) -> tuple[Any, Any]:
     model = models.define(config, batch_spec(config))
-    run = jax.jit(lambda params, batch: model.apply(params, {}, batch, key=None, train=False)[0])
+    run = jax.jit(lambda params, batch: model.apply(params, {}, batch, key=None, train=False)[0]["logits"])
     return jax.jit(model.init)(jax.random.key(0))[0], run
 
 

@@ -156,7 +156,7 @@ def test_auxiliary_classifiers_train_and_are_gone_in_evaluation():
     assert rows["loss"][0] > without["loss"][0] + 0.5  # two more losses near log 10, times 0.3 each
     spec = batch_spec(part.config)
     out = jax.eval_shape(
-        lambda p, r, b: part.model.apply(p, r, b, key=None, train=False)[0],
+        lambda p, r, b: part.model.apply(p, r, b, key=None, train=False)[0]["logits"],
         state["params"],
         state["rest"],
         spec,

@@ -26,7 +26,6 @@ from bigmodel.models import module
 from bigmodel.models.module import Definition
 from bigmodel.models.weights import InBlocks, Quantized
 from bigmodel.program import Program, State, on_mesh
-from bigmodel.tasks import base
 
 CHUNK = 16  # tokens decoded in one compiled loop, between looks at what has ended
 UNROLLED = 64  # layers; a deeper stack is scanned, which copies its cache at every token but compiles faster
@@ -207,7 +206,7 @@ class Decoder:
         real_BS = (at_BS <= read_BN.max(1, keepdims=True)).astype(jnp.int32)
         whole = {"tokens": ids_BS, "segments": real_BS, "positions": at_BS}
         outputs, _ = self.model.apply(params, rest, whole, key=None, train=False)
-        logits_BSV = base.logits(outputs)
+        logits_BSV = outputs["logits"]
         return jnp.take_along_axis(logits_BSV, read_BN[..., None], 1), {"ids": ids_BS}
 
     def follow(self, logits_BV: jax.Array, state: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def _forward(built: Program) -> tuple[Callable[..., Any], Inputs]:
 
     def forward(params: Any, rest: Any, batch: Inputs) -> Any:
         outputs, _ = bare(built).apply(params, rest, batch, key=None, train=False)
-        return outputs
+        read = {name: x for name, x in outputs.items() if name not in ("losses", "aux_logits")}
+        return read["logits"] if read.keys() == {"logits"} else read
 
     (b,) = export.symbolic_shape("b")
     spec = {k: jax.ShapeDtypeStruct((b, *s.shape[1:]), s.dtype) for k, s in built.batch_spec.items()}

@@ -187,7 +187,7 @@ class Predictor:
         with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
             outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
         out = dict(self._task.inferred(outputs))
-        if isinstance(outputs, Mapping) and "hidden" in outputs:  # one vector a text: the mean of its tokens
+        if "hidden" in outputs:  # one vector a text: the mean of its tokens
             real_BL1 = (batch["segments"] > 0).astype(jnp.float32)[..., None]
             hidden_BLD = outputs["hidden"].astype(jnp.float32)
             out["mean"] = (hidden_BLD * real_BL1).sum(1) / jnp.maximum(real_BL1.sum(1), 1.0)

@@ -49,9 +49,7 @@ class BERT(nnx.Module):
         self.transform_norm = transformer.norm(c, dtype) if mlm else None
         self.head_bias = nnx.Param(jnp.zeros((c.vocab_size,), dtype)) if mlm else None
 
-    def __call__(
-        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
-    ) -> dict[str, Any]:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         c, compute_dtype = transformer.transformer(self.config), self.config.compute_dtype
         x_BLD = self.embed(batch["tokens"], compute_dtype)
         if self.positions is not None:
@@ -73,7 +71,7 @@ class BERT(nnx.Module):
             outputs["logits"] = self._masked_words(x_BLD, batch["masked_positions"])
         if self.next_sentence is not None:
             outputs["next_sentence"] = self.next_sentence(outputs["pooled"])
-        return {**outputs, "losses": losses} if losses else outputs
+        return {**outputs, "losses": losses}
 
     def _masked_words(self, x_BLD: jax.Array, at_BM: jax.Array) -> jax.Array:
         """Logits [B, M, V] at the masked positions alone: they are 15 % of all."""

@@ -17,7 +17,7 @@ from bigmodel import mesh
 from bigmodel.config import Config
 from bigmodel.config.families import Detector as DetectorConfig
 from bigmodel.data.boxes import places
-from bigmodel.models import layers, resnet
+from bigmodel.models import layers, module, resnet
 
 PRIOR = 0.01  # every class's probability at the start (Lin et al. 2017, section 4.1)
 
@@ -75,9 +75,7 @@ class Detector(nnx.Module):
         self.boxes = Tower(c, 5, 0.5, dtype, rngs)  # four distances and the centre
         self.scales = nnx.Param(jnp.ones((len(ins),), dtype))  # of a level's distances (section 3.2)
 
-    def __call__(
-        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
-    ) -> dict[str, jax.Array]:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         image_BHWC = batch["image"].astype(self.compute_dtype)
         stages = self.backbone.stages(image_BHWC, train)
         levels = self._pyramid([stages[stage - 1] for stage in self.c.levels])

@@ -59,7 +59,7 @@ class Distilled(Definition):
             outputs, own = self.student.apply(params, own, batch, key=key, train=True)
         with attention.watched() as shown:
             target, _ = self.frozen[NAME].apply(told["params"], told["rest"], batch, key=None, train=False)
-        loss = how.weight * distance(self.config, logits(outputs), jax.lax.stop_gradient(logits(target)))
+        loss = how.weight * distance(self.config, outputs["logits"], jax.lax.stop_gradient(target["logits"]))
         losses = {"distill": loss}
         if how.hidden:
             x, y = features[0][-1], jax.lax.stop_gradient(features[1][-1])
@@ -69,8 +69,7 @@ class Distilled(Definition):
             shape = losses["distill"].shape
             far = [_of_shape(maps_apart(*pair), batch, shape) for pair in zip(seen, shown, strict=True)]
             losses["attention"] = how.attention * sum(far, jnp.zeros(shape, jnp.float32))
-        given = outputs if isinstance(outputs, Mapping) else {"logits": outputs}
-        return {**given, "losses": {**given.get("losses", {}), **losses}}, {**own, NAME: rest[NAME]}
+        return {**outputs, "losses": {**outputs.get("losses", {}), **losses}}, {**own, NAME: rest[NAME]}
 
 
 def wrap(student: Definition, teacher: Definition, config: Config, taught: Config) -> Definition:
@@ -123,10 +122,6 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
         "unpack": lambda params, held: student.unpack(params, {part: held[part] for part in student.held}),
     }
     return Distilled(**fields | {"frozen": {NAME: teacher}}, student=student, config=config)
-
-
-def logits(outputs: Any) -> jax.Array:
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs
 
 
 def distance(config: Config, student: jax.Array, teacher: jax.Array) -> jax.Array:

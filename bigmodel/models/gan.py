@@ -20,7 +20,7 @@ from bigmodel import config as config_lib
 from bigmodel import mesh
 from bigmodel.config import Config, InputError
 from bigmodel.config.families import GAN as GANConfig
-from bigmodel.models import layers, ops
+from bigmodel.models import layers, module, ops
 
 Spec = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -46,7 +46,7 @@ class GAN(nnx.Module):
         self.generator = generator(c, small, levels, channels, dtype, rngs)
         self.discriminator = discriminator(c, (height, width), levels, channels, dtype, rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         real_BHWC = batch["image"].astype(self.compute_dtype)
         class_BK = jax.nn.one_hot(batch["label"], self.c.num_classes) if self.c.num_classes else None
         latent_key, mix_key = (None, None) if key is None else jax.random.split(key)

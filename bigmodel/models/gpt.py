@@ -20,9 +20,9 @@ from bigmodel.models import layers, module, transformer
 class GPT(nnx.Module):
     """Decoder-only language model (Radford et al. 2019; Touvron et al. 2023; Jiang et al. 2024).
 
-    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V] in the compute dtype; with
-    experts {"logits", "losses": {name: float32 [B, L]}}. Of a classifier or a regression {"logits":
-    [B, classes]}, from a text's last token (Radford et al. 2018, section 3.2).
+    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> {"logits": [B, L, V] in the compute dtype,
+    "losses": the experts' {name: float32 [B, L]}}. A classifier or a regression has logits [B, classes], from
+    a text's last token (Radford et al. 2018, section 3.2), and losses [B].
 
     With a `cache` (see `transformer.run_cached`), and `pages` (and `owners`) if it is paged -> {"logits",
     "cache"}; with `read_at` [B, N] the logits of these places alone.
@@ -43,7 +43,7 @@ class GPT(nnx.Module):
         head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
         self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         c = transformer.transformer(self.config)
         x_BLD = self.embed(batch["tokens"], self.config.compute_dtype)
         if self.positions is not None:
@@ -57,8 +57,7 @@ class GPT(nnx.Module):
             assert self.head is not None
             last_BD = layers.read(x_BLD, batch["segments"], "last")
             return transformer.one_output(self.config, self.head, last_BD, losses, key)
-        logits_BLV = self._logits(x_BLD)
-        return {"logits": logits_BLV, "losses": losses} if losses else logits_BLV
+        return {"logits": self._logits(x_BLD), "losses": losses}
 
     def _cached(self, x_BLD: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         sight = transformer.Sight(

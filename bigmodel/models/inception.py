@@ -17,7 +17,7 @@ from flax import nnx
 
 from bigmodel.config import Config
 from bigmodel.config.families import Inception as InceptionConfig
-from bigmodel.models import layers, ops
+from bigmodel.models import layers, module, ops
 from bigmodel.models.vision import room
 
 # A branch: layers (channels, size or (height, width) [, stride]), after a pool if it starts with one's name;
@@ -181,10 +181,8 @@ class Aux(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """batch: `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype.
-
-    With `aux`, training gives {`logits`, `aux_logits`: those of each auxiliary classifier}. The small stem
-    has no stride and no pool.
+    """batch: `image` float [B, H, W, C] -> {"logits": [B, classes] in the compute dtype, "aux_logits": in
+    training, with `aux`, those of each auxiliary classifier}. The small stem has no stride and no pool.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -204,15 +202,15 @@ class Inception(nnx.Module):
                 parts.append(ConvNorm(i, o, *item[1:], dtype=dtype, rngs=rngs))
                 i = o
             elif isinstance(item, list):
-                module = Module(i, item, c.multiplier, dtype, rngs)
-                parts.append(module)
-                i = module.channels
+                part = Module(i, item, c.multiplier, dtype, rngs)
+                parts.append(part)
+                i = part.channels
             elif item == "aux":
                 aux.append(Aux(i, c, dtype, rngs))
         self.parts, self.aux = nnx.List(parts), nnx.List(aux)
         self.head = layers.Dense(i, c.num_classes, std=i**-0.5, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         x_BHWC = batch["image"].astype(self.compute_dtype)
         parts, aux = iter(self.parts), iter(self.aux)
         outs: list[jax.Array] = []
@@ -224,7 +222,7 @@ class Inception(nnx.Module):
                     next(aux)(x_BHWC, None if key is None else jax.random.fold_in(key, len(outs) + 1))
                 )
         logits = self.head(layers.dropout(ops.mean_pool(x_BHWC), self.rate, key))
-        return {"logits": logits, "aux_logits": outs} if outs else logits
+        return {"logits": logits, "aux_logits": outs}
 
 
 def order(c: InceptionConfig) -> list[Any]:

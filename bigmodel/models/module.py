@@ -17,6 +17,8 @@ from flax import nnx
 from bigmodel import mesh
 from bigmodel.models import weights
 
+Batch = Mapping[str, Any]  # arrays; while decoding a cache too
+Outputs = dict[str, Any]  # such as {"logits": ..., "losses": {name: ...}}
 Tree = dict[str, Any]  # nested dict of arrays, or of ShapeDtypeStructs
 
 

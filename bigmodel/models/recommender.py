@@ -21,7 +21,7 @@ from flax import nnx
 
 from bigmodel import mesh
 from bigmodel.config import Config, Rank, families
-from bigmodel.models import embedding, layers
+from bigmodel.models import embedding, layers, module
 
 Batch = Mapping[str, jax.Array]
 CHUNK = 256  # items scored at once, where a pair takes a network
@@ -76,7 +76,7 @@ class Pairs(nnx.Module):
     def score(self, user_B1D: jax.Array, item_BCD: jax.Array) -> jax.Array:
         """float32 [B, C]; either may have 1 for B."""
 
-    def __call__(self, batch: Batch, *, key: jax.Array | None, train: bool) -> dict[str, jax.Array]:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         user_B1D = self.user(self.users(batch["user"][:, None], self.dtype))
         if not train and "seen" in batch:
             return {"all": self._all(user_B1D)}
@@ -193,7 +193,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 class DLRM(nnx.Module):
     """Naumov et al. 2019: numbers through `bottom` to the categories' width, the dot products of every two
-    of all these vectors and the numbers' own through `widths`; -> logits [B, classes]."""
+    of all these vectors and the numbers' own through `widths`; -> {"logits": [B, classes]}."""
 
     def __init__(self, config: Config, spec: Mapping[str, Any], rngs: nnx.Rngs):
         c, dtype = config.model, config.param_dtype
@@ -208,7 +208,7 @@ class DLRM(nnx.Module):
         last = c.widths[-1]
         self.head = layers.Dense(last, c.num_classes, std=last**-0.5, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Batch, *, key: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         numeric_BN, x_BFD = self.inputs(batch, self.dtype)
         parts = []
         if numeric_BN is not None and self.bottom is not None:
@@ -219,7 +219,7 @@ class DLRM(nnx.Module):
         products_BFF = jnp.einsum("bfd,bgd->bfg", x_BFD, x_BFD)
         lower = jnp.tril_indices(x_BFD.shape[1], -1)
         joined = jnp.concatenate([*parts, products_BFF[:, *lower]], 1)
-        return self.head(self.top(mesh.shard(joined, "batch", None)))
+        return {"logits": self.head(self.top(mesh.shard(joined, "batch", None)))}
 
 
 KINDS: dict[str, Any] = {"mf": Factors, "ncf": NeuMF, "two_tower": TwoTower, "dlrm": DLRM}

@@ -17,7 +17,7 @@ from flax import nnx
 
 from bigmodel import mesh
 from bigmodel.config import Config, families
-from bigmodel.models import layers, products
+from bigmodel.models import layers, module, products
 
 # (state, the gates' sums [B, G, H], what of the input stays apart [B, H] or None) -> state; state[0] is h.
 State = tuple[jax.Array, ...]
@@ -153,8 +153,8 @@ def unroll(
 class RNN(nnx.Module):
     """Layers of LSTM or GRU over embedded tokens; dropout between them, as in Zaremba et al. 2014.
 
-    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> logits [B, L, V]; of a classifier or a
-    regression [B, classes], from the state at the last token. Packed documents do not see each other.
+    batch: `tokens`, `segments`, `positions`, each int32 [B, L] -> {"logits": [B, L, V]}; of a classifier or
+    a regression [B, classes], from the state at the last token. Packed documents do not see each other.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -172,7 +172,7 @@ class RNN(nnx.Module):
         outputs = c.num_classes if self.one_output else c.vocab_size
         self.head = None if ties else layers.Dense(c.width, outputs, std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         keys = [None] * (self.c.depth + 1) if key is None else list(jax.random.split(key, self.c.depth + 1))
         keep_BL = (batch["positions"] > 0).astype(jnp.float32)
         x_BLD = self.embed(batch["tokens"], self.compute_dtype)
@@ -181,6 +181,6 @@ class RNN(nnx.Module):
         x_BLD = layers.dropout(x_BLD, self.c.dropout, keys[-1])
         if self.one_output:
             assert self.head is not None
-            return self.head(layers.read(x_BLD, batch["segments"], "last"))
+            return {"logits": self.head(layers.read(x_BLD, batch["segments"], "last"))}
         x_BLD = x_BLD if self.out is None else self.out(x_BLD)
-        return self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)
+        return {"logits": self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)}

@@ -15,7 +15,7 @@ from flax import nnx
 from bigmodel.config import Config
 from bigmodel.config.families import RESNET_STAGES
 from bigmodel.config.families import ResNet as ResNetConfig
-from bigmodel.models import layers, ops
+from bigmodel.models import layers, module, ops
 
 
 class ConvNorm(nnx.Module):
@@ -61,7 +61,7 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """batch: `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype.
+    """batch: `image` float [B, H, W, C] -> {"logits": [B, classes]} in the compute dtype.
 
     The small stem is a 3x3 convolution without stride and without pool (He et al. 2015, section 4.2).
     As a backbone (`trunk`) it ends after so many stages and has no head: only `stages` is called.
@@ -100,6 +100,6 @@ class ResNet(nnx.Module):
             out.append(x_BHWC)
         return out
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         assert self.head is not None
-        return self.head(ops.mean_pool(self.stages(batch["image"], train)[-1]))
+        return {"logits": self.head(ops.mean_pool(self.stages(batch["image"], train)[-1]))}

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigmodel.config import Config, families
-from bigmodel.models import layers, transformer
+from bigmodel.models import layers, module, transformer
 from bigmodel.models.transformer import RelativeBias, Sight, Stack
 
 
 class T5(nnx.Module):
     """Text to text (Raffel et al. 2020; with mlp=geglu and tie_embeddings=false, Shazeer's v1.1).
 
-    batch: `tokens`, `segments` int32 [B, L]; `decoder_tokens`, `decoder_segments` int32 [B, M] -> logits
-    [B, M, V] in the compute dtype; with experts as GPT's, a target token bearing its input's mean too.
+    batch: `tokens`, `segments` int32 [B, L]; `decoder_tokens`, `decoder_segments` int32 [B, M] -> {"logits":
+    [B, M, V] in the compute dtype, "losses"} as GPT's, a target token bearing its input's mean too.
     A classifier or a regression has the encoder alone: {"logits": [B, classes]} from the mean of its answer
     (Ni et al. 2021, section 3.2).
 
@@ -53,7 +53,7 @@ class T5(nnx.Module):
         head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
         self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, Any], *, key: jax.Array | None, train: bool) -> Any:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         c, config = transformer.transformer(self.config), self.config
         if "cache" in batch and "decoder_tokens" in batch:
             return self._decode(batch)
@@ -78,15 +78,12 @@ class T5(nnx.Module):
         )  # fmt: skip
         y_BMD = self.embed(decoder_BM, config.compute_dtype)
         y_BMD, losses = self.decoder(config, y_BMD, sight, keys[2])
-        logits_BMV = self._logits(y_BMD)
-        if not losses:
-            return logits_BMV
         real_BL = (segments_BL > 0).astype(jnp.float32)
         means = {
             k: (x * real_BL).sum(1, keepdims=True) / real_BL.sum(1, keepdims=True).clip(1)
             for k, x in encoder_losses.items()
         }
-        return {"logits": logits_BMV, "losses": {k: x + means[k] for k, x in losses.items()}}
+        return {"logits": self._logits(y_BMD), "losses": {k: x + means[k] for k, x in losses.items()}}
 
     def _decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         assert self.decoder is not None

@@ -156,7 +156,7 @@ def one_output(
     c = transformer(config)
     key = None if key is None else jax.random.fold_in(key, c.depth + 1)
     outputs: dict[str, Any] = {"logits": head(layers.dropout(x_BD, c.dropout, key))}
-    return outputs | ({"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}} if losses else {})
+    return outputs | {"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
 
 
 def _attended(c: Transformer, x_BLD: jax.Array) -> Attended:

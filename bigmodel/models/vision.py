@@ -1,6 +1,6 @@
 """Plain stacks: MLP, CNN, AlexNet and VGG. Legend: B batch, H height, W width, C channels, D features.
 
-Each (except a table's MLP) maps batch `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype.
+Each (except a table's MLP) maps `image` float [B, H, W, C] -> {"logits": [B, classes]}, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bigmodel.config.families import MLP as MLPConfig
 from bigmodel.config.families import VGG as VGGConfig
 from bigmodel.config.families import VGG_STAGES
 from bigmodel.config.families import AlexNet as AlexNetConfig
-from bigmodel.models import embedding, layers, ops
+from bigmodel.models import embedding, layers, module, ops
 
 
 class CNN(nnx.Module):
@@ -36,14 +36,14 @@ class CNN(nnx.Module):
         self.hidden = layers.Dense(flat, c.width, std=math.sqrt(2 / flat), dtype=dtype, rngs=rngs)
         self.head = layers.Dense(c.width, c.num_classes, std=c.width**-0.5, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         x_BHWC = batch["image"].astype(self.compute_dtype)
         for index, conv in enumerate(self.convs):
             x_BHWC = jax.nn.relu(conv(x_BHWC))
             if index == 0:
                 x_BHWC = ops.max_pool(x_BHWC, (2, 2), (2, 2))
         x_BD = x_BHWC.reshape(x_BHWC.shape[0], -1)
-        return self.head(jax.nn.relu(self.hidden(x_BD)))
+        return {"logits": self.head(jax.nn.relu(self.hidden(x_BD)))}
 
 
 Spec = Mapping[str, jax.ShapeDtypeStruct]
@@ -59,7 +59,7 @@ def room(config: Config, size: int, smallest: int) -> None:
 
 
 class Classifier(nnx.Module):
-    """x [B, D] -> Dense + ReLU for each of `widths`, Dense to the classes.
+    """x [B, D] -> {"logits"}: Dense + ReLU for each of `widths`, Dense to the classes.
 
     Dropout comes after each hidden layer, or (`first`) before it.
     """
@@ -82,13 +82,13 @@ class Classifier(nnx.Module):
         last = (i, *widths)[-1]
         self.head = layers.Dense(last, classes, std=last**-0.5, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BD: jax.Array, key: jax.Array | None) -> dict[str, jax.Array]:
         for index, dense in enumerate(self.layers):
             drop = functools.partial(
                 layers.dropout, rate=self.rate, key=None if key is None else jax.random.fold_in(key, index)
             )
             x_BD = jax.nn.relu(dense(drop(x_BD))) if self.first else drop(jax.nn.relu(dense(x_BD)))
-        return self.head(x_BD)
+        return {"logits": self.head(x_BD)}
 
 
 class MLP(nnx.Module):
@@ -109,7 +109,7 @@ class MLP(nnx.Module):
             flat = self.table.numbers + self.table.categories * c.embed_width
         self.classifier = Classifier(flat, c.widths, c.num_classes, c.dropout, dtype, rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         if self.table is None:
             x_BHWC = batch["image"].astype(self.compute_dtype)
             return self.classifier(x_BHWC.reshape(x_BHWC.shape[0], -1), key)
@@ -151,7 +151,7 @@ class AlexNet(nnx.Module):
             n = n // 2 if self.small else (n - 3) // 2 + 1
         return n
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         x_BHWC = batch["image"].astype(self.compute_dtype)
         window = (2, 2) if self.small else (3, 3)
         for index, conv in enumerate(self.convs):
@@ -181,7 +181,7 @@ class VGG(nnx.Module):
         flat = (height // 32) * (width // 32) * i
         self.classifier = Classifier(flat, (c.width, c.width), c.num_classes, c.dropout, dtype, rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         x_BHWC = batch["image"].astype(self.compute_dtype)
         at = 0
         for count in self.stages:

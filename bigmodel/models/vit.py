@@ -6,7 +6,6 @@ Legend: B batch, H height, W width, C channels, P patch, N patches, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from bigmodel.models import layers, module, transformer
 class ViT(nnx.Module):
     """Vision Transformer (Dosovitskiy et al. 2020; pool=mean as in Zhai et al. 2021).
 
-    batch: `image` float [B, H, W, C] -> logits [B, classes] in the compute dtype; with experts as GPT's.
+    batch: `image` float [B, H, W, C] -> {"logits": [B, classes] in the compute dtype, "losses"}.
     """
 
     def __init__(self, config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rngs: nnx.Rngs):
@@ -41,7 +40,7 @@ class ViT(nnx.Module):
         std = transformer.small(c)
         self.head = layers.Dense(c.width, c.num_classes, std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool) -> Any:
+    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         c = transformer.transformer(self.config)
         x_BLD = self.embed(patches(batch["image"].astype(self.config.compute_dtype), self.patch))
         if self.first is not None:
@@ -53,9 +52,7 @@ class ViT(nnx.Module):
             self.config, self.blocks, self.norm, x_BLD, transformer.Sight(), key
         )  # fmt: skip
         logits_BV = self.head(x_BLD[:, 0] if self.pool == "cls" else x_BLD.mean(1))
-        if losses:
-            return {"logits": logits_BV, "losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
-        return logits_BV
+        return {"logits": logits_BV, "losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
 
 
 def patches(x_BHWC: jax.Array, size: int) -> jax.Array:

@@ -84,7 +84,7 @@ class Task:
 
     def predictions(self, outputs: Any) -> dict[str, jax.Array]:
         """Returns what evaluation keeps of each example's outputs."""
-        return {"output": logits(outputs).astype(jnp.float32)}
+        return {"output": outputs["logits"].astype(jnp.float32)}
 
     # -------------------------------------------------------------------------------------------- reports
 
@@ -130,16 +130,6 @@ class Task:
             columns: of the table that the example comes from (data/tables.py), or None.
         """
         return {key: value.tolist() for key, value in out.items()}
-
-
-def logits(outputs: Any) -> jax.Array:
-    """Returns the logits of a model's outputs."""
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs
-
-
-def model_losses(outputs: Any) -> dict[str, jax.Array]:
-    """Returns named losses of the model's own, one number for each that the task's loss counts."""
-    return outputs.get("losses", {}) if isinstance(outputs, Mapping) else {}
 
 
 def with_losses(metrics: Metrics, losses: Mapping[str, jax.Array], weight: jax.Array, train: bool) -> Metrics:

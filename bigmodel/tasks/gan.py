@@ -31,7 +31,7 @@ from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
 from bigmodel.metrics import Metrics
-from bigmodel.tasks.base import Batch, Examples, Features, Row, Task, logits
+from bigmodel.tasks.base import Batch, Examples, Features, Row, Task
 from bigmodel.tasks.labels import example_weight
 
 Loss = Callable[[jax.Array], jax.Array]
@@ -137,8 +137,12 @@ def _random_features(shape: tuple[int, ...]) -> Features:
     config = Config(model=net, task=keys.Classify())
     model = models.define(config, {"image": jax.ShapeDtypeStruct((1, *shape), np.float32)})
     params, rest = jax.jit(model.init)(jax.random.key(0))
-    run = jax.jit(lambda image: logits(model.apply(params, rest, {"image": image}, key=None, train=False)[0]))
-    return lambda image_NHWC: in_pieces(run, image_NHWC)
+
+    def run(image: jax.Array) -> jax.Array:
+        outputs, _ = model.apply(params, rest, {"image": image}, key=None, train=False)
+        return outputs["logits"]
+
+    return lambda image_NHWC: in_pieces(jax.jit(run), image_NHWC)
 
 
 def in_pieces(run: Any, image_NHWC: np.ndarray, size: int = 256) -> np.ndarray:

@@ -46,8 +46,6 @@ from bigmodel.tasks.base import (
     focal,
     is_among,
     is_likeliest,
-    logits,
-    model_losses,
     with_losses,
 )
 
@@ -83,8 +81,8 @@ class Classify(_Labels):
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Logits [B, V]; those of auxiliary classifiers, if there are any, count `aux_weight` times each."""
-        logits_BV = logits(outputs)
-        aux = outputs.get("aux_logits", ()) if isinstance(outputs, Mapping) else ()
+        logits_BV = outputs["logits"]
+        aux = outputs.get("aux_logits", ())
         weight_B, mask_B, top_k = example_weight(batch), batch["mask"], self.keys.top_k
         nats_B = self._loss(logits_BV, batch, train)
         nats_B += sum((self.keys.aux_weight * self._loss(x, batch, train) for x in aux), jnp.float32(0))
@@ -97,7 +95,7 @@ class Classify(_Labels):
         found["accuracy"] = count(lambda label: is_likeliest(logits_BV, label))
         if 1 < top_k < logits_BV.shape[-1]:
             found[f"top{top_k}"] = count(lambda label: is_among(logits_BV, label, top_k))
-        return with_losses(found, model_losses(outputs), weight_B, train)
+        return with_losses(found, outputs.get("losses", {}), weight_B, train)
 
     def _loss(self, logits_BV: jax.Array, batch: Batch, train: bool) -> jax.Array:
         def nats(label: jax.Array) -> jax.Array:
@@ -145,7 +143,7 @@ class Multilabel(_Labels):
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Binary cross-entropy for each class, averaged over the classes; `label` is 0 or 1, [B, V]."""
-        logits_BV, label_BV = logits(outputs).astype(jnp.float32), batch["label"]
+        logits_BV, label_BV = outputs["logits"].astype(jnp.float32), batch["label"]
         smoothing = self.keys.label_smoothing * train
         if "label_other" in batch:
             share_B1 = batch["label_share"][:, None]
@@ -165,7 +163,7 @@ class Multilabel(_Labels):
             "accuracy": ((right_BV.astype(jnp.float32).mean(-1) * mask_B).sum(), mask_B.sum()),
             "exact_match": ((exact_B * mask_B).sum(), mask_B.sum()),
         }
-        return with_losses(found, model_losses(outputs), weight_B, train)
+        return with_losses(found, outputs.get("losses", {}), weight_B, train)
 
     def report(
         self,
@@ -194,7 +192,7 @@ class Regress(_Labels):
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Squared error, or Huber's (1964), averaged over the outputs; `label` [B, V]."""
-        error_BV, huber_delta = logits(outputs).astype(jnp.float32) - batch["label"], self.keys.huber_delta
+        error_BV, huber_delta = outputs["logits"].astype(jnp.float32) - batch["label"], self.keys.huber_delta
         square_BV, distance_BV = jnp.square(error_BV), jnp.abs(error_BV)
         loss_BV = square_BV
         if huber_delta:
@@ -207,7 +205,7 @@ class Regress(_Labels):
             "mse": ((square_BV.mean(-1) * mask_B).sum(), weight),
             "mae": ((distance_BV.mean(-1) * mask_B).sum(), weight),
         }
-        return with_losses(found, model_losses(outputs), weight_B, train)
+        return with_losses(found, outputs.get("losses", {}), weight_B, train)
 
     def report(
         self,

@@ -57,8 +57,6 @@ from bigmodel.tasks.base import (
     Task,
     cross_entropy,
     is_likeliest,
-    logits,
-    model_losses,
     with_losses,
 )
 
@@ -96,8 +94,8 @@ class LM(_Words):
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         assert isinstance(self.config.task, keys.LM)
         weight_BL, smoothing = self._weight(batch), self.config.task.label_smoothing * train
-        metrics = _words(logits(outputs), batch["targets"], batch["target_bytes"], weight_BL, smoothing)
-        return with_losses(metrics, model_losses(outputs), weight_BL, train)
+        metrics = _words(outputs["logits"], batch["targets"], batch["target_bytes"], weight_BL, smoothing)
+        return with_losses(metrics, outputs.get("losses", {}), weight_BL, train)
 
 
 class MLM(_Words):
@@ -167,7 +165,7 @@ class MLM(_Words):
         weight_BM, mask_B = self._weight(batch), batch["mask"]
         smoothing = self.keys.label_smoothing * train
         targets, bytes_each = batch["masked_targets"], batch["masked_bytes"]
-        metrics = _words(logits(outputs), targets, bytes_each, weight_BM, smoothing)
+        metrics = _words(outputs["logits"], targets, bytes_each, weight_BM, smoothing)
         if "next_sentence" in outputs:
             nats_B = cross_entropy(outputs["next_sentence"], batch["next_sentence"])
             correct_B = is_likeliest(outputs["next_sentence"], batch["next_sentence"])
@@ -178,7 +176,8 @@ class MLM(_Words):
             metrics["next_sentence_accuracy"] = (jnp.where(correct_B, mask_B, 0.0).sum(), mask_B.sum())
         real_BL = (batch["segments"] > 0).astype(jnp.float32)
         losses = {
-            name: (x * real_BL).sum(1) / real_BL.sum(1).clip(1) for name, x in model_losses(outputs).items()
+            name: (x * real_BL).sum(1) / real_BL.sum(1).clip(1)
+            for name, x in outputs.get("losses", {}).items()
         }
         return with_losses(metrics, losses, weight_BM.sum(1), train)
 
@@ -245,8 +244,8 @@ class Seq2Seq(_Words):
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         weight_BM, smoothing = self._weight(batch), self.keys.label_smoothing * train
-        metrics = _words(logits(outputs), batch["targets"], batch["target_bytes"], weight_BM, smoothing)
-        return with_losses(metrics, model_losses(outputs), weight_BM, train)
+        metrics = _words(outputs["logits"], batch["targets"], batch["target_bytes"], weight_BM, smoothing)
+        return with_losses(metrics, outputs.get("losses", {}), weight_BM, train)
 
 
 def _words(

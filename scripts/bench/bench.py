@@ -39,8 +39,6 @@ from bigmodel.config import Config
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # scripts/
 import cli
 
-from bigmodel.tasks import base
-
 
 class Case(NamedTuple):
     config: str
@@ -189,7 +187,7 @@ def bare(case: str, config: Config) -> interleave.Rival:
 
     def loss(params: Any, rest: Any, batch: Any) -> Any:
         outputs, rest = model.apply(params, rest, batch, key=None, train=True)
-        return _mean_loss(config, base.logits(outputs), batch), rest
+        return _mean_loss(config, outputs["logits"], batch), rest
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
