@@ -164,9 +164,10 @@ def layout() -> Any:
     from bigmodel import mesh, tasks
     from bigmodel import program as program_lib
 
+    jax.config.update("jax_num_cpu_devices", 8)
     overrides = {f"mesh.{axis}": size for axis, size in MESH.items()}
     config = config_lib.load("configs/gpt.py:size=124m,seq_len=1024", overrides)
-    built = program_lib.build(config, mesh.make_mesh(config, jax.devices()[:8]), tasks.batch_spec(config))
+    built = program_lib.build(config, mesh.make_mesh(config, jax.devices("cpu")), tasks.batch_spec(config))
     params = {k: v for k, v in trees.by_path(built.state_spec["params"]).items() if v.size > 100_000}
     figure, axes = canvas(9.6, 0.85 + 0.36 * len(params))
     top = 0.36 * len(params) + 0.1

@@ -28,6 +28,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_committed_without_outputs(path):
-    cells = nbformat.read(path, as_version=4).cells
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+def test_a_notebook_is_stored_with_its_outputs(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    outputs = str([cell.outputs for cell in cells])
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert "image/png" in outputs
+    assert not any(text in outputs for text in ("Traceback", "'error'", "stderr", str(path.parents[2])))
