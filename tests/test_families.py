@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from conftest import build, by_path, random_batch, start, steps, tiny
 from bigmodel import mesh, models, train
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.checkpoint.digests import digest
-from bigmodel.config import Config
+from bigmodel.config import Config, families, parsing
 from bigmodel.config.families import GPT
 from bigmodel.models import moe, transformer, vit
 
@@ -182,3 +183,14 @@ def test_a_stopped_run_ends_as_a_straight_one(family, corpus, tmp_path):
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "6")
     again = train.run(config, tmp_path / "stopped")
     assert (again.step, digest(again.state)) == (6, digest(straight.state))
+
+
+@pytest.mark.parametrize("family", typing.get_args(typing.get_args(families.Model)[1]))
+def test_what_a_family_names_is_there(family):
+    config = family().resolve()
+    assert callable(config.module())
+    assert not config.units or callable(parsing.refer(config.walked_by, "test"))
+    assert config.divides.keys() <= set(mesh.AXES)
+    assert {f.name for f in dataclasses.fields(family)} >= {
+        key for keys in config.units.values() for key in keys
+    }

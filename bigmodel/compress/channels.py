@@ -1,22 +1,22 @@
 """Finds the parts of a model that pruning can remove: for each unit, all arrays that have a slice of it.
 
-A family is a row of `CHANNELS`: the keys of its config that become smaller, and a walk along its layers that
-notes which layers write each channel and which read it. Walks take the number of channels from the arrays'
-shapes, so the same walk over the smaller model says how many stay.
+A family names its kinds of units, with the keys that become smaller (`Family.units`), and a walk along its
+layers (`Family.walk`), which notes which layers write each channel and which read it. Walks take the number
+of channels from the arrays' shapes, so the same walk over the smaller model says how many stay.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bigmodel.config import families
-from bigmodel.config.families import RESNET_STAGES, VGG_STAGES
-from bigmodel.models import inception
+from bigmodel.config.families import RESNET_STAGES, VGG_STAGES, Family
+from bigmodel.models.inception import order
 
 Arrays = Mapping[str, Any]  # a model's arrays, or their specs, by path: params/... and rest/...
 
@@ -54,26 +54,17 @@ class Units:
     lead: int = 0
 
 
-def find(c: Any, unit: str, arrays: Arrays) -> list[Units]:
-    """Returns the units of a model of `config.model` c; `unit` is one of `kinds`, but not `layers`."""
-    if unit in ("heads", "mlp"):
-        return list({"heads": _heads, "mlp": _hidden}[unit](c, arrays))
-    walk = Walk(arrays)
-    CHANNELS[c.name][1](c, walk)
+def find(c: Family, unit: str, arrays: Arrays) -> list[Units]:
+    """Returns the units of a model of `config.model` c; `unit` is one of `c.units`, but not `layers`."""
+    walk = Walk(arrays, unit)
+    c.walk(walk)
     return walk.units()
 
 
-def kinds(c: Any) -> list[str]:
-    """Returns the kinds of units that a family has."""
-    if isinstance(c, families.Transformer):
-        return ["heads", "mlp", "layers"]
-    return ["channels"] if c.name in CHANNELS else []
-
-
-def fewer(c: Any, unit: str, amount: float) -> dict[str, Any]:
+def fewer(c: Family, unit: str, amount: float) -> dict[str, Any]:
     """Returns the keys of `config.model` that change when `amount` of the units is removed."""
     changes: dict[str, Any] = {}
-    for key in {"heads": ("kv_heads",), "mlp": ("mlp_width",)}.get(unit) or CHANNELS[c.name][0]:
+    for key in c.units[unit]:
         value = getattr(c, key)
         if isinstance(value, tuple):
             changes[key] = tuple(_left(count, amount) for count in value)
@@ -96,6 +87,10 @@ def _left(count: int, amount: float) -> int:
 # ------------------------------------------------------------------------------------------- transformers
 
 STACKS = ("params/blocks", "params/encoder/blocks", "params/decoder/blocks")
+
+
+def transformer(c: families.Transformer, walk: Walk) -> None:
+    walk.add({"heads": _heads, "mlp": _hidden}[walk.unit](c, walk.arrays))
 
 
 def _heads(c: families.Transformer, arrays: Arrays) -> Iterable[Units]:
@@ -154,9 +149,15 @@ OTHERS = (
 class Walk:
     """Records which channels each layer of a model writes and reads. Layers are named by their paths."""
 
-    def __init__(self, arrays: Arrays):
-        self.arrays = arrays
+    def __init__(self, arrays: Arrays, unit: str):
+        """`unit`: the kind of units that are sought."""
+        self.arrays, self.unit = arrays, unit
         self._made: list[Made] = []
+        self._added: list[Units] = []
+
+    def add(self, units: Iterable[Units]) -> None:
+        """Adds units that are known without a walk."""
+        self._added += units
 
     def make(self, *layers: str, count: int = 0, inner: int = 1, start: int = 0, of: int = 0) -> Stream:
         """Starts the stream that a layer writes, or several whose outputs are added or multiplied.
@@ -191,7 +192,7 @@ class Walk:
             self.read(self.make(before), layer)
 
     def units(self) -> list[Units]:
-        return [Units(made.count, tuple(made.cuts)) for made in self._made]
+        return [*self._added, *(Units(made.count, tuple(made.cuts)) for made in self._made)]
 
     def kernel(self, layer: str) -> str:
         """Returns the path of a layer's weight, or "" if there is no such layer."""
@@ -213,19 +214,19 @@ def _names(layers: str, count: int) -> list[str]:
     return [f"{layers}/{index}" for index in range(count)]
 
 
-def _cnn(c: families.CNN, walk: Walk) -> None:
+def cnn(c: families.CNN, walk: Walk) -> None:
     walk.chain(*_names("convs", len(c.channels)), "hidden", "head")
 
 
-def _mlp(c: families.MLP, walk: Walk) -> None:
+def mlp(c: families.MLP, walk: Walk) -> None:
     walk.chain(*_names("classifier/layers", len(c.widths)), "classifier/head")
 
 
-def _alexnet(c: families.AlexNet, walk: Walk) -> None:
+def alexnet(c: families.AlexNet, walk: Walk) -> None:
     walk.chain(*_names("convs", 5), *_names("classifier/layers", 2), "classifier/head")
 
 
-def _vgg(c: families.VGG, walk: Walk) -> None:
+def vgg(c: families.VGG, walk: Walk) -> None:
     """A stage's convolutions have the same number of channels, but each keeps its own."""
     convs = _names("convs", sum(VGG_STAGES[c.depth]))
     for index, (conv, reader) in enumerate(itertools.pairwise([*convs, "classifier/layers/0"])):
@@ -235,7 +236,7 @@ def _vgg(c: families.VGG, walk: Walk) -> None:
     walk.chain(*_names("classifier/layers", 2), "classifier/head")
 
 
-def _resnet(c: families.ResNet, walk: Walk) -> None:
+def resnet(c: families.ResNet, walk: Walk) -> None:
     walk.read(_stages(c.depth, walk)[-1], "head")
 
 
@@ -262,10 +263,10 @@ def _stages(depth: int, walk: Walk, at: str = "", count: int = 4) -> list[Stream
     return out
 
 
-def _inception(c: families.Inception, walk: Walk) -> None:
+def inception(c: families.Inception, walk: Walk) -> None:
     stream: Stream = []
     part, aux = 0, 0
-    for item in inception.order(c):
+    for item in order(c):
         if isinstance(item, str):  # a pool; or an auxiliary classifier, which is there if it trains
             if item == "aux":
                 first, *rest = (f"aux/{aux}/{name}" for name in ("convs/0", "convs/1", "hidden", "head"))
@@ -299,7 +300,7 @@ def _branches(walk: Walk, at: str, branches: Any, stream: Stream) -> Stream:
     return joined
 
 
-def _rnn(c: families.RNN, walk: Walk) -> None:
+def rnn(c: families.RNN, walk: Walk) -> None:
     """Hidden units and the embedding's units; a tied output layer reads those of the embedding."""
     embedded = stream = walk.make("embed")
     tied = not walk.kernel("head") and not walk.kernel("out")
@@ -319,7 +320,7 @@ def _rnn(c: families.RNN, walk: Walk) -> None:
     walk.read(stream, "head")
 
 
-def _gan(c: families.GAN, walk: Walk) -> None:
+def gan(c: families.GAN, walk: Walk) -> None:
     g, d = "generator", "discriminator"
     norm = f"params/{g}/norms/0/scale" if c.arch == "dcgan" else f"params/{g}/blocks/0/norms/0/scale"
     stream = walk.make(f"{g}/seed/dense", count=walk.arrays[norm].shape[0])
@@ -368,7 +369,7 @@ def _resnet_gan(walk: Walk, stream: Stream) -> Stream:
     return stream
 
 
-def _detector(c: families.Detector, walk: Walk) -> None:
+def detector(c: families.Detector, walk: Walk) -> None:
     """Channels of the backbone and the pyramid, and complete groups of the heads' GroupNorms.
 
     The channels of a group share their statistics, so they go together.
@@ -388,7 +389,7 @@ def _detector(c: families.Detector, walk: Walk) -> None:
         walk.read(stream, f"{head}/last")
 
 
-def _recommender(c: families.Recommender, walk: Walk) -> None:
+def recommender(c: families.Recommender, walk: Walk) -> None:
     {"mf": _mf, "ncf": _ncf, "two_tower": _two_tower, "dlrm": _dlrm}[c.kind](c, walk)
 
 
@@ -427,18 +428,3 @@ def _dlrm(c: families.Recommender, walk: Walk) -> None:
         walk.chain(*bottom)
         walk.read(vectors, top[0], of=walk.arrays[walk.kernel(top[0])].shape[-2])
     walk.chain(*top, "head")
-
-
-# By family: the keys of its config that become smaller, and the walk that finds the units.
-CHANNELS: dict[str, tuple[tuple[str, ...], Callable[[Any, Walk], None]]] = {
-    "cnn": (("channels", "width"), _cnn),
-    "mlp": (("widths",), _mlp),
-    "alexnet": (("channels", "width"), _alexnet),
-    "vgg": (("channels", "width"), _vgg),
-    "resnet": (("channels",), _resnet),
-    "inception": (("multiplier",), _inception),
-    "rnn": (("width", "embed_width"), _rnn),
-    "gan": (("width", "discriminator_width"), _gan),
-    "detector": (("channels", "groups"), _detector),
-    "recommender": (("width", "widths", "bottom"), _recommender),
-}

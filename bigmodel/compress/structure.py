@@ -23,8 +23,8 @@ from bigmodel.config import InputError
 
 def check(c: Any, unit: str) -> None:
     """Raises InputError if the family of `config.model` c has no such units."""
-    if unit not in channels.kinds(c):
-        choices = ", ".join(["weights", *channels.kinds(c)])
+    if unit not in c.units:
+        choices = ", ".join(["weights", *c.units])
         raise InputError(f"recipe step prune: {_refusal(c, unit)}; choose {choices}")
 
 

@@ -37,7 +37,10 @@ class Family:
 
     starts = "separator"  # stands before a text of one output: separator, cls, or "" for nothing
     remats = False  # obeys config.remat
-    made_by = ""  # package.module:Class of the Flax module, in place of a `module` of one's own
+    # Families of the package name what is defined elsewhere, as package.module:name: the Flax module, and the
+    # function behind `walk`. One's own define `module`, and `walk` if they like, as methods.
+    made_by = ""
+    walked_by = ""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -78,6 +81,15 @@ class Family:
     def stacks(self) -> Mapping[str, tuple[str, int]]:
         """Key of a depth -> (path of those layers' stacked parameters, layers)."""
         return {}
+
+    @property
+    def units(self) -> Mapping[str, tuple[str, ...]]:
+        """Kinds of units that pruning can take out -> the keys that become smaller."""
+        return {"layers": ()} if self.stacks else {}
+
+    def walk(self, walk: Any) -> None:
+        """Notes on a `compress.channels.Walk` which arrays share the units that it seeks."""
+        parsing.refer(self.walked_by, f"the units of model.name={self.name!r}")(self, walk)
 
     @property
     def divides(self) -> Mapping[str, Mapping[str, int]]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Self
 
 from bigmodel.config.families.base import Family, at_least_0, positive, rate
@@ -16,6 +17,8 @@ class CNN(Family):
     """Conv 3x3 + ReLU for each entry of `channels`, max-pool 2 after the first, then two dense layers."""
 
     made_by = "bigmodel.models.vision:CNN"
+    walked_by = "bigmodel.compress.channels:cnn"
+    units = MappingProxyType({"channels": ("channels", "width")})
     name: str = "cnn"
     channels: tuple[int, ...] = (64, 128)
     width: int = 256
@@ -31,6 +34,8 @@ class MLP(Family):
 
     inputs = ("image", "table")
     made_by = "bigmodel.models.vision:MLP"
+    walked_by = "bigmodel.compress.channels:mlp"
+    units = MappingProxyType({"channels": ("widths",)})
     name: str = "mlp"
     widths: tuple[int, ...] = (512, 512)
     dropout: float = 0.0
@@ -52,6 +57,8 @@ class AlexNet(Family):
     """Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks": one tower."""
 
     made_by = "bigmodel.models.vision:AlexNet"
+    walked_by = "bigmodel.compress.channels:alexnet"
+    units = MappingProxyType({"channels": ("channels", "width")})
     name: str = "alexnet"
     stem: Stem = "imagenet"
     channels: tuple[int, ...] = (64, 192, 384, 256, 256)
@@ -71,6 +78,8 @@ class VGG(Family):
     """Simonyan and Zisserman 2014: stages of 3x3 convolutions, each ended by a max-pool."""
 
     made_by = "bigmodel.models.vision:VGG"
+    walked_by = "bigmodel.compress.channels:vgg"
+    units = MappingProxyType({"channels": ("channels", "width")})
     name: str = "vgg"
     depth: int = 16  # 11, 13, 16, 19
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)  # of the stages
@@ -96,6 +105,8 @@ class ResNet(Family):
     """He et al. 2015, v1.5: a bottleneck's stride is on its 3x3 convolution."""
 
     made_by = "bigmodel.models.resnet:ResNet"
+    walked_by = "bigmodel.compress.channels:resnet"
+    units = MappingProxyType({"channels": ("channels",)})
     name: str = "resnet"
     depth: int = 50  # 10 (not in the paper), 18, 34 (basic blocks), 50, 101, 152 (bottlenecks)
     stem: Stem = "imagenet"
@@ -125,6 +136,8 @@ class Inception(Family):
     """GoogLeNet (Szegedy et al. 2014) with BatchNorm, or Inception v3 (Szegedy et al. 2015)."""
 
     made_by = "bigmodel.models.inception:Inception"
+    walked_by = "bigmodel.compress.channels:inception"
+    units = MappingProxyType({"channels": ("multiplier",)})
     name: str = "inception"
     version: Literal["v1", "v3"] = "v3"
     stem: Stem = "imagenet"
@@ -146,6 +159,8 @@ class GAN(Family):
 
     tasks = ("gan",)
     made_by = "bigmodel.models.gan:GAN"
+    walked_by = "bigmodel.compress.channels:gan"
+    units = MappingProxyType({"channels": ("width", "discriminator_width")})
     name: str = "gan"
     arch: Literal["dcgan", "resnet"] = "dcgan"
     latent: int = 100  # numbers that an image is made from
@@ -172,6 +187,8 @@ class Detector(Family):
 
     tasks = ("detect",)
     made_by = "bigmodel.models.detector:Detector"
+    walked_by = "bigmodel.compress.channels:detector"
+    units = MappingProxyType({"channels": ("channels", "groups")})
     name: str = "detector"
     depth: int = 50  # of the ResNet, and so are stem and channels
     stem: Stem = "imagenet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from bigmodel.config.families.base import LABEL_TASKS, Family, at_least_0, positive
@@ -15,6 +16,8 @@ class Recommender(Family):
 
     inputs = ("table",)
     made_by = "bigmodel.models.recommender:make"
+    walked_by = "bigmodel.compress.channels:recommender"
+    units = MappingProxyType({"channels": ("width", "widths", "bottom")})
     name: str = "recommender"
     kind: Literal["mf", "ncf", "two_tower", "dlrm"] = "mf"
     users: int = 1024  # rows of the users' table: one for whoever is unknown, then one for each user

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Self
 
 from bigmodel.config.families.base import LABEL_TASKS, Family, positive, rate
@@ -17,6 +18,8 @@ class RNN(Family):
     tasks = ("lm", *LABEL_TASKS)
     inputs = ("text",)
     made_by = "bigmodel.models.recurrent:RNN"
+    walked_by = "bigmodel.compress.channels:rnn"
+    units = MappingProxyType({"channels": ("width", "embed_width")})
     name: str = "rnn"
     cell: Literal["lstm", "gru"] = "lstm"
     depth: int = 2

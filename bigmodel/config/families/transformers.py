@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Self
 
 from bigmodel.config.families.base import LABEL_TASKS, Family, above_0, at_least_0, positive, rate
@@ -16,6 +17,8 @@ class Transformer(Family):
 
     inputs = ("text",)
     remats = True
+    walked_by = "bigmodel.compress.channels:transformer"
+    units = MappingProxyType({"heads": ("kv_heads",), "mlp": ("mlp_width",), "layers": ()})
     name: str = "transformer"
     depth: int = 4
     width: int = 128
