@@ -96,3 +96,11 @@ def test_a_workdir_that_is_a_file(tmp_path):
     assert ran.code == 2
     assert len(ran.err.splitlines()) == 1
     assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "export.py"])
+def test_scripts_that_read_a_workdir_refuse_keys_of_the_config(script, tmp_path):
+    out = [f"--out={tmp_path}/out"] if script == "export.py" else []
+    ran = run_script(script, f"--workdir={tmp_path}/run", *out, "--config.model.depth=2")
+    assert ran.code == 2, ran
+    assert "--config.model.depth=2: the config comes from the workdir" in ran.err
