@@ -130,7 +130,7 @@ def classifier_features(directory: str, program: Program) -> Features:
     if not one_class or not same or (ours.mean, ours.std) != (theirs.mean, theirs.std):
         raise InputError(
             f"--features={directory}: it takes a classifier of images of the same size, channels and "
-            f"normalisation, {program.batch_spec['image'].shape[1:]}; train one on data.name={ours.name}"
+            f"normalization, {program.batch_spec['image'].shape[1:]}; train one on data.name={ours.name}"
         )
     params, rest = built.evaluated(state), state["rest"]
 

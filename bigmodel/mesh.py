@@ -124,7 +124,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices in the mesh's shape, neighbours on the chip network side by side; slices along `data`."""
+    """Devices in the mesh's shape, neighbors on the chip network side by side; slices along `data`."""
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     data = AXES.index("data")
     if slices == 1:

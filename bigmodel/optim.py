@@ -229,8 +229,8 @@ def _penalty(o: Optim) -> optax.GradientTransformation:
     def add(g: jax.Array, p: jax.Array) -> jax.Array:
         return g + (o.l1 * jnp.sign(p) + o.l2 * p).astype(g.dtype)
 
-    penalise = optax.stateless(lambda updates, params: jax.tree.map(add, updates, params))
-    return optax.masked(penalise, _mask(o.penalty_on))
+    penalize = optax.stateless(lambda updates, params: jax.tree.map(add, updates, params))
+    return optax.masked(penalize, _mask(o.penalty_on))
 
 
 def _mask(pattern: str) -> Any:

@@ -101,7 +101,7 @@ def _colors(count: int) -> list[Any]:
 
 
 def _confusion(counts_KK: np.ndarray, names: Sequence[str], accuracy: float) -> Any:
-    """Shares of each row's examples as colour, counts as numbers."""
+    """Shares of each row's examples as color, counts as numbers."""
     classes = len(counts_KK)
     side = min(max(0.52 * classes, 3.2), 11.0)
     figure = _figure(side + 1.6, side + 0.8)

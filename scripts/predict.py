@@ -4,7 +4,7 @@
     python scripts/predict.py --workdir=runs/mf --inputs=pairs.csv --out=scores.jsonl
 
 --inputs: a directory of images (png, jpg, jpeg; searched through), or a CSV or TSV, which is read as one of
-training. A model that reads text wants the column that it learnt from, or `text`; one that reads images
+training. A model that reads text wants the column that it learned from, or `text`; one that reads images
 `image` (paths, relative to the CSV), one that reads a table the table's columns, a recommender `user` and
 `item` as its ratings call them, a GAN `serial`, a number for each image, which comes as base64 of a PNG.
 Other columns are not minded. Each line has `input` (a path, or the row's number, from 0) and the prediction.

@@ -1,6 +1,6 @@
 """What tests share: eight CPU devices, strict dtype promotion, a session's caches, tiny configs and batches.
 
-Compiling is what takes the time. So XLA's backend runs without optimisation, and JAX's persistent cache (one
+Compiling is what takes the time. So XLA's backend runs without optimization, and JAX's persistent cache (one
 directory a session, or $JAX_COMPILATION_CACHE_DIR) lets a program that several tests, or several processes,
 build be compiled once: for a tiny GPT 2.5 s of CPU become 0.1 s, and the steps stay equal bit for bit.
 """
@@ -153,7 +153,7 @@ def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """As `data.batch_spec`, but images and labelled texts need no dataset."""
+    """As `data.batch_spec`, but images and labeled texts need no dataset."""
     if config.task.name not in LABEL_TASKS:
         return tasks.batch_spec(config)
     n, length = config.batch_size, config.seq_len

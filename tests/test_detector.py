@@ -411,7 +411,7 @@ def test_what_is_masked_does_not_count():
 
 
 def test_a_perfect_answer_costs_nothing_and_is_found_again():
-    """Outputs made from the targets: the loss is only that of centres; decoding gives the boxes back."""
+    """Outputs made from the targets: the loss is only that of centers; decoding gives the boxes back."""
     part = built("detector", **SGD)
     config = part.config
     batch = random_batch(config, 3)

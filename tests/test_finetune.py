@@ -362,7 +362,7 @@ WORDS = [("awful", "bad"), ("nice", "good"), ("so-so", "fine"), ("great", "good"
 
 
 @pytest.mark.slow
-def test_embeddings_of_a_text_do_not_depend_on_its_neighbours(corpus, tmp_path):
+def test_embeddings_of_a_text_do_not_depend_on_its_neighbors(corpus, tmp_path):
     config = tiny("bert", data__name=corpus, model__vocab_size=264, seq_len=48, task__next_sentence=False)
     save_run(config, tmp_path / "run")
     built_, state = loading.load(tmp_path / "run")
@@ -376,7 +376,7 @@ def test_embeddings_of_a_text_do_not_depend_on_its_neighbours(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_pairs_learnt_by_heart_are_answered_without_a_fault(tmp_path):
+def test_ten_pairs_learned_by_heart_are_answered_without_a_fault(tmp_path):
     rng = np.random.default_rng(0)
     words = ["red", "blue", "one", "two", "cat", "dog", "sun", "sea"]
     lines = [" ".join(rng.choice(words, 3)) + "\t" + " ".join(rng.choice(words, 4)) for _ in range(10)]

@@ -185,7 +185,7 @@ def test_what_an_unknown_user_rated_is_not_mixed_with_another_ones(tmp_path):
 # -------------------------------------------------------------------------------------------- texts, images
 
 
-def test_labelled_texts_need_no_training_file_after_training(tmp_path):
+def test_labeled_texts_need_no_training_file_after_training(tmp_path):
     rows = [[f"film number {i}", ("bad", "good")[i % 2]] for i in range(80)]
     name = f"table:{write(tmp_path / 'r.csv', [['review', 'verdict'], *rows])}"
     keys = {"data__text": "review", "data__label": "verdict", "task__name": "classify"}

@@ -117,7 +117,7 @@ def test_each_operation_keeps_shape_and_type(index, channels):
         np.testing.assert_array_equal(gentle, image)
 
 
-def test_normalise_with_a_datasets_own_numbers(digits):
+def test_normalize_with_a_datasets_own_numbers(digits):
     c = config(digits, mean=(0.25,), std=(0.5,))
     plain, own = (make_pipeline(each, "eval")[0]["image"] for each in (config(digits), c))
     np.testing.assert_allclose(own, plain + 0.5, atol=1e-6)
@@ -315,9 +315,9 @@ def encoded(kind: str) -> tuple[bytes, Any]:
         "alpha": (Image.fromarray(np.dstack([smooth, alpha])), "PNG", {}),
         "palette": (image.convert("P"), "PNG", {}),
         "clear palette": (image.convert("P"), "PNG", {"transparency": 0}),
-        "grey": (image.convert("L"), "PNG", {}),
-        "grey jpeg": (image.convert("L"), "JPEG", {"quality": 95}),
-        "grey alpha": (image.convert("LA"), "PNG", {}),
+        "gray": (image.convert("L"), "PNG", {}),
+        "gray jpeg": (image.convert("L"), "JPEG", {"quality": 95}),
+        "gray alpha": (image.convert("LA"), "PNG", {}),
         "bits": (image.convert("1"), "PNG", {}),
     }
     picture, form, keys = made[kind]
@@ -326,13 +326,13 @@ def encoded(kind: str) -> tuple[bytes, Any]:
     return file.getvalue(), Image.open(io.BytesIO(file.getvalue()))
 
 
-KINDS = ["rgb", "jpeg", "turned", "cmyk", "alpha", "palette", "clear palette", "grey", "grey jpeg",
-         "grey alpha", "bits"]  # fmt: skip
+KINDS = ["rgb", "jpeg", "turned", "cmyk", "alpha", "palette", "clear palette", "gray", "gray jpeg",
+         "gray alpha", "bits"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_kind_of_file_is_read_as_pillow_reads_it(kind):
-    """In training, from a dataset of colors or of greys, and by a model that predicts."""
+    """In training, from a dataset of colors or of grays, and by a model that predicts."""
     from tensorflow_datasets import features as kinds
     from tensorflow_datasets.proto import tf_example_pb2
 

@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, nor do a row's neighbours; each setting does what it says."""
+"""Generation: the cache changes nothing, nor do a row's neighbors; each setting does what it says."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_cache_changes_no_token(name):
     assert len({i for ids in answers for i in ids.tolist()}) > 3
 
 
-def test_a_row_does_not_see_its_neighbours():
+def test_a_row_does_not_see_its_neighbors():
     made, _, _ = decoder("llama")
     each = [Sampling(temperature=1.0, top_k=5, seed=7), Sampling(temperature=0.8, top_p=0.9), Sampling()]
     together = generate.generate(made, PROMPTS, [12, 3, 20], each)

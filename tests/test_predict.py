@@ -132,7 +132,7 @@ def classifier(folder: pathlib.Path) -> Case:
     def check(built: Program, state: State, rows: Rows) -> None:
         images = np.stack([image(index) for index in range(2)])[..., :1]
         d = config.data
-        batch = transforms.normalise({"image": images}, d.mean, d.std)
+        batch = transforms.normalize({"image": images}, d.mean, d.std)
         batch |= {"label": np.zeros(2, np.int32), "mask": np.ones(2, np.float32)}
         logits = jax.device_get(built.predict(state, built.put(batch)))["output"]
         assert [row["label"] for row in rows[:2]] == logits.argmax(1).tolist()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
+from conftest import ROOT
 from test_layout import FILES, tree
 
 # "Returns ...", "Splits ...", "Training FLOPs per token.": what a thing does or is, not a clause about it.
 BEGINNINGS = {"Of", "As", "What", "Whether", "How", "That"}
 RETIRED = {"held", "told", "whole", "more", "beside", "shown", "asked", "way", "kept", "seen"}
+BRITISH = re.compile(
+    r"\b\w*(?:[^aeiou]alis(?:e|ing|ation)|colour|centre|neighbour|labelled|behaviour|favour|initialis|learnt)\w*"
+)
 # Rooms that still have some; a room leaves this list once and for all.
 UNREAD = {
     "checkpoint", "config", "data", "disk", "evaluate", "infer",
@@ -40,3 +45,11 @@ def test_names_say_something(name):
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             names.add(node.attr)
     assert not RETIRED & {name.strip("_") for name in names}
+
+
+def test_words_are_spelled_in_american_english():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    for folder in ("bigmodel", "configs", "examples", "scripts"):
+        pages += (ROOT / folder).rglob("*.py")
+    found = {str(page.relative_to(ROOT)): BRITISH.findall(page.read_text()) for page in pages}
+    assert not {page: words for page, words in found.items() if words}

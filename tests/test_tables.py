@@ -1,4 +1,4 @@
-"""Tables and labelled texts from files: fitted on training rows, balanced, and what is wrong with them."""
+"""Tables and labeled texts from files: fitted on training rows, balanced, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_classifier_of_rows_learns_and_its_groups_are_compared(people, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_number_is_learnt_in_its_own_unit(people, tmp_path):
+def test_a_number_is_learned_in_its_own_unit(people, tmp_path):
     keys = {"task__name": "regress", "data__label": "spent", "data__ignore": ("bought",), "steps": 150}
     c = config(people, model__num_classes=1, mesh__data=1, optim__lr=1e-2, **keys)
     built = build(c)
@@ -332,7 +332,7 @@ def test_a_number_too_far_for_float32_is_named_with_its_row(tmp_path):
         make_pipeline(c, "eval")[0]
 
 
-def test_numbers_far_from_zero_are_learnt_and_written_in_their_own_unit(tmp_path):
+def test_numbers_far_from_zero_are_learned_and_written_in_their_own_unit(tmp_path):
     """Labels near 1.7e9 differ by less than float32 tells apart there."""
     rows: list[list[Any]] = [["x", "bought"], *[[i, 1_700_000_000 + i] for i in range(200)]]
     keys = {"task__name": "regress", "model__num_classes": 1, "data__ignore": (), "data__categorical": ()}

@@ -252,8 +252,8 @@ def _keep_files(pretrained: Pretrained, config: Config, path: pathlib.Path) -> N
     if not config.model.vocab_size:
         if not config.data.mean:
             log.warning(
-                "%s has no preprocessor_config.json: pixels are normalised by 0.5 and 0.5; if the model "
-                "learnt from others, set --config.data.mean and --config.data.std", source,
+                "%s has no preprocessor_config.json: pixels are normalized by 0.5 and 0.5; if the model "
+                "learned from others, set --config.data.mean and --config.data.std", source,
             )  # fmt: skip
         return
     if kind != "hf":

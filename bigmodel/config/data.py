@@ -19,7 +19,7 @@ class Data:
     shuffle: bool = True
     cache: bool = True  # keep decoded images in memory, and token files on disk, after the first read
     prefetch: int = 2  # batches made ready ahead of the step
-    label: str = "label"  # of one output an example: the feature that is learnt
+    label: str = "label"  # of one output an example: the feature that is learned
     text: str = "text"  # the feature that holds the text
     categorical: tuple[str, ...] = ()  # tables: columns that are categories though they hold numbers
     ignore: tuple[str, ...] = ()  # tables: columns left out
@@ -31,7 +31,7 @@ class Data:
     resize: Literal["cover", "exact", "none"] = "cover"
     # area: OpenCV's averages where it shrinks, linear where it grows; the others are Pillow's
     resample: Literal["area", "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "area"
-    mean: tuple[float, ...] = ()  # of a channel, in 0..1, for normalising; nothing: 0.5
+    mean: tuple[float, ...] = ()  # of a channel, in 0..1, for normalizing; nothing: 0.5
     std: tuple[float, ...] = ()
     augment: str = ""  # training images: crop:4,flip:0.5,randaugment:2:9,erase:0.25 or resized_crop:0.08,...
     mixup: float = 0.0  # Beta(a, a) of mixup (Zhang et al. 2017); 0: off

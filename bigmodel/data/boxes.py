@@ -63,7 +63,7 @@ class Records(labels.Records):
 
 
 class Prepare:
-    """Raw records -> the batch's arrays: resized, augmented (training), normalised, with targets."""
+    """Raw records -> the batch's arrays: resized, augmented (training), normalized, with targets."""
 
     def __init__(self, config: Config, train: bool) -> None:
         self._config, self._train = config, train
@@ -82,7 +82,7 @@ class Prepare:
         rows = [self._one(*row) for row in zip(*columns, crowds, positions.tolist(), strict=True)]
         out = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         d = self._config.data
-        return transforms.normalise({**out, "mask": batch["mask"]}, d.mean, d.std)
+        return transforms.normalize({**out, "mask": batch["mask"]}, d.mean, d.std)
 
     def _one(
         self,

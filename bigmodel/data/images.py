@@ -23,7 +23,7 @@ BIG_PIXELS = 64 * 64  # from this size on, threads prepare the images
 
 
 class Prepare:
-    """Raw records -> the batch's arrays: resized, augmented (training), normalised, labels as the task's."""
+    """Raw records -> the batch's arrays: resized, augmented (training), normalized, labels as the task's."""
 
     def __init__(self, config: Config, train: bool, weights: np.ndarray | None) -> None:
         self._config, self._train, self._weights = config, train, weights
@@ -37,7 +37,7 @@ class Prepare:
         out = {"image": image, **labels.finish(self._config, batch, self._weights)}
         if mixes(self._config):  # nothing mixed yet
             out |= {"label_other": out["label"], "label_share": np.ones(len(image), np.float32)}
-        return transforms.normalise(out, d.mean, d.std)
+        return transforms.normalize(out, d.mean, d.std)
 
     def _images(self, images: np.ndarray, positions: np.ndarray) -> np.ndarray:
         d = self._config.data
@@ -112,7 +112,7 @@ def image_shape(config: Config, feature: Feature) -> tuple[int, ...]:
     """(H, W, C) of the images that the model will see.
 
     Raises:
-        InputError: images that are not uint8, of no one size, or not normalised as they should be.
+        InputError: images that are not uint8, of no one size, or not normalized as they should be.
     """
     d, name, shape = config.data, config.data.name, feature.shape
     if feature.dtype != "uint8":

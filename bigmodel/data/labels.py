@@ -178,7 +178,7 @@ def check(config: Config, label: Feature) -> None:
 
 
 def name_of(config: Config) -> str:
-    """The feature that is learnt; nothing for a model that is told of no classes."""
+    """The feature that is learned; nothing for a model that is told of no classes."""
     return config.data.label if classes_of(config) else ""
 
 

@@ -231,7 +231,7 @@ def _eval_batches(config: Config, num_examples: int) -> int:
 
 
 def _shuffle_seed(seed: int) -> int:
-    """Grain shuffles epoch e with seed + e: neighbouring seeds would share epochs. A hash parts them."""
+    """Grain shuffles epoch e with seed + e: neighboring seeds would share epochs. A hash parts them."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
 
 

@@ -22,7 +22,7 @@ def randaugment(image: np.ndarray, rng: np.random.Generator, count: float, stren
 
 
 def _affine(image: np.ndarray, matrix: list[list[float]]) -> np.ndarray:
-    """Around the image's centre; output pixel p shows input pixel matrix @ (p - c, 1) + c."""
+    """Around the image's center; output pixel p shows input pixel matrix @ (p - c, 1) + c."""
     height, width, channels = image.shape
     to_center = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])
     full = to_center @ np.array([*matrix, [0, 0, 1]]) @ np.linalg.inv(to_center)

@@ -38,7 +38,7 @@ class Columns:
         str, list[float]
     ]  # the median, which stands for a missing one; mean and deviation after that
     categories: dict[str, list[str]]  # the known ones, whose ids start at 1 (and the column's offset)
-    label_scale: list[float]  # mean and deviation of a number that is learnt
+    label_scale: list[float]  # mean and deviation of a number that is learned
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""Texts that a model reads one at a time: labelled texts, and the inputs of predictions.
+"""Texts that a model reads one at a time: labeled texts, and the inputs of predictions.
 
 A batch holds `tokens`, `segments` and `positions` int32 [B, L].
 """
@@ -17,7 +17,7 @@ from bigmodel.data.labels import Shapes
 
 
 def shapes(config: Config, facts: Facts) -> Shapes:
-    """Returns the arrays of a batch of labelled texts but `mask`. Raises InputError as `labels.check`."""
+    """Returns the arrays of a batch of labeled texts but `mask`. Raises InputError as `labels.check`."""
     features = facts.features
     labels.require(config, features, config.data.text)
     labels.check(config, labels.numbered(config, features, facts.names))

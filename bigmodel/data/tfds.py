@@ -155,7 +155,7 @@ def _decoder(feature: Any) -> Callable[[Any], Any]:
 
 
 def pixels(content: bytes, channels: int) -> np.ndarray:
-    """An image's bytes -> uint8 [H, W, C], RGB or grey, whatever the file holds.
+    """An image's bytes -> uint8 [H, W, C], RGB or gray, whatever the file holds.
 
     As Pillow's `convert` does: palettes and CMYK become colors, transparency is dropped, an orientation in
     the EXIF data is not minded. Of 16 bits the upper 8 count. TFDS would give the file's own channels, and

@@ -49,7 +49,7 @@ class TokenizerFiles:
 
     @property
     def imported(self) -> bool:
-        """The model came with its tokenizer, rather than learnt here with another's."""
+        """The model came with its tokenizer, rather than learned here with another's."""
         return bool(self.model)
 
 

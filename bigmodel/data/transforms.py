@@ -26,7 +26,7 @@ def generator(seed: int, position: int, stream: int) -> Random:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position]))
 
 
-def normalise(
+def normalize(
     batch: Mapping[str, np.ndarray], mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> Batch:
     """`image` uint8 [0, 255] -> float32 (image / 255 - mean) / std; by default 0.5 and 0.5, so [-1, 1]."""

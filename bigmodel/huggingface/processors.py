@@ -55,7 +55,7 @@ def read(directory: pathlib.Path, kind: str, size: int, channels: int) -> dict[s
         raise InputError(f"{path} makes images of {crop}, but config.json has image_size={size}; correct one")
     return {
         "image_size": crop, "eval_crop": crop / side, "resize": how,
-        "resample": RESAMPLE[given["resample"]], **_normalised(given, channels, str(path)),
+        "resample": RESAMPLE[given["resample"]], **_normalized(given, channels, str(path)),
     }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _size(value: Any, square: bool, key: str, where: str) -> tuple[int, str]:
     )
 
 
-def _normalised(given: Mapping[str, Any], channels: int, where: str) -> dict[str, Any]:
+def _normalized(given: Mapping[str, Any], channels: int, where: str) -> dict[str, Any]:
     """Returns mean and std of pixels in 0..1, however the file scales them."""
     scale = given["rescale_factor"] * 255 if given["do_rescale"] else 255.0
     out = {}

@@ -1,7 +1,7 @@
 """Beam search: the likeliest answers as wholes, of several kept at every step.
 
 A beam that has ended keeps its place and its score; answers are ranked by their log-probability over their
-length to the power of `penalty` (0: the sum, which favours short ones; 1: the mean).
+length to the power of `penalty` (0: the sum, which favors short ones; 1: the mean).
 
 Legend: B prompts, K beams, V vocabulary, N ids of an answer.
 """

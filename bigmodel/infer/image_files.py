@@ -64,7 +64,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
 
 
 def decode(content: bytes, channels: int, most_pixels: int = PIXELS) -> np.ndarray:
-    """A PNG's or JPEG's bytes -> uint8 [H, W, C] (RGB, or grey), as training sees it (data/sources.py): an
+    """A PNG's or JPEG's bytes -> uint8 [H, W, C] (RGB, or gray), as training sees it (data/sources.py): an
     orientation in the EXIF data is not minded. Raises PictureError."""
     check(content, most_pixels)
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR

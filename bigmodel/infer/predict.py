@@ -275,7 +275,7 @@ def _read_image(predictor: Predictor, item: Any) -> dict[str, Any]:
         image = cv2.resize(image, (shape[1], shape[0]), interpolation=cv2.INTER_AREA).reshape(*shape[:2], -1)
     if image.shape != shape:
         raise InputError(f"an image of shape {image.shape}, but the model reads {shape}")
-    batch = transforms.normalise({"image": image[None]}, config.data.mean, config.data.std)
+    batch = transforms.normalize({"image": image[None]}, config.data.mean, config.data.std)
     return {"image": batch["image"][0], "size": size, "scale": scale}
 
 
@@ -292,7 +292,7 @@ def _bytes_of(item: str | pathlib.Path) -> bytes:
 
 
 def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """As labelled texts are read in training (data/texts.py); or a text's ids, without special ones."""
+    """As labeled texts are read in training (data/texts.py); or a text's ids, without special ones."""
     assert predictor.tokenizer is not None
     program, tokenizer = predictor.program, predictor.tokenizer
     name = program.config.data.text
@@ -349,8 +349,8 @@ def _is_missing(value: Any) -> bool:
 
 
 def _read_row(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """A row of the table that the model learnt from, as numbers or text; null, NaN and what training reads as
-    missing are a missing number."""
+    """Returns a row of the model's table as numbers or text; null, NaN and what training reads as missing
+    become a missing number."""
     assert predictor.columns is not None
     wanted = (*predictor.columns.numeric, *predictor.columns.categories)
     missing = [key for key in wanted if not isinstance(item, Mapping) or key not in item]

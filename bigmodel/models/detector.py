@@ -72,7 +72,7 @@ class Detector(nnx.Module):
         self.laterals = nnx.List([layers.Conv(i, c.width, 1, dtype=dtype, rngs=rngs) for i in ins])
         self.smooths = nnx.List([layers.Conv(c.width, c.width, 3, dtype=dtype, rngs=rngs) for _ in ins])
         self.classes = Tower(c, c.num_classes, PRIOR, dtype, rngs)
-        self.boxes = Tower(c, 5, 0.5, dtype, rngs)  # four distances and the centre
+        self.boxes = Tower(c, 5, 0.5, dtype, rngs)  # four distances and the center
         self.scales = nnx.Param(jnp.ones((len(ins),), dtype))  # of a level's distances (section 3.2)
 
     def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
@@ -106,7 +106,7 @@ class Detector(nnx.Module):
 
 
 def _enlarge(x_BHWC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Nearest neighbours, up to the height and width of `shape`."""
+    """Nearest neighbors, up to the height and width of `shape`."""
     b, h, w, c = x_BHWC.shape
     times = (shape[1] // h, shape[2] // w)
     big = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (b, h, times[0], w, times[1], c))

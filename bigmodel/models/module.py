@@ -96,7 +96,7 @@ def _split(model: nnx.Module) -> tuple[Any, Tree, Tree]:
 
 
 def stack(construct: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` independently initialised modules as one, every parameter with a leading [depth]."""
+    """`depth` independently initialized modules as one, every parameter with a leading [depth]."""
     return nnx.vmap(lambda key: construct(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 

@@ -181,7 +181,7 @@ def _tile_max_fwd(window: tuple[int, int], x: Array) -> tuple[Array, tuple[Array
 _tile_max.defvjp(_tile_max_fwd, _tile_max_bwd)
 
 
-# ---------------------------------------------------------------------------------------------- normalisation
+# ---------------------------------------------------------------------------------------------- normalization
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -223,7 +223,7 @@ normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def batch_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Array, Array]:
-    """x [..., K] normalised over all but the last axis, times scale [K] plus bias [K], in float32.
+    """x [..., K] normalized over all but the last axis, times scale [K] plus bias [K], in float32.
 
     -> (y [..., K], mean [K], variance [K]). No gradient flows through the two statistics given out.
     """

@@ -1,4 +1,4 @@
-"""Recommenders: matrix factorisation, neural collaborative filtering, two towers, and DLRM.
+"""Recommenders: matrix factorization, neural collaborative filtering, two towers, and DLRM.
 
 The first three score pairs of `user` and `item` ids, giving out `scores` [B, 1 + N] of an example's item and
 its `negatives`; in training by the in-batch softmax `in_batch` [B, B], of every user with every item of the

@@ -240,7 +240,7 @@ class Rounded(_OfFloats):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Observed(_OfFloats):
-    """Floats, and a probe: an array of zeros whose "gradient" is what is learnt of the product's inputs.
+    """Floats, and a probe: an array of zeros whose "gradient" is what is learned of the product's inputs.
 
     A gradient is the one thing that already finds its way out of a scanned, sharded model. The probe is
     `gram` [I, I], for the sum of x x^T over all positions, and `largest` [], for the largest |x|.

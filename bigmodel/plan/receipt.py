@@ -21,7 +21,7 @@ Receipt = dict[str, Any]  # plain values, fit for JSON
 
 # What a plan assumes of the world; `--assume=KEY=VALUE` replaces any of them.
 ASSUMPTIONS: dict[str, tuple[float, str]] = {
-    "pue": (1.1, "power usage effectiveness of a large data centre (Google's fleet, 2024)"),
+    "pue": (1.1, "power usage effectiveness of a large data center (Google's fleet, 2024)"),
     "kg_co2e_per_kwh": (0.45, "world average of electricity (IEA, 2024)"),
 }
 

@@ -2,7 +2,7 @@
 
 | name | shape | dtype | meaning |
 |---|---|---|---|
-| image | [B, H, W, C] | float32 | images, normalised |
+| image | [B, H, W, C] | float32 | images, normalized |
 | boxes | [B, M, 4] | float32 | (y0, x0, y1, x1) in pixels of the image |
 | labels | [B, M] | int32 | classes; -1: no box |
 | crowds | [B, M] | int32 | 1: the box stands for many objects, where the dataset says so |
@@ -156,7 +156,7 @@ def iou(a: Array, b: Array) -> Array:
 
 
 def giou(a: Array, b: Array) -> Array:
-    """Generalised IoU (Rezatofighi et al. 2019, algorithm 1), -1..1; boxes apart have a slope too."""
+    """Generalized IoU (Rezatofighi et al. 2019, algorithm 1), -1..1; boxes apart have a slope too."""
     shared, union, hull = overlap(a, b)
     return shared / jnp.maximum(union, 1e-9) - (hull - union) / jnp.maximum(hull, 1e-9)
 
@@ -183,7 +183,7 @@ def decode(outputs: Any, most: int, limit: float, least: float) -> dict[str, Arr
 
     -> {"found": boxes [B, N, 4], "scores": [B, N], "classes": int32 [B, N]}, the best first; score 0: none.
 
-    The score is the class's probability times the centre's (Tian et al. 2019, section 3.3). Four times `most`
+    The score is the class's probability times the center's (Tian et al. 2019, section 3.3). Four times `most`
     candidates are suppressed, so that near doubles do not crowd out others.
     """
     class_BPK = jax.nn.sigmoid(outputs["class_logits"].astype(jnp.float32))

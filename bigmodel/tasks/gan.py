@@ -26,7 +26,7 @@ from bigmodel import config as keys
 from bigmodel import metrics, models, pictures
 from bigmodel.config import Config, InputError
 from bigmodel.config.families import CNN
-from bigmodel.data import images, labelled, transforms
+from bigmodel.data import images, labeled, transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
@@ -69,7 +69,7 @@ class GAN(Task):
 
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         self.shapes(facts)
-        parts = labelled.of_images(self.config, split, facts, train)
+        parts = labeled.of_images(self.config, split, facts, train)
 
         def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
             return {**parts.finish(batch, serials), "serial": (serials % 2**31).astype(np.int32)}

@@ -2,7 +2,7 @@
 
 | name | shape | dtype | meaning |
 |---|---|---|---|
-| image | [B, H, W, C] | float32 | images, normalised |
+| image | [B, H, W, C] | float32 | images, normalized |
 | tokens, segments, positions | [B, L] | int32 | texts; segments 0: padding |
 | numeric | [B, N] | float32 | numbers of a table's row, standardised |
 | categorical | [B, C] | int32 | its categories |
@@ -31,7 +31,7 @@ import optax
 from bigmodel import config as keys
 from bigmodel import metrics, pictures
 from bigmodel.config import Config
-from bigmodel.data import labelled
+from bigmodel.data import labeled
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
@@ -57,10 +57,10 @@ class _Labels(Task):
     class_feature: ClassVar[str] = "label"
 
     def shapes(self, facts: Facts) -> Shapes:
-        return labelled.shapes(self.config, facts)
+        return labeled.shapes(self.config, facts)
 
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
-        return labelled.examples(self.config, split, facts, train)
+        return labeled.examples(self.config, split, facts, train)
 
     def weight(self, batch: Batch) -> jax.Array:
         return example_weight(batch).sum()

@@ -2,7 +2,7 @@
 
 rating = 3.5 + user bias + item bias + p q + noise of standard deviation `NOISE`. So no predictor has a mean
 squared error below NOISE ** 2 in expectation. A user rates more often what it likes (by the softmax of its
-preferences), so that choices can be learnt as well.
+preferences), so that choices can be learned as well.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`python_packages`: passages of the running Python's standard library, each with the package it is from.
 
-A labelled set of texts that every machine has: four lines at a time of ten packages' files, split by a hash
+A labeled set of texts that every machine has: four lines at a time of ten packages' files, split by a hash
 of each passage (`python_source` splits by file, which here would give the splits other shares of classes). So
 a model that was pretrained on `python_source` has read most of the passages, but never a label.
 """

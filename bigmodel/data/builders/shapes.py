@@ -18,7 +18,7 @@ MOST = 5  # shapes in an image
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """`image` uint8 (64, 64, 3) and `objects`: `bbox` (y0, x0, y1, x1) in 0..1 and `label` of each shape.
 
-    One to five shapes of any colour and direction, none of which hides much of another, on a noisy ground.
+    One to five shapes of any color and direction, none of which hides much of another, on a noisy ground.
     """
 
     VERSION = tfds.core.Version("1.0.0")
