@@ -21,6 +21,7 @@ import cli
 
 from bigmodel import config as config_lib
 from bigmodel import tasks
+from bigmodel.config import InputError
 from bigmodel.infer import loading
 
 MAY_SET = {"eval.batches", *(f"data.{key}" for key in (
@@ -32,11 +33,18 @@ def main() -> int:
     flags.add_argument(
         "--features", metavar="DIR", help="for a GAN: a classifier's run, whose features give the distances"
     )
+    flags.add_argument("--set", default="", metavar="NAME", help="one of the run's eval.sets")
     args, rest = cli.parse_workdir(flags, MAY_SET)
     from bigmodel import data, evaluate, mesh, metrics, pictures, workdir
 
     program, state = loading.load(args.workdir, args.step)
-    program = dataclasses.replace(program, config=config_lib.override(program.config, rest))
+    config = config_lib.override(program.config, rest)
+    if args.set:
+        sets = config_lib.eval_sets(config)
+        if args.set not in sets:
+            raise InputError(f"--set={args.set} is no set of this run; choose one of {', '.join(sets)}")
+        config = sets[args.set]
+    program = dataclasses.replace(program, config=config)
     rows = mesh.host_rows(program.mesh, program.config.batch_size)
     path = pathlib.Path(args.workdir)
     pipeline = tasks.make_pipeline(program.config, "eval", path, **rows)

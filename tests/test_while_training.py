@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import run_script, tiny
 
 from bigmodel import config as config_lib
 from bigmodel import log, train
@@ -127,7 +127,9 @@ def test_several_sets_are_evaluated_and_logged_by_name(tmp_path, capsys):
     assert {name.split("/")[1] for name in result.metrics} == {"val", "seen"}
     assert "seen  accuracy" in capsys.readouterr().out
     more = {"eval.sets": {"other": {"split": "test"}}, "checkpoint.best": "", "steps": 3}
-    assert "eval/other/loss" in train.run(config_lib.override(config, more), tmp_path).metrics
+    metrics = train.run(config_lib.override(config, more), tmp_path).metrics
+    ran = run_script("evaluate.py", f"--workdir={tmp_path}", "--set=other")
+    assert json.loads(ran.out)["loss"] == pytest.approx(metrics["eval/other/loss"], rel=1e-5)
 
 
 def test_samples_are_written_while_a_run_trains(corpus, tmp_path, capsys):

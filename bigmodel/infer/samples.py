@@ -60,6 +60,6 @@ class Samples:
         answers = generate(decoder, prompts, min(ANSWER_TOKENS, context(self._program.config)), DRAWN)
         decoder.params = decoder.rest = None  # training needs the memory
         return [
-            Sample(writer.tokenizer.written(ids), writer.decode(answer, before=ids if continues else ())[0])
+            Sample(writer.tokenizer.decode(ids), writer.decode(answer, before=ids if continues else ())[0])
             for ids, answer in zip(prompts, answers, strict=True)
         ]
