@@ -127,8 +127,8 @@ def patience(what: str, every_s: float = 20) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Prints a line on the first host of a SLURM job, before JAX knows the hosts; a closed pipe is fine."""
-    if os.environ.get("SLURM_PROCID", "0") == "0":
+    """Prints a line on a job's first host, before JAX knows the hosts; a closed pipe is fine."""
+    if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
         with contextlib.suppress(OSError):
             os.write(1, f"{line}\n".encode(errors="backslashreplace"))
 

@@ -62,11 +62,15 @@ def losses(path: pathlib.Path) -> list[tuple[int, float]]:
 
 
 def test_two_processes_train_what_one_does_and_one_goes_on(corpus, tmp_path):
-    config, pair, alone = config_of(corpus), tmp_path / "pair", tmp_path / "alone"
+    config, pair, alone = (
+        config_of(corpus, checkpoint__best="-eval/test/loss"),
+        tmp_path / "pair",
+        tmp_path / "alone",
+    )
     results = finish_both(two_processes(config, tmp_path, pair))
     assert [code for code, _, _ in results] == [0, 0], results
     assert "step 4/4" in results[0][1]
-    assert "step" not in results[1][1]  # one process speaks
+    assert not re.search("start|data|step", results[1][1])  # one process speaks
 
     straight = train.run(config, alone)
     assert [step for step, _ in losses(pair)] == [1, 2, 3, 4]
@@ -81,6 +85,21 @@ def test_two_processes_train_what_one_does_and_one_goes_on(corpus, tmp_path):
     for path in (pair, alone):  # now both on one process
         assert train.run(config.replace(steps=6), path, resume="must").step == 6
     np.testing.assert_allclose(losses(pair), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_best_step_after_a_resume(corpus, tmp_path):
+    path, keys = tmp_path / "pair", {"eval__every_steps": 2, "eval__patience": 2, "checkpoint__keep": 1}
+    keys |= {
+        "checkpoint__best": "eval/test/loss",
+        "checkpoint__every_steps": 100,
+    }  # the highest: the first one
+    for steps in (4, 20):
+        results = finish_both(two_processes(config_of(corpus, steps=steps, **keys), tmp_path, path))
+        assert [code for code, _, _ in results] == [0, 0], results
+    assert "did not improve in 2 evaluations" in results[0][1]
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 6]
 
 
 @pytest.mark.slow
