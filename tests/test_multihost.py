@@ -89,6 +89,7 @@ def test_two_processes_train_what_one_does_and_one_goes_on(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_agree_on_the_best_step_after_a_resume(corpus, tmp_path):
+    """The loss falls, so that the highest one is the first."""
     path, keys = tmp_path / "pair", {"eval__every_steps": 2, "eval__patience": 2, "checkpoint__keep": 1}
     keys |= {
         "checkpoint__best": "eval/test/loss",
