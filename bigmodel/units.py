@@ -1,4 +1,4 @@
-"""How numbers are printed: 1.2 G, 3.4 GiB, 5 min."""
+"""Numbers as text: 1.2 G, 3.4 GiB, 4.63 ms, 5 min."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def size(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1024
     return f"{n:.3g} TiB"
+
+
+def time_unit(s: float) -> tuple[float, str]:
+    """The unit in which so many seconds read best: how many of it make a second, and its name."""
+    return next(((n, unit) for n, unit in ((1, "s"), (1e3, "ms")) if s * n >= 1), (1e6, "us"))
+
+
+def seconds(s: float) -> str:
+    """0.00463 -> '4.63 ms'; 0.00032 -> '320 us'."""
+    per_second, unit = time_unit(s)
+    return f"{s * per_second:.4g} {unit}"
 
 
 def duration(s: float) -> str:

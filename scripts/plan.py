@@ -88,12 +88,15 @@ def main() -> int:
         plan = planner.plan(config, args.target, assume=assume)
     print("\n".join(receipt.table(plan.receipt)))
     if args.timeline:
-        from bigmodel.plan import timeline
+        from bigmodel.plan import candidates, timeline
 
-        print("\n".join(f"wrote     {path}" for path in timeline.write(plan.schedule, args.timeline)))
+        r, mesh = plan.receipt, candidates.mesh_name(config)
+        title = f"{args.config} on {r['devices']} x {r['device_kind']}, {mesh}, remat {r['remat']}"
+        written = timeline.write(plan.schedule, args.timeline, title)
+        print("\n".join(f"wrote     {path}" for path in written))
     if args.json:
-        written = plan.receipt | ({"search": ranking} if ranking else {})
-        args.json.write_text(json.dumps(written, indent=2) + "\n")
+        found_too = {"search": ranking} if ranking else {}
+        args.json.write_text(json.dumps(plan.receipt | found_too, indent=2) + "\n")
     return 0
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import re
 
 import jax
+import numpy as np
 import pytest
 from conftest import build, run_script, tiny
 
+from bigmodel import config as config_lib
 from bigmodel import mesh, units
 from bigmodel.config import InputError
 from bigmodel.infer import serving_plan
@@ -72,6 +77,9 @@ def test_a_plan_for_eight_tpus_says_what_a_run_costs(tmp_path, monkeypatch):
     assert r["compiler"] == "analytic"
     printed = "\n".join(receipt.table(r))
     assert "ANALYTIC" in printed
+    assert re.search(r"time    [\d.]+ [um]s a step .*tokens/s a chip", printed)
+    most = max(r["breakdown_s"], key=r["breakdown_s"].get)
+    assert r["limited_by"].startswith({"matmul": "matrix", "memory": "memory bandwidth"}.get(most, most))
     assert f"headroom {units.size(r['capacity_bytes'] - r['peak_bytes'])}" in printed
     assert r["chips"] == 8
     assert r["fits"]
@@ -80,9 +88,42 @@ def test_a_plan_for_eight_tpus_says_what_a_run_costs(tmp_path, monkeypatch):
     assert {row["axes"] for row in r["collectives"]} & {"tensor", "fsdp", "data"}
     assert r["model_flops_per_token"] == pytest.approx(r["formula_flops_per_token"], rel=0.01)
     assert r["dollars"] == pytest.approx(r["chip_hours"] * 1.2)
-    trace, picture = timeline.write(plan.schedule, tmp_path)
-    assert json.loads(trace.read_text())["traceEvents"]
+    trace, picture = timeline.write(plan.schedule, tmp_path, "tiny GPT on v5e:2x4")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert events[0]["args"]["name"] == "tiny GPT on v5e:2x4"
+    phases = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
+    middle = {  # compilers move single instructions
+        name: np.average([e["ts"] for e in each], weights=[e["dur"] for e in each])
+        for name in ("forward", "backward", "optimizer")
+        if (each := [e for e in phases if e["name"] == name])
+    }
+    assert middle["forward"] < middle["backward"] < middle["optimizer"]
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(phases))
     assert picture.stat().st_size > 10_000
+
+
+def test_what_does_not_fit_on_gpus_names_settings_that_do(monkeypatch):
+    monkeypatch.setattr(target, "installed", lambda package: False)
+    config = tiny("gpt", seq_len=128, batch_size=256, mesh__data=8)
+    small = dataclasses.replace(chips.BY_NAME["h100"], memory_bytes=1.5e9 + 6e6)
+    monkeypatch.setitem(chips.BY_NAME, "h100", small)
+    with pytest.raises(
+        planner.DoesNotFit, match=r"MiB a device too much .*likely to fit: --config"
+    ) as caught:
+        planner.plan(config, "h100:1x8")
+    assert caught.value.missing_bytes > 0
+    flags = str(caught.value).split("likely to fit: ")[1].split(", or ")[0].split()
+    assert any("microbatches" in flag for flag in flags)
+    found = config_lib.override(config, [flag.removeprefix("--config.") for flag in flags])
+    assert planner.plan(found, "h100:1x8").receipt["fits"]
+
+
+@pytest.mark.parametrize(
+    ("s", "text"),
+    [(0.00463, "4.63 ms"), (320e-6, "320 us"), (12.34567, "12.35 s"), (0.9996, "999.6 ms"), (0, "0 us")],
+)
+def test_seconds_in_the_unit_that_reads_best(s, text):
+    assert units.seconds(s) == text
 
 
 def test_assumptions_are_replaced(monkeypatch):

@@ -62,7 +62,10 @@ def test_what_is_ranked_first_fits_and_can_be_pasted(no_compilers):
         group, _, name = key.rpartition(".")
         (again[group] if group else again)[name] = value
     assert config_lib.from_dict(again) == best
-    assert any("--config.mesh.data" in line for line in search.table(found))
+    lines = search.table(found)
+    assert any("--config.mesh.data" in line for line in lines)
+    assert len(search.ranking(found)) == found.considered - found.dropped
+    assert sum(line.startswith("  ~") for line in lines) == found.considered - found.dropped - 2
 
 
 def test_what_does_not_fit_is_never_first(no_compilers, monkeypatch):

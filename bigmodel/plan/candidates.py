@@ -168,15 +168,22 @@ def _along(mesh: Mesh, axis: str) -> tuple[int, ...]:
     return tuple(numbers[tuple(index)].tolist())
 
 
-def nearest_that_fit(config: Config, aim: Target, count: int = 2) -> list[list[str]]:
-    """The flags of the ways nearest to `config` that are likely to fit: few changes first, then by time."""
+def nearest_that_fit(config: Config, aim: Target, peak_bytes: float = 0.0, count: int = 2) -> list[list[str]]:
+    """Flags of the candidates nearest to `config` that are likely to fit: few changes first, then by time.
+
+    Args:
+        peak_bytes: what `config` takes of a device by its compiler, which the closed form is corrected by.
+    """
     capacity = machine_lib.of(aim).capacity_bytes
     given = set(overrides(config.replace(microbatches=max(config.microbatches, 1))))
     if capacity is None:
         return []
-    fitting = [c for c in candidates(config, aim, OVER[:2]) if c.likely_bytes <= 0.9 * capacity]
-    changes = [(sorted(set(overrides(c.config)) - given), c.step_s) for c in fitting]
-    return [flags for flags, _ in sorted(changes, key=lambda change: (len(change[0]), change[1]))[:count]]
+    found = [(sorted(set(overrides(c.config)) - given), c) for c in candidates(config, aim, OVER[:2])]
+    same = [c.likely_bytes for flags, c in found if not flags]
+    factor = max(peak_bytes / same[0], 1.0) if same else 1.0
+    fitting = [pair for pair in found if pair[0] and pair[1].likely_bytes * factor <= 0.9 * capacity]
+    fitting.sort(key=lambda pair: (len(pair[0]), pair[1].step_s))
+    return [flags for flags, _ in fitting[:count]]
 
 
 def overrides(config: Config) -> list[str]:

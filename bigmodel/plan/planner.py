@@ -23,7 +23,7 @@ from bigmodel.program import Program
 
 
 class DoesNotFit(InputError):
-    """The compiler found no place for the program; `missing_bytes` a device, when it says."""
+    """The program takes more than a device's memory: by `missing_bytes`, where that is known."""
 
     def __init__(self, message: str, missing_bytes: float) -> None:
         super().__init__(message)
@@ -46,14 +46,16 @@ def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = No
     return on(config, target.of(config, spec), assume=assume)
 
 
-def on(config: Config, aim: Target, *, assume: dict[str, float] | None = None) -> Plan:
-    """As `plan`, on a target that is made already."""
+def on(config: Config, aim: Target, *, assume: dict[str, float] | None = None, advise: bool = True) -> Plan:
+    """As `plan`, on a target that is made already. Args: advise: a refusal names settings that fit."""
     began = time.perf_counter()
     built = build(config, aim)
-    compiled = compile_for(built, aim)
+    compiled = compile_for(built, aim, advise)
     machine = machine_lib.of(aim)
     steps, source = machine.step(built, compiled, calibrated=True)
     made = receipt.make(built, compiled, machine, steps, source, assume=assume)
+    if not made["fits"]:
+        raise _does_not_fit(-made["headroom_bytes"], built, aim, advise)
     made["plan_time_s"] = time.perf_counter() - began
     return Plan(made, steps)
 
@@ -89,12 +91,12 @@ def build_within_budget(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
     return program.build(config, the_mesh, spec)
 
 
-def compile_for(built: Program, aim: Target) -> Compiled:
+def compile_for(built: Program, aim: Target, advise: bool = True) -> Compiled:
     """Raises as `plan`."""
     try:
         return compiled_lib.compile_for(built, aim, disk.cache_dir())
     except jax.errors.JaxRuntimeError as error:
-        raise _refusal(str(error), built, aim) from error
+        raise _refusal(str(error), built, aim, advise) from error
 
 
 def compile_to_run(built: Program) -> Any:
@@ -102,30 +104,33 @@ def compile_to_run(built: Program) -> Any:
     try:
         return built.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _refusal(str(error), built, target.here(tuple(built.mesh.devices.flat))) from error
+        raise _refusal(str(error), built, target.here(tuple(built.mesh.devices.flat)), True) from error
 
 
-def _refusal(said: str, built: Program, aim: Target) -> InputError:
+def _refusal(said: str, built: Program, aim: Target, advise: bool) -> InputError:
     if compiled_lib.is_out_of_memory(said):
-        return _does_not_fit(said, built, aim)
+        return _does_not_fit(_missing_bytes(said), built, aim, advise)
     return InputError(
         f"{aim.spec}: the compiler refuses the program ({' '.join(said.split())[:300]}); "
         "check compiler_options, or try another mesh or remat"
     )
 
 
-def _does_not_fit(said: str, built: Program, aim: Target) -> DoesNotFit:
-    sizes = [
-        float(n) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[u]
-        for n, u in re.findall(r"([\d.]+)([KMGT])", said)
-    ]
-    missing = max(sizes[0] - sizes[1], 0.0) if len(sizes) > 1 else 0.0
-    state = estimate.tree_bytes(built.state_spec)
-    tries = [" ".join(flags) for flags in candidates.nearest_that_fit(built.config, aim)]
+def _missing_bytes(said: str) -> float:
+    """Bytes a device by which a compiler found no place, as far as it says: "Used 20.1G of 15.7G hbm"."""
+    units_of = {"K": 10, "M": 20, "G": 30, "T": 40}
+    sizes = [float(n) * 2 ** units_of[unit] for n, unit in re.findall(r"([\d.]+)([KMGT])", said)]
+    return max(sizes[0] - sizes[1], 0.0) if len(sizes) > 1 else 0.0
+
+
+def _does_not_fit(missing: float, built: Program, aim: Target, advise: bool) -> DoesNotFit:
+    state, capacity = estimate.tree_bytes(built.state_spec), machine_lib.of(aim).capacity_bytes or 0
     how_much = f"{units.size(missing)} a device too much" if missing else "too much memory a device"
-    return DoesNotFit(
-        f"{aim.spec}: does not fit: {how_much} (state alone {units.size(state)} of "
-        f"{units.size(machine_lib.of(aim).capacity_bytes or 0)}); likely to fit: "
-        f"{', or '.join(tries) or 'nothing on this target, take a larger one or a smaller batch_size'}",
-        missing,
+    message = (
+        f"{aim.spec}: does not fit: {how_much} (state alone {units.size(state)} of {units.size(capacity)})"
     )
+    if not advise:
+        return DoesNotFit(message, missing)
+    tries = [" ".join(flags) for flags in candidates.nearest_that_fit(built.config, aim, capacity + missing)]
+    nothing = "nothing on this target, take a larger one or a smaller batch_size"
+    return DoesNotFit(f"{message}; likely to fit: {', or '.join(tries) or nothing}", missing)

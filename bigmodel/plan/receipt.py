@@ -15,7 +15,7 @@ from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.machine import Machine, TimeSource
 from bigmodel.plan.schedule import Schedule
 from bigmodel.program import Program, microbatches
-from bigmodel.units import duration, quantity, size
+from bigmodel.units import duration, quantity, seconds, size
 
 Receipt = dict[str, Any]  # plain values, fit for JSON
 
@@ -43,7 +43,8 @@ def make(
     """
     config, target, spread = program.config, machine.target, source.uncertainty
     count = config.steps if steps_left is None else steps_left
-    tokens = config.batch_size * (config.seq_len if "tokens" in program.batch_spec else 1)
+    unit = "tokens" if "tokens" in program.batch_spec else "examples"
+    tokens = config.batch_size * (config.seq_len if unit == "tokens" else 1)
     step_flops = flops.model_flops(program)
     by_formula = flops.by_formula(config)
     r: Receipt = {
@@ -60,6 +61,7 @@ def make(
         "trained_parameters": estimate.trained_parameters(program),
         "steps": count,
         "microbatches": microbatches(config, program.mesh),
+        "unit": unit,  # which the keys with `token` count
         "tokens_per_step": tokens,
         "model_flops_per_step": step_flops,
         "model_flops_per_token": step_flops / tokens,
@@ -153,61 +155,53 @@ def _axes(group: tuple[int, ...], program: Program) -> str:
 
 
 def limited_by(r: Receipt) -> str:
-    """One line: what takes most of the step beyond useful work, and what to change first."""
+    """One line: the kind of work that takes most of the step, and what to change first."""
     if not r["fits"]:
         return f"memory: {size(-r['headroom_bytes'])} too much a device: a stronger remat or more devices"
-    shares = {kind: s / max(r["step_s"], 1e-12) for kind, s in r["breakdown_s"].items()}
-    if shares.get("communication", 0) > 0.2:
+    kind = max(r["breakdown_s"], key=lambda k: r["breakdown_s"][k], default="matmul")
+    share = f"{r['breakdown_s'].get(kind, 0) / max(r['step_s'], 1e-12):.0%} of the step"
+    if kind == "communication":
         worst = max(r["collectives"], key=lambda row: row["exposed_s"])
+        axis = worst["axes"].split("x")[0]
         return (
-            f"communication ({shares['communication']:.0%}, {worst['kind']} over {worst['axes']}): "
-            f"more examples a device, or a smaller mesh.{worst['axes'].split('x')[0]}"
+            f"communication, {share} (most of it {worst['kind']} over {worst['axes']}): "
+            f"more examples a device, or a smaller mesh.{axis}"
         )
-    rest = {k: v for k, v in shares.items() if k in ("memory", "attention", "optimizer")}
-    worst_kind = max(rest, key=lambda k: rest[k], default="matmul")
-    if rest.get(worst_kind, 0) > 0.3:
-        hints = {
-            "memory": "memory bandwidth: a lower precision, larger matrices, or less remat",
-            "attention": "attention: a shorter seq_len, or fewer heads",
-            "optimizer": "the optimizer: more examples a step, or mesh.fsdp to share its state",
-        }
-        return f"{hints[worst_kind]} ({rest[worst_kind]:.0%} of the step)"
-    if (
-        r.get("mfu_full_attention")
-        and r["remat"] not in ("none",)
-        and r["headroom_bytes"] > 0.3 * r["peak_bytes"]
-    ):
-        return "matrix products, some of them recomputed: there is memory to spare for a lighter remat"
-    return f"matrix products, {shares.get('matmul', 0):.0%} of the step: this is as good as it gets"
+    remats = r["remat"] != "none"
+    if kind == "matmul":
+        spare = remats and (r["headroom_bytes"] or 0) > 0.3 * r["peak_bytes"]
+        hint = "memory to spare for a lighter remat, which computes less again" if spare else "little to gain"
+        return f"matrix products, {share}: {hint}"
+    hints = {
+        "memory": "a lower precision, larger matrices" + (", or less remat" if remats else ""),
+        "attention": "a shorter seq_len, or fewer heads",
+        "optimizer": "more examples a step"
+        + (", or mesh.fsdp to share its state" if r["devices"] > 1 else ", or a simpler optim.name"),
+    }
+    names = {"memory": "memory bandwidth"}
+    return f"{names.get(kind, kind)}, {share}: {hints[kind]}"
 
 
 def table(r: Receipt) -> list[str]:
     """The receipt as lines for a terminal."""
+    unit, step_s = r["unit"], max(r["step_s"], 1e-12)
+    fastest, slowest = map(seconds, r["step_s_range"])
     low, high = (duration(s) for s in r["total_s_range"])
-    sparse = r["active_parameters"] != r["parameters"]
-    active = f" ({quantity(r['active_parameters'])} active)" if sparse else ""
-    if r["trained_parameters"] != r["parameters"]:
-        active += f" ({quantity(r['trained_parameters'])} trained)"
     mesh = " x ".join(f"{axis} {n}" for axis, n in r["mesh"].items()) or "one device"
     room = ""
     if r["capacity_bytes"]:
         room = f"; of {size(r['capacity_bytes'])}, headroom {size(r['headroom_bytes'])}"
-    formula = r["formula_flops_per_token"]
-    agree = "" if not formula else f" (by formula {formula / r['model_flops_per_token'] - 1:+.1%})"
     lines = [
         f"plan      {r['devices']} x {r['device_kind']} ({mesh}), {r['microbatches']} microbatches, "
         f"remat {r['remat']}",
-        f"  model   {quantity(r['parameters'])} parameters{active}, "
-        f"{quantity(r['model_flops_per_token'])}FLOP a token or example{agree}, "
-        f"{quantity(r['model_flops_per_step'])}FLOP a step, {quantity(r['total_flops'])}FLOP in all",
+        _model(r),
         f"  memory  {size(r['peak_bytes'])} a device: parameters {size(r['params_bytes'])}, optimizer "
         f"{size(r['optimizer_bytes'])}, gradients, activations and temporaries {size(r['temporary_bytes'])}"
         + room,
-        f"  time    {r['step_s']:.4g} s a step ({r['step_s_range'][0]:.4g} to {r['step_s_range'][1]:.4g}), "
-        f"{quantity(r['tokens_per_s_per_chip'])}tokens or examples/s a chip: {r['time_source']}",
+        f"  time    {seconds(r['step_s'])} a step ({fastest} to {slowest}), "
+        f"{quantity(r['tokens_per_s_per_chip'])}{unit}/s a chip: {r['time_source']}",
         "          " + ", ".join(
-            f"{kind} {s / max(r['step_s'], 1e-12):.0%}"
-            for kind, s in sorted(r["breakdown_s"].items(), key=lambda kv: -kv[1])
+            f"{kind} {s / step_s:.0%}" for kind, s in sorted(r["breakdown_s"].items(), key=lambda kv: -kv[1])
         ),
     ]  # fmt: skip
     if "mfu_full_attention" in r:
@@ -217,13 +211,28 @@ def table(r: Receipt) -> list[str]:
         )
     lines += [
         f"  network {row['kind']} over {row['axes']}: {row['times']:,} a step, {size(row['bytes'])}, "
-        f"{row['time_s']:.3g} s, {row['hidden']:.0%} hidden"
+        f"{seconds(row['time_s'])}, {row['hidden']:.0%} hidden"
         for row in r["collectives"]
         if row["time_s"] > 1e-3 * r["step_s"]
     ]
     lines.append(f"  run     {duration(r['total_s'])} ({low} to {high}) for {r['steps']:,} steps" + _spent(r))
     lines += [f"          assumes {key} {why}" for key, why in r["assumptions"].items() if "kwh" in r]
     return [*lines, f"  limit   {r['limited_by']}"]
+
+
+def _model(r: Receipt) -> str:
+    sparse = r["active_parameters"] != r["parameters"]
+    counts = f" ({quantity(r['active_parameters'])} active)" if sparse else ""
+    if r["trained_parameters"] != r["parameters"]:
+        counts += f" ({quantity(r['trained_parameters'])} trained)"
+    formula = r["formula_flops_per_token"]
+    agree = f" (by formula {formula / r['model_flops_per_token'] - 1:+.1%})" if formula else ""
+    each = "a token" if r["unit"] == "tokens" else "an example"
+    return (
+        f"  model   {quantity(r['parameters'])} parameters{counts}, "
+        f"{quantity(r['model_flops_per_token'])}FLOP {each}{agree}, "
+        f"{quantity(r['model_flops_per_step'])}FLOP a step, {quantity(r['total_flops'])}FLOP in all"
+    )
 
 
 def _spent(r: Receipt) -> str:

@@ -19,6 +19,8 @@ from bigmodel.plan.candidates import OVER, Candidate, candidates, name, override
 from bigmodel.plan.receipt import Receipt
 from bigmodel.plan.target import Target
 
+MOST_LISTED = 40  # candidates that were not compiled, in the table
+
 
 @dataclass(frozen=True)
 class Row:
@@ -34,6 +36,7 @@ class Result:
     """What was compiled, and how many ways it was chosen from."""
 
     rows: tuple[Row, ...]  # those that fit first, the fastest per example first
+    others: tuple[Candidate, ...]  # not compiled: those that are likely to fit first, by the closed form
     considered: int
     dropped: int  # cannot fit, by the closed form
     least_bytes: float  # of one device, the least that any way needs
@@ -76,7 +79,8 @@ def search(
     found = list(candidates(config, aim, over))
     capacity = machine_lib.of(aim).capacity_bytes or math.inf
     possible = [c for c in found if c.least_bytes <= capacity]
-    order = _thinned(sorted(possible, key=lambda c: (c.likely_bytes > capacity, c.example_s)), capacity)
+    ranked = sorted(possible, key=lambda c: (c.likely_bytes > capacity, c.example_s))
+    order = _thinned(ranked, capacity)
     rows: list[Row] = []
     for candidate in order[: 3 * compile_best]:
         say(f"compiling {name(candidate.config)} ...")
@@ -85,17 +89,16 @@ def search(
             break
     rows.sort(key=lambda row: row.receipt["step_s"] / row.candidate.config.batch_size if row.receipt else 1e9)
     least = min((c.least_bytes for c in found), default=0.0)
-    return Result(tuple(rows), len(found), len(found) - len(possible), least)
+    tried = {id(row.candidate) for row in rows}
+    others = tuple(c for c in ranked if id(c) not in tried)
+    return Result(tuple(rows), others, len(found), len(found) - len(possible), least)
 
 
 def _compile(candidate: Candidate, aim: Target, assume: dict[str, float] | None) -> Row:
     try:
-        made = planner.on(candidate.config, aim, assume=assume).receipt
+        return Row(candidate, planner.on(candidate.config, aim, assume=assume, advise=False).receipt)
     except InputError as error:
         return Row(candidate, None, str(error))
-    if not made["fits"]:
-        return Row(candidate, None, made["limited_by"])
-    return Row(candidate, made)
 
 
 def _thinned(order: list[Candidate], capacity: float) -> list[Candidate]:
@@ -110,10 +113,11 @@ def _thinned(order: list[Candidate], capacity: float) -> list[Candidate]:
 
 
 def table(result: Result) -> list[str]:
-    """The ranking as lines, and the overrides of the first."""
+    """The ranking as lines: what was compiled, the flags of the first, and the closed form of the others."""
     best = result.best
     lines = [
-        f"search    {result.considered:,} ways, {result.dropped:,} cannot fit; {len(result.rows)} compiled:",
+        f"search    {result.considered:,} candidates, {result.dropped:,} cannot fit; "
+        f"{len(result.rows)} compiled:",
         f"  {'':3}{'step':>10}  {'examples/s':>10}  {'MFU':>6}  {'memory':>9}",
     ]
     for rank, row in enumerate(result.rows, 1):
@@ -122,23 +126,34 @@ def table(result: Result) -> list[str]:
             lines.append(f"  -  does not fit: {name(row.candidate.config)}")
             continue
         mfu = f"{r['mfu_full_attention']:.1%}" if "mfu_full_attention" in r else "-"
-        examples_per_s = row.candidate.config.batch_size / r["step_s"]
-        lines.append(
-            f"  {rank:<3}{r['step_s']:>8.4g} s  {examples_per_s:>10.4g}  {mfu:>6}  "
-            f"{units.size(r['peak_bytes']):>9}  {name(row.candidate.config)}"
-        )
-    return [*lines, f"  take    {' '.join(overrides(best.candidate.config))}"]
+        lines.append(_line(rank, row.candidate.config, r["step_s"], mfu, r["peak_bytes"]))
+    lines.append(f"  take    {' '.join(overrides(best.candidate.config))}")
+    if result.others:
+        lines.append(f"  {len(result.others):,} not compiled, by the closed form (a rough one):")
+    lines += [_line("~", c.config, c.step_s, "-", c.likely_bytes) for c in result.others[:MOST_LISTED]]
+    if (rest := len(result.others) - MOST_LISTED) > 0:
+        lines.append(f"  and {rest:,} slower or larger ones, which --json lists")
+    return lines
+
+
+def _line(mark: object, config: Config, step_s: float, mfu: str, peak_bytes: float) -> str:
+    return (
+        f"  {mark:<3}{units.seconds(step_s):>10}  {config.batch_size / step_s:>10.4g}  {mfu:>6}  "
+        f"{units.size(peak_bytes):>9}  {name(config)}"
+    )
 
 
 def ranking(result: Result) -> list[dict[str, Any]]:
-    """The rows as plain values, fit for JSON."""
+    """The candidates as plain values, fit for JSON: those that were compiled, then the others."""
+    rows = [*result.rows, *(Row(c, None, "not compiled") for c in result.others)]
     return [
         {
             "overrides": overrides(row.candidate.config),
             "estimated_step_s": row.candidate.step_s,
+            "estimated_bytes": row.candidate.likely_bytes,
             "step_s": row.receipt and row.receipt["step_s"],
             "peak_bytes": row.receipt and row.receipt["peak_bytes"],
             "failed": row.failed,
         }
-        for row in result.rows
+        for row in rows
     ]
