@@ -177,7 +177,7 @@ def test_planned_bytes_are_live_bytes_and_a_fraction_of_dense(family, kind):
     assert estimate.tree_bytes(built.state_spec) == sum(x.nbytes for x in jax.tree.leaves(state))
     sums = built.model.products
     names = [name for name in sums if "router" not in name]
-    dense_bytes = sum(x.size * 4 for path, x in by_path(built.model.whole_spec).items() if path in names)
+    dense_bytes = sum(x.size * 4 for path, x in by_path(built.model.plain_spec).items() if path in names)
     codes = sum(x.nbytes for x in jax.tree.leaves(state["rest"]["codes"]))
     assert codes * {"int8": 4, "int4": 8}[kind] == dense_bytes
 

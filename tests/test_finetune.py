@@ -140,7 +140,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns_as_ever():
 
 def test_a_plan_knows_what_is_frozen():
     whole, part = built("gpt", **SGD), built("gpt", **SGD, optim__freeze="^/(embed|positions|blocks)/")
-    assert estimate.trained_parameters(whole) == estimate.parameters(whole.model.whole_spec)
+    assert estimate.trained_parameters(whole) == estimate.parameters(whole.model.plain_spec)
     assert estimate.trained_parameters(part) == 64  # the last norm
     assert estimate.tree_bytes(part.state_spec["opt"]) < 300
     assert flops.model_flops(part) < 0.72 * flops.model_flops(whole)  # forward, and back through the head
@@ -199,7 +199,7 @@ def test_adapters_start_as_nothing_and_merge_into_the_weights(family):
     params = jitter(state)["params"]
     adapted = outputs(part, params, state["rest"], batch)
     assert np.abs(adapted - first).max() > 0.01
-    merged = outputs(plain, jax.jit(part.model.whole)(params, state["rest"]), state["rest"], batch)
+    merged = outputs(plain, jax.jit(part.model.plain)(params, state["rest"]), state["rest"], batch)
     np.testing.assert_allclose(adapted, merged, rtol=1e-4, atol=2e-5)
 
 
@@ -247,7 +247,7 @@ def test_adapters_resume_export_and_serve_as_one_model(corpus, tmp_path):
     moved = {path for path, x in arrays.items() if x.tobytes() != there[path].tobytes()}
     assert moved == {f"blocks/attention/{name}/kernel" for name in ("q", "k", "v", "out")}
     params = program.evaluated(straight.state)
-    whole = by_path(jax.jit(straight.program.model.whole)(params, {}))
+    whole = by_path(jax.jit(straight.program.model.plain)(params, {}))
     for path, x in whole.items():
         np.testing.assert_allclose(arrays[path], x, rtol=0, atol=1e-6)
     transfer.export_safetensors(tmp_path / "straight", tmp_path / "out")

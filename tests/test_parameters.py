@@ -78,7 +78,7 @@ def test_everyone_evaluates_the_same_parameters(parts, tmp_path):
     assert_same(Predictor(built, loaded)._state[0], expected)
     student = build(tiny("cnn", model__width=8, distill__teacher=str(tmp_path / "run")))
     assert_same(teachers.taught(student)["params"], expected)
-    whole = jax.device_get(jax.jit(built.model.whole)(loaded["params"], loaded["rest"]))
+    whole = jax.device_get(jax.jit(built.model.plain)(loaded["params"], loaded["rest"]))
     _, arrays = transfer.read(tmp_path / "run")
     for path, x in by_path(whole).items():
         np.testing.assert_allclose(arrays[path], x, rtol=1e-6, atol=1e-7, err_msg=path)

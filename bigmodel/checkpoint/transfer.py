@@ -164,11 +164,8 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
         config.quantize.weights != "none" and (like is None or like.quantize != config.quantize)
     ):
         model = models.define(config, tasks.batch_spec(config, path))
-        whole = jax.jit(model.whole)(trees.nest(params), trees.nest(rest))
-        params, rest = (
-            trees.by_path(whole),
-            {k: x for k, x in rest.items() if k.split("/")[0] not in model.held},
-        )
+        params = trees.by_path(jax.jit(model.plain)(trees.nest(params), trees.nest(rest)))
+        rest = trees.by_path(model.divide(trees.nest(rest))[1])
     return config, {name: np.asarray(x) for name, x in (params | rest).items()}
 
 

@@ -35,7 +35,7 @@ def describe(name: str, model: Trained) -> Row:
     state = {"params": model.params, "rest": model.rest}
     held_out = trained.held_out(model, say=name == "dense")
     values = evaluate.run(model.program, state, held_out) if held_out is not None else {}
-    weights, spec = _weights(model), model.program.model.whole_spec
+    weights, spec = _weights(model), model.program.model.plain_spec
     return {
         "stage": name,
         "metrics": values,
@@ -57,8 +57,7 @@ def _nonzero(model: Trained) -> int:
 
     @jax.jit
     def count(params: Any, rest: Any) -> Any:
-        codes = {part: rest[part] for part in model.program.model.held}
-        unpacked = model.program.model.unpack(params, codes)
+        unpacked = model.program.model.unpack(params, model.program.model.divide(rest)[0])
         leaves = jax.tree.leaves(unpacked, is_leaf=lambda x: hasattr(x, "astype"))
         return [(w.astype(np.float32) != 0).sum() for w in leaves]
 

@@ -1,4 +1,4 @@
-"""How a model is made and kept small: the keys of config.prune, config.quantize and config.distill.
+"""Keys of config.init, lora, prune, quantize and distill.
 
 `problems` yields (key, what is wrong and the fix). Nothing here imports JAX.
 """
@@ -14,7 +14,7 @@ from bigmodel.config import parsing
 
 @dataclass(frozen=True)
 class Prune:
-    """Which weights training keeps at zero, or brings there. scripts/compress.py sets it after pruning."""
+    """Weights that training keeps at zero, or brings there. scripts/compress.py sets it after pruning."""
 
     sparsity: float = 0.0  # share of the weights that are zero in the end; 0: off, unless a pattern is set
     pattern: str = ""  # N:M, such as 2:4: of M consecutive inputs N stay; "": any
@@ -40,7 +40,7 @@ class Prune:
 
 
 def pattern_problems(pattern: str) -> Iterable[tuple[str, str]]:
-    """Of N:M, or nothing."""
+    """Problems of a pattern N:M; "" is none."""
     n, _, m = pattern.partition(":")
     if pattern and not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
         yield "pattern", f"is {pattern!r}: give N:M with N below M, such as 2:4"
@@ -48,7 +48,7 @@ def pattern_problems(pattern: str) -> Iterable[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Quantize:
-    """How the weights of products are held. scripts/compress.py sets it; with `aware`, training does."""
+    """Storage of the weights of products. scripts/compress.py sets it; with `aware`, training does."""
 
     weights: Literal["none", "int8", "int4", "fp8"] = "none"
     group: int = 0  # inputs that share a scale; 0: all of an output's
@@ -70,7 +70,7 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Distill:
-    """A teacher beside the model while it trains: what it says is part of the loss."""
+    """A teacher whose outputs a model learns while it trains."""
 
     teacher: str = ""  # the workdir of a run; "": none
     weight: float = 1.0  # of the distance from the teacher's outputs, added to the task's own loss
@@ -104,7 +104,7 @@ class Lora:
     rank: int = 0  # 0: no adapters
     alpha: float = 16.0  # the adapters' product counts alpha / rank
     on: str = r"/attention/(q|v)/kernel$"  # regex on parameter paths: the weights that get one
-    train: str = ""  # regex on parameter paths: what is trained beside them, such as a new head; "": nothing
+    train: str = ""  # regex on parameter paths: what is trained too, such as a new head; "": nothing
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from parsing.regex_problems(self, "on", "train")

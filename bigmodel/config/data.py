@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Data:
-    """What to read. `name`: a TFDS or bundled dataset, or files such as `text:GLOB`: see data/sources.py."""
+    """The data. `name`: a TFDS or bundled dataset, or files such as `text:GLOB`, see data/sources.py."""
 
     name: str = "python_source"
     split: str = "train"

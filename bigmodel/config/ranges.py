@@ -1,4 +1,4 @@
-"""What numbers the keys of a config may hold: (key, what is wrong and the fix) for each that may not."""
+"""Ranges of numbers in a config: (key, what is wrong and the fix) for each that is outside."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def size_problems(flat: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def data_problems(data: Any) -> Iterable[tuple[str, str]]:
-    """Of the keys of `data`."""
+    """Problems of the keys of `data`."""
     for key in ("min_count", "max_boxes"):
         if getattr(data, key) < 1:
             yield key, f"is {getattr(data, key)}: set it to 1 or more"
@@ -48,7 +48,7 @@ def data_problems(data: Any) -> Iterable[tuple[str, str]]:
 
 
 def optim_problems(optim: Any) -> Iterable[tuple[str, str]]:
-    """Of the keys of `optim`, or of one of its groups."""
+    """Problems of the keys of `optim`, or of one of its groups."""
     for key in (
         "lr",
         "warmup_steps",

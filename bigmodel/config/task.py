@@ -18,7 +18,7 @@ Generates = Literal["", "continuation", "answer"]
 
 @dataclass(frozen=True)
 class TaskKeys:
-    """What every task has. A task of your own derives from it and returns its code from `task`."""
+    """The base of every task. A task of your own derives from it and returns its code from `task`."""
 
     name: str = ""
     like: ClassVar[str] = ""  # of your own: the built-in task whose models it trains, such as classify
@@ -127,7 +127,7 @@ class Seq2Seq(TaskKeys):
 
 @dataclass(frozen=True)
 class Labels(TaskKeys):
-    """What tasks with one output for each example share: an image, a text, a row of a table."""
+    """Keys of tasks with one output for each example: an image, a text, a row of a table."""
 
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"  # balanced: classes weigh alike in the training loss

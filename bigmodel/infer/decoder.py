@@ -315,16 +315,15 @@ def for_decoding(built: Program, state: State) -> tuple[Definition, Params, Any]
             return InBlocks.of(x) if one_cpu else x
         return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype == config.param_dtype else x
 
-    def arrange(params: Params, held: Any) -> Params:
-        params = jax.tree.map(cast, model.unpack(params, held), is_leaf=quantized)
+    def arrange(params: Params, parts: Any) -> Params:
+        params = jax.tree.map(cast, model.unpack(params, parts), is_leaf=quantized)
         return module.unstack(params) if deepest <= UNROLLED else params
 
-    held = {part: state["rest"][part] for part in model.held}
-    rest = {part: value for part, value in state["rest"].items() if part not in held}
-    params = jax.jit(arrange)(built.evaluated(state), held)
+    parts, rest = model.divide(state["rest"])
+    params = jax.jit(arrange)(built.evaluated(state), parts)
     return unheld(model), params, rest
 
 
 def unheld(model: Definition) -> Definition:
     """The model that takes its quantized weights among the parameters, as `Definition.unpack` gives them."""
-    return dataclasses.replace(model, held=(), unpack=lambda params, held: params)
+    return dataclasses.replace(model, weight_parts=(), unpack=lambda params, parts: params)

@@ -86,10 +86,8 @@ def _write_weights(path: pathlib.Path, weights: dict[str, jax.Array]) -> None:
 
 def _weights(built: Program, state: State) -> tuple[list[str], list[jax.Array], Any]:
     """-> (names, arrays, the tree they make): what `apply` takes, quantized weights in their places."""
-    whole = built.evaluated(state)
-    held = {part: state["rest"][part] for part in built.model.held}
-    rest = {part: value for part, value in state["rest"].items() if part not in held}
-    params = built.model.unpack(whole, held)
+    parts, rest = built.model.divide(state["rest"])
+    params = built.model.unpack(built.evaluated(state), parts)
     leaves, tree = jax.tree_util.tree_flatten_with_path((params, rest))
     names = [trees.path_str(path).removeprefix("0/") for path, _ in leaves]
     return names, [jnp.asarray(leaf) for _, leaf in leaves], tree

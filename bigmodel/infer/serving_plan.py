@@ -109,16 +109,15 @@ def _params(built: Program) -> tuple[Any, Any]:
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), tree)
 
     model, config = built.model, built.config
-    held = {part: of(built.state_spec["rest"][part]) for part in model.held}
-    rest = {k: v for k, v in built.state_spec["rest"].items() if k not in held}
-    whole = jax.eval_shape(model.unpack, of(built.state_spec["params"]), held)
+    parts, rest = model.divide(built.state_spec["rest"])
+    unpacked = jax.eval_shape(model.unpack, of(built.state_spec["params"]), of(parts))
 
     def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floats = len(s.shape) > 1 and s.dtype == config.param_dtype
         where = mesh.param_sharding(built.mesh, model.rules, trees.path_str(path), s.shape)
         return jax.ShapeDtypeStruct(s.shape, config.compute_dtype if floats else s.dtype, sharding=where)
 
-    stacked = jax.tree_util.tree_map_with_path(placed, whole)
+    stacked = jax.tree_util.tree_map_with_path(placed, unpacked)
     shallow = config.model.cached_layers <= decoder_lib.UNROLLED
     return (_apart(stacked) if shallow else stacked), rest
 

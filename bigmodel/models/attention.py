@@ -54,8 +54,8 @@ def attend(
     """
     if scale is not None:
         q_BLHK = q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
-    if (seen := _SEEN.get()) is not None:
-        seen.append(Attended(q_BLHK, k_BSGK, v_BSGK))
+    if (calls := _WATCHED.get()) is not None:
+        calls.append(Attended(q_BLHK, k_BSGK, v_BSGK))
     if key_segments_BS is not None or bias_HLS is not None:
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, key_segments_BS, window)
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
@@ -81,7 +81,7 @@ SEES = re.compile(r"sees_(\d+)_of_(\d+)")
 
 
 class Attended(NamedTuple):
-    """What attention is computed of: queries by which the scores are q k / sqrt(K), keys, values."""
+    """Inputs of attention: queries by which the scores are q k / sqrt(K), keys, values."""
 
     q_BLHK: jax.Array
     k_BSGK: jax.Array
@@ -90,24 +90,24 @@ class Attended(NamedTuple):
     bias_HLS: jax.Array | None = None
 
 
-_SEEN: contextvars.ContextVar[list[Attended] | None] = contextvars.ContextVar("seen", default=None)
+_WATCHED: contextvars.ContextVar[list[Attended] | None] = contextvars.ContextVar("watched", default=None)
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[Attended]]:
-    """While a step is traced inside it, the list gets what each call of `attend` saw; a stack of layers,
-    which is a loop, gives its last layer's self-attention alone, with its mask and bias."""
-    seen: list[Attended] = []
-    token = _SEEN.set(seen)
+    """Collects the inputs of each call of `attend` that is traced inside it; of a stack of layers, which is a
+    loop, those of its last layer's self-attention alone, with its mask and bias."""
+    calls: list[Attended] = []
+    token = _WATCHED.set(calls)
     try:
-        yield seen
+        yield calls
     finally:
-        _SEEN.reset(token)
+        _WATCHED.reset(token)
 
 
 def watcher() -> list[Attended] | None:
     """The list of the innermost `watched`; None outside."""
-    return _SEEN.get()
+    return _WATCHED.get()
 
 
 def log_maps(
@@ -364,7 +364,7 @@ def _rows(x: jax.Array, span: slice) -> jax.Array:
 
 
 class Reach(NamedTuple):
-    """How far a query sees, and in blocks of how many queries that is computed."""
+    """The keys that a query sees, and the number of queries in a block."""
 
     causal: bool
     window: int
@@ -385,16 +385,16 @@ def _scores(
     """Masked float32 scores [B, G, rows * R, keys] of one block."""
     s = _matmul(_rows(q, rows), k[:, :, keys], (1, 1), jnp.float32) * q.shape[-1] ** -0.5
     # Compared block by block: a mask of all L x S would be read from memory once for every head.
-    seen = None if segments is None else segments[:, rows, None] == segments[:, None, keys]
+    visible_BLS = None if segments is None else segments[:, rows, None] == segments[:, None, keys]
     if reach.causal:
         position = jnp.arange(rows.start, rows.stop) + (k.shape[2] - q.shape[2])
         past = position[:, None] >= jnp.arange(keys.start, keys.stop)
         if reach.window:
             past &= position[:, None] - reach.window < jnp.arange(keys.start, keys.stop)
-        seen = past[None] if seen is None else seen & past
-    if seen is None:
+        visible_BLS = past[None] if visible_BLS is None else visible_BLS & past
+    if visible_BLS is None:
         return s
-    return jnp.where(jnp.repeat(seen, q.shape[3], 1)[:, None], s, jnp.finfo(jnp.float32).min)
+    return jnp.where(jnp.repeat(visible_BLS, q.shape[3], 1)[:, None], s, jnp.finfo(jnp.float32).min)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -423,7 +423,7 @@ def _attend_fwd(
 def _attend_bwd(
     reach: Reach, residuals: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, segments, o, kept = residuals  # kept: one block's weights, or several blocks' norms
+    q, k, v, segments, o, saved = residuals  # saved: one block's weights, or several blocks' norms
     f32, scale = jnp.float32, q.shape[-1] ** -0.5
     inner = _by_group((g.astype(f32) * o.astype(f32)).sum(-1, keepdims=True), k.shape[2])
     qg, gg = _by_group(q, k.shape[2]), _by_group(g, k.shape[2])
@@ -432,9 +432,9 @@ def _attend_bwd(
     spans = _spans(reach, qg, kg)
     for rows, keys in spans:
         if len(spans) == 1:
-            p = kept
+            p = saved
         else:
-            p = jnp.exp(_scores(reach, segments, qg, kg, rows, keys) - _rows(kept, rows))
+            p = jnp.exp(_scores(reach, segments, qg, kg, rows, keys) - _rows(saved, rows))
         dp = _matmul(_rows(gg, rows), vg[:, :, keys], (1, 1), f32)
         ds = (p * (dp - _rows(inner, rows)) * scale).astype(q.dtype)
         dq.append(_matmul(ds, kg[:, :, keys], (1, 0)))

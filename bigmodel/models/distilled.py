@@ -1,5 +1,5 @@
-"""A student and its teacher as one Definition: in training both see the batch, and the student is also told
-what the teacher makes of it.
+"""A student and its teacher as one Definition: in training both see the batch, and the student also learns
+from the teacher's outputs.
 
 The teacher's arrays are `rest["teacher"]`: nothing trains them, checkpoints and the mesh know them as any
 others, and a plan counts their bytes and FLOPs. Evaluation runs the student alone.
@@ -45,20 +45,20 @@ class Distilled(Definition):
     def apply(
         self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
     ) -> tuple[Any, Tree]:
-        """As the student's; in training the outputs' `losses` hold the distance from the teacher."""
+        """Runs the student; in training the outputs' `losses` hold its distance from the teacher."""
         own = {part: value for part, value in rest.items() if part != NAME}
-        how, told = self.config.distill, jax.lax.stop_gradient(rest[NAME])
+        how, teacher = self.config.distill, jax.lax.stop_gradient(rest[NAME])
         if not train:
             outputs, own = self.student.apply(params, own, batch, key=key, train=False)
             return outputs, {**own, NAME: rest[NAME]}
         features: list[list[jax.Array]] = [[], []]
         if how.hidden:
             params = _watched(params, features[0])
-            told = {**told, "params": _watched(told["params"], features[1])}
-        with attention.watched() as seen:
+            teacher = {**teacher, "params": _watched(teacher["params"], features[1])}
+        with attention.watched() as own_maps:
             outputs, own = self.student.apply(params, own, batch, key=key, train=True)
-        with attention.watched() as shown:
-            target, _ = self.frozen[NAME].apply(told["params"], told["rest"], batch, key=None, train=False)
+        with attention.watched() as teacher_maps:
+            target, _ = self.frozen[NAME].apply(**teacher, batch=batch, key=None, train=False)
         loss = how.weight * distance(self.config, outputs["logits"], jax.lax.stop_gradient(target["logits"]))
         losses = {"distill": loss}
         if how.hidden:
@@ -67,7 +67,8 @@ class Distilled(Definition):
         losses = {name: _for_task(self.config, value, batch) for name, value in losses.items()}
         if how.attention:
             shape = losses["distill"].shape
-            far = [_of_shape(maps_apart(*pair), batch, shape) for pair in zip(seen, shown, strict=True)]
+            pairs = zip(own_maps, teacher_maps, strict=True)
+            far = [_of_shape(maps_apart(*pair), batch, shape) for pair in pairs]
             losses["attention"] = how.attention * sum(far, jnp.zeros(shape, jnp.float32))
         return {**outputs, "losses": {**outputs.get("losses", {}), **losses}}, {**own, NAME: rest[NAME]}
 
@@ -118,15 +119,18 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
     fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(Definition)}
     fields |= {
         "rest_spec": {**student.rest_spec, NAME: spec},
-        "held": (*student.held, NAME),
-        "unpack": lambda params, held: student.unpack(params, {part: held[part] for part in student.held}),
+        "weight_parts": (*student.weight_parts, NAME),
+        "unpack": lambda params, parts: student.unpack(params, student.divide(parts)[0]),
     }
     return Distilled(**fields | {"frozen": {NAME: teacher}}, student=student, config=config)
 
 
 def distance(config: Config, student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """How far logits [..., V] are from the teacher's -> [...]: T^2 KL(teacher || student) of probabilities at
-    temperature T (Hinton et al. 2015, section 2); of several labels each its own; of values, squares."""
+    """Distance of logits [..., V] from the teacher's -> [...].
+
+    T^2 KL(teacher || student) of the probabilities at temperature T (Hinton et al. 2015, section 2), label by
+    label where there are several; of values, squares.
+    """
     t = config.distill.temperature
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     if config.task.label_kind == "numbers":
@@ -139,8 +143,8 @@ def distance(config: Config, student: jax.Array, teacher: jax.Array) -> jax.Arra
 
 
 def likeness(x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """How differently the student's features x [..., N, D] and the teacher's y [..., N, E] relate N rows
-    to each other (Tung and Mori 2019, eq. 2-4); of any widths -> `shape`."""
+    """Difference in how the student's features x [..., N, D] and the teacher's y [..., N, E] relate N rows to
+    each other (Tung and Mori 2019, eq. 2-4); of any widths -> `shape`."""
 
     def related(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -151,14 +155,14 @@ def likeness(x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return off if off.shape == shape else jnp.broadcast_to(off.mean(), shape)
 
 
-def maps_apart(own: attention.Attended, told: attention.Attended) -> jax.Array:
-    """How far a layer's self-attention is from the teacher's -> [B, L], for each query.
+def maps_apart(own: attention.Attended, teacher: attention.Attended) -> jax.Array:
+    """Distance of a layer's self-attention from the teacher's -> [B, L], for each query.
 
     KL(teacher || student) of what each position attends to, plus that of how its value relates to the others'
     (MiniLM, Wang et al. 2020, eq. 3-6). Heads are compared one by one, or their means where the two have not
     as many; widths may differ.
     """
-    pair = (jax.lax.stop_gradient(told), own)
+    pair = (jax.lax.stop_gradient(teacher), own)
     maps = [attention.log_maps(x.q_BLHK, x.k_BSGK, x.mask, x.bias_HLS) for x in pair]
     values = [attention.log_maps(x.v_BSGK, x.v_BSGK, x.mask) for x in pair]
     return _apart(*maps) + _apart(*values)
@@ -173,8 +177,8 @@ def _apart(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def _of_shape(x_BL: jax.Array, batch: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """What is told by position, as it is where the task counts these positions, else the mean of the real
-    ones -> `shape`, [B] or [B, ...]."""
+    """Values of positions -> `shape`, [B] or [B, ...]: as they are where the task counts these positions,
+    else the mean over the real ones."""
     if x_BL.shape == shape:
         return x_BL
     parts = [batch[name] for name in ("segments", "decoder_segments") if name in batch]
@@ -185,7 +189,7 @@ def _of_shape(x_BL: jax.Array, batch: Mapping[str, jax.Array], shape: tuple[int,
 
 
 def _for_task(config: Config, loss: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """A masked-word model's losses are told by position of the text [B, L], not of the masks [B, M]."""
+    """A masked-word model counts its losses by position of the text [B, L], not of the masks [B, M]."""
     if "masked_real" not in batch:
         return loss
     real = batch["masked_real"]
@@ -198,8 +202,8 @@ def _output(tree: Tree) -> str | None:
     return next((name for name in OUTPUT if name in trees.by_path(tree)), None)
 
 
-def _watched(tree: Tree, seen: list[jax.Array]) -> Tree:
-    """The parameters, of which the output layer's tells what it is multiplied with."""
+def _watched(tree: Tree, inputs: list[jax.Array]) -> Tree:
+    """The parameters, with an output layer that appends to `inputs` what it is multiplied with."""
     name = _output(tree)
     assert name is not None
-    return trees.with_leaves(tree, {name: weights.Watched(trees.by_path(tree)[name], seen)})
+    return trees.with_leaves(tree, {name: weights.Watched(trees.by_path(tree)[name], inputs)})

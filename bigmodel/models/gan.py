@@ -87,7 +87,7 @@ class GAN(nnx.Module):
 
 
 def _levels(height: int, width: int) -> int:
-    """How often the generator doubles its size: up from 4 to 7 pixels.
+    """Number of times that the generator doubles its size, from 4 to 7 pixels.
 
     Raises:
         InputError: an odd size, or one below 8.
@@ -123,8 +123,8 @@ def _parted(discriminator: Any, x_BHWC: jax.Array, class_BK: jax.Array | None) -
         logit_B, back, rest = jax.vjp(run, params, x_BHWC, has_aux=True)
         return (logit_B, logit_B, rest), (back, others)
 
-    def backward(kept: Any, slopes: Any) -> Any:
-        back, others = kept
+    def backward(residuals: Any, slopes: Any) -> Any:
+        back, others = residuals
         return back(slopes[0])[0], back(slopes[1])[1], jax.tree.map(jnp.zeros_like, others)
 
     both.defvjp(forward, backward)

@@ -83,7 +83,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def read(x_BLD: jax.Array, segments_BL: jax.Array, where: str) -> jax.Array:
-    """What stands for a whole text, [B, D]: its `first` or its `last` token, or the `mean` of all."""
+    """The vector of a text, [B, D]: its `first` or its `last` token's, or the `mean` of all."""
     real_BL = segments_BL > 0
     if where == "mean":
         weight_BL1 = real_BL[..., None].astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021) on any model: W + (alpha / rank) A B in place of W, which stays.
 
 `wrap` adds them to a Definition under "lora/"; the modules do not know. A layer that asks for `product(x, W)`
-gets x W + (alpha / rank) (x A) B, inside the scanned block: neither W + A B nor its gradient is ever held.
+gets x W + (alpha / rank) (x A) B, inside the scanned block: neither W + A B nor its gradient is ever stored.
 
 Legend: I inputs, O outputs, R rank.
 """
@@ -75,11 +75,11 @@ def wrap(definition: Definition, how: Lora) -> Definition:
         )
     shapes = {
         trees.path_str(path): w.shape
-        for path, w in jax.tree_util.tree_leaves_with_path(definition.whole_spec)
+        for path, w in jax.tree_util.tree_leaves_with_path(definition.plain_spec)
         if trees.path_str(path) in chosen
     }
 
-    def more(key: jax.Array) -> Tree:
+    def extra(key: jax.Array) -> Tree:
         adapters: dict[Any, Any] = {}
         for each, (name, (*depth, i, o)) in zip(
             jax.random.split(key, len(shapes)), shapes.items(), strict=True
@@ -89,9 +89,9 @@ def wrap(definition: Definition, how: Lora) -> Definition:
                 inner = inner.setdefault(int(part) if part.isdigit() else part, {})
             inner["a"] = jax.random.normal(each, (*depth, i, how.rank), jnp.float32) * i**-0.5
             inner["b"] = jnp.zeros((*depth, how.rank, o), jnp.float32)
-        return {**definition.more(key), NAME: adapters}
+        return {**definition.extra(key), NAME: adapters}
 
-    def unpack(params: Tree, held: Tree) -> Tree:
+    def unpack(params: Tree, parts: Tree) -> Tree:
         adapters, params = params[NAME], {key: value for key, value in params.items() if key != NAME}
 
         def adapted(path: Any, w: Any) -> Any:
@@ -103,11 +103,11 @@ def wrap(definition: Definition, how: Lora) -> Definition:
                 inner = inner[int(part) if part.isdigit() else part]
             return Adapted(w, inner["a"], inner["b"], how.alpha / how.rank)
 
-        whole = definition.unpack(params, held)
-        return jax.tree_util.tree_map_with_path(adapted, whole, is_leaf=_is_weight)
+        unpacked = definition.unpack(params, parts)
+        return jax.tree_util.tree_map_with_path(adapted, unpacked, is_leaf=_is_weight)
 
-    spec = {**definition.params_spec, **jax.eval_shape(more, jax.random.key(0))}
-    return dataclasses.replace(definition, params_spec=spec, more=more, unpack=unpack)
+    spec = {**definition.params_spec, **jax.eval_shape(extra, jax.random.key(0))}
+    return dataclasses.replace(definition, params_spec=spec, extra=extra, unpack=unpack)
 
 
 def _is_weight(x: Any) -> bool:

@@ -30,43 +30,48 @@ class Definition:
     params_spec: Tree
     rest_spec: Tree
     construct: Callable[[jax.Array], nnx.Module]
-    whole_spec: Tree  # the parameters as the module has them, whatever they are held as
+    plain_spec: Tree  # the module's parameters as plain arrays, however they are stored
     products: Mapping[
         str, tuple[int, ...]
     ]  # path of each product's weight -> axes (from the end) it sums over
-    held: tuple[str, ...] = ()  # parts of `rest` that hold weights
-    pack: Callable[[Tree], tuple[Tree, Tree]] = lambda params: (params, {})  # whole -> params, parts of rest
-    unpack: Callable[[Tree, Tree], Tree] = lambda params, held: params  # the inverse
-    # What training runs forward beside it: part of `rest` -> its definition, whose params and rest are there.
+    weight_parts: tuple[str, ...] = ()  # parts of `rest` that store weights
+    pack: Callable[[Tree], tuple[Tree, Tree]] = lambda params: (params, {})  # plain -> params, parts of rest
+    unpack: Callable[[Tree, Tree], Tree] = lambda params, parts: params  # the inverse
+    # Models that training runs forward too: part of `rest` -> definition, whose params and rest are there.
     frozen: Mapping[str, Definition] = field(default_factory=dict)
     rules: mesh.Rules = mesh.RULES  # where parameters lie on a mesh
-    more: Callable[[jax.Array], Tree] = lambda key: {}  # parameters that the module itself has not
+    extra: Callable[[jax.Array], Tree] = lambda key: {}  # parameters that the module itself has not
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest)."""
         _, params, rest = _split(self.construct(key))
-        params, held = self.pack(params)
-        return {**params, **self.more(jax.random.fold_in(key, 1))}, {**rest, **held}
+        params, parts = self.pack(params)
+        return {**params, **self.extra(jax.random.fold_in(key, 1))}, {**rest, **parts}
 
-    def whole(self, params: Tree, rest: Tree) -> Tree:
-        """The module's own parameters as plain arrays, whatever they are held as."""
-        held = {part: rest[part] for part in self.held}
-        return jax.tree.map(lambda s, w: w.astype(s.dtype), self.whole_spec, self.unpack(params, held))
+    def divide(self, rest: Tree) -> tuple[Tree, Tree]:
+        """-> (the parts of `rest` that store weights, the module's own)."""
+        parts = {part: rest[part] for part in self.weight_parts}
+        return parts, {part: value for part, value in rest.items() if part not in parts}
+
+    def plain(self, params: Tree, rest: Tree) -> Tree:
+        """The module's own parameters as plain arrays, however they are stored."""
+        unpacked = self.unpack(params, self.divide(rest)[0])
+        return jax.tree.map(lambda s, w: w.astype(s.dtype), self.plain_spec, unpacked)
 
     def apply(
-        self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
+        self, params: Tree, rest: Tree, batch: Batch, *, key: jax.Array | None, train: bool
     ) -> tuple[Any, Tree]:
         """-> (the model's outputs, rest as this call left it). `key` feeds dropout; None: no dropout."""
-        model, held = self.merge(params, rest)
+        model, parts = self.merge(params, rest)
         outputs = model(batch, key=key, train=train)
         _, _, rest = _split(model)
-        return outputs, {**rest, **held}
+        return outputs, {**rest, **parts}
 
     def merge(self, params: Tree, rest: Tree) -> tuple[Any, Tree]:
         """-> (the module, the parts of `rest` that are not its own)."""
-        held = {part: rest[part] for part in self.held}
-        rest = {part: value for part, value in rest.items() if part not in held}
-        return nnx.merge(self.graph, weights.lay_out(self.unpack(params, held), self.rules), rest), held
+        parts, rest = self.divide(rest)
+        laid_out = weights.lay_out(self.unpack(params, parts), self.rules)
+        return nnx.merge(self.graph, laid_out, rest), parts
 
 
 def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:
@@ -132,7 +137,7 @@ def unstack(tree: Tree, name: str = "blocks") -> Tree:
 
 
 def depth(stacked: nnx.Module) -> int:
-    """How many layers a `stack` has."""
+    """Number of layers of a `stack`."""
     leaf = jax.tree.leaves(_params(stacked), is_leaf=_is_layers)[0]
     return len(leaf) if _is_layers(leaf) else leaf.shape[0]
 

@@ -48,10 +48,10 @@ class Experts(nnx.Module):
         out_std: float, dtype: str, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.activation = activation
-        more: Any = {"dtype": dtype, "rngs": rngs, "bias": c.bias}
-        self.up = ExpertDense(c.experts, c.width, c.mlp_width, std=std, **more)
-        self.gate = ExpertDense(c.experts, c.width, c.mlp_width, std=std, **more) if gated else None
-        self.down = ExpertDense(c.experts, c.mlp_width, c.width, std=out_std, **more)
+        options: Any = {"dtype": dtype, "rngs": rngs, "bias": c.bias}
+        self.up = ExpertDense(c.experts, c.width, c.mlp_width, std=std, **options)
+        self.gate = ExpertDense(c.experts, c.width, c.mlp_width, std=std, **options) if gated else None
+        self.down = ExpertDense(c.experts, c.mlp_width, c.width, std=out_std, **options)
 
     def __call__(self, x_BECD: jax.Array) -> jax.Array:
         h_BECF = _shard(checkpoint_name(self.up(x_BECD), "up"), "hidden")

@@ -1,4 +1,4 @@
-"""How a model's weights are held: as floats, or quantized with their codes in `rest`, where nothing trains.
+"""Storage of a model's weights: as floats, or quantized with their codes in `rest`, where nothing trains.
 
 `wrap` changes a Definition's specs, `init` and `apply` by `config.quantize`; the modules do not know.
 """
@@ -22,7 +22,7 @@ PARTS = ("codes", "scale", "activation")  # of a quantized weight; in `rest` a t
 
 
 def wrap(definition: Definition, how: Quantize) -> Definition:
-    """The definition whose weights are held as `how` says.
+    """The definition whose weights are stored as `how` says.
 
     Raises:
         InputError: no weight has a name that `quantize.on` finds, or the group does not divide one's inputs.
@@ -31,7 +31,7 @@ def wrap(definition: Definition, how: Quantize) -> Definition:
         return definition
     sums = chosen(definition, how)
 
-    def as_held(path: Any, w: Any) -> Any:
+    def as_stored(path: Any, w: Any) -> Any:
         name = trees.path_str(path)
         if name not in sums:
             return w
@@ -45,24 +45,24 @@ def wrap(definition: Definition, how: Quantize) -> Definition:
         )
 
     def pack(params: Tree) -> tuple[Tree, Tree]:
-        return split(jax.tree_util.tree_map_with_path(as_held, params), how)
+        return split(jax.tree_util.tree_map_with_path(as_stored, params), how)
 
-    def unpack(params: Tree, held: Tree) -> Tree:
+    def unpack(params: Tree, parts: Tree) -> Tree:
         if how.aware:
-            return jax.tree_util.tree_map_with_path(as_held, params)
-        return join(params, held, definition.params_spec, how)
+            return jax.tree_util.tree_map_with_path(as_stored, params)
+        return join(params, parts, definition.params_spec, how)
 
     if how.aware:
         return dataclasses.replace(definition, unpack=unpack)
-    params_spec, held_spec = jax.eval_shape(pack, definition.params_spec)
+    params_spec, parts_spec = jax.eval_shape(pack, definition.params_spec)
     return dataclasses.replace(
-        definition, params_spec=params_spec, rest_spec={**definition.rest_spec, **held_spec},
-        held=tuple(held_spec), pack=pack, unpack=unpack,
+        definition, params_spec=params_spec, rest_spec={**definition.rest_spec, **parts_spec},
+        weight_parts=tuple(parts_spec), pack=pack, unpack=unpack,
     )  # fmt: skip
 
 
 def rounds_inputs(how: Quantize, sums: tuple[int, ...]) -> bool:
-    """Whether a weight with these summed axes has its inputs quantized too: a product's, a convolution's."""
+    """True if a weight with these summed axes has its inputs quantized too: a product's, a convolution's."""
     return how.activations != "none" and sums in ((-2,), (-4, -3, -2))
 
 
@@ -81,7 +81,7 @@ def chosen(definition: Definition, how: Quantize) -> dict[str, tuple[int, ...]]:
             f"quantize.on={how.on!r} finds no weight of this model; it has {', '.join(sorted(known))}"
         )
     if how.group:
-        for path, w in jax.tree_util.tree_leaves_with_path(definition.whole_spec):
+        for path, w in jax.tree_util.tree_leaves_with_path(definition.plain_spec):
             name = trees.path_str(path)
             inputs = w.shape[max(sums[name])] if name in sums else 0
             if inputs > how.group and inputs % how.group:
@@ -97,8 +97,8 @@ def split(params: Tree, how: Quantize) -> tuple[Tree, Tree]:
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_quantized)
     flat = {trees.path_str(path): w for path, w in leaves}
     plain = {name: w for name, w in flat.items() if not _is_quantized(w)}
-    parts = PARTS[: 2 + (how.activations != "none")]
-    held = {
+    used = PARTS[: 2 + (how.activations != "none")]
+    parts = {
         part: trees.nest(
             {
                 n: getattr(w, part)
@@ -106,14 +106,14 @@ def split(params: Tree, how: Quantize) -> tuple[Tree, Tree]:
                 if _is_quantized(w) and getattr(w, part) is not None
             }
         )
-        for part in parts
+        for part in used
     }
-    return trees.nest(plain), held
+    return trees.nest(plain), parts
 
 
-def join(params: Tree, held: Mapping[str, Tree], whole_spec: Tree, how: Quantize) -> Tree:
+def join(params: Tree, parts: Mapping[str, Tree], spec: Tree, how: Quantize) -> Tree:
     """The inverse of `split`."""
-    flat = {part: trees.by_path(tree) for part, tree in {"params": params, **held}.items()}
+    flat = {part: trees.by_path(tree) for part, tree in {"params": params, **parts}.items()}
 
     def leaf(path: Any, spec: Any) -> Any:
         name = trees.path_str(path)
@@ -124,7 +124,7 @@ def join(params: Tree, held: Mapping[str, Tree], whole_spec: Tree, how: Quantize
             flat["codes"][name], flat["scale"][name], activation, how.weights, spec.shape[-1]
         )  # fmt: skip
 
-    return jax.tree_util.tree_map_with_path(leaf, whole_spec)
+    return jax.tree_util.tree_map_with_path(leaf, spec)
 
 
 def _is_quantized(x: Any) -> bool:

@@ -89,7 +89,7 @@ class ResNet(nnx.Module):
         self.head = layers.Dense(i, c.num_classes, std=i**-0.5, dtype=dtype, rngs=rngs) if not trunk else None
 
     def stages(self, image_BHWC: jax.Array, train: bool) -> list[jax.Array]:
-        """What each stage gives out, each half as high and wide as the one before."""
+        """Outputs of the stages, each half as high and wide as the one before."""
         x_BHWC = jax.nn.relu(self.stem(image_BHWC.astype(self.compute_dtype), train))
         if not self.small:
             x_BHWC = ops.max_pool(x_BHWC, (3, 3), (2, 2), ((1, 1), (1, 1)))

@@ -49,7 +49,7 @@ Cache = cache_lib.Cache  # a whole stack's, or one layer's
 
 
 class Sight(NamedTuple):
-    """What every layer of a stack sees beside the stream."""
+    """Inputs of every layer of a stack, besides the stream."""
 
     segments_BL: jax.Array | None = None  # a position sees its own segment only; 0 is padding
     positions_BL: jax.Array | None = None  # for rope, and a token's place in a cache
@@ -104,7 +104,7 @@ def run_cached(
     config: Config, blocks: nnx.Module, last_norm: nnx.Module | None, x_BLD: jax.Array, sight: Sight,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """As `run`, and x goes into the cache (of `models/cache.py`) of these blocks -> (y [B, L, D], cache).
+    """Runs blocks without dropout, and writes x into their cache (`models/cache.py`) -> (y [B, L, D], cache).
 
     With `sight.segments_BL` x is all that there is; without, x goes on from what the cache holds.
     """
@@ -129,10 +129,10 @@ def _run(
 
     def call(block: Any, carry: Any, x: tuple[jax.Array | None, Cache | None]) -> Any:
         x_BLD, losses, last = carry
-        with watched() as seen:
-            x_BLD, more, cache = block(x_BLD, sight, *x)
-        losses = {name: value + more[name] / depth for name, value in losses.items()}
-        return (x_BLD, losses, None if last is None else seen[0]), cache
+        with watched() as calls:
+            x_BLD, own, cache = block(x_BLD, sight, *x)
+        losses = {name: value + own[name] / depth for name, value in losses.items()}
+        return (x_BLD, losses, None if last is None else calls[0]), cache
 
     (x_BLD, losses, last), cache = module.scan(
         blocks,
@@ -152,7 +152,7 @@ def _run(
 def one_output(
     config: Config, head: layers.Dense, x_BD: jax.Array, losses: moe.Losses, key: jax.Array | None
 ) -> dict[str, Any]:
-    """What stands for a text -> {"logits": [B, classes]}, and with experts their losses, [B] each."""
+    """The vector of a text -> {"logits": [B, classes], "losses": the experts', [B] each}."""
     c = transformer(config)
     key = None if key is None else jax.random.fold_in(key, c.depth + 1)
     outputs: dict[str, Any] = {"logits": head(layers.dropout(x_BD, c.dropout, key))}
@@ -160,7 +160,7 @@ def one_output(
 
 
 def _attended(c: Transformer, x_BLD: jax.Array) -> Attended:
-    """What a layer's self-attention sees, as zeros."""
+    """Inputs of a layer's self-attention, as zeros."""
     shapes = ((*x_BLD.shape[:2], heads, c.head_dim) for heads in (c.heads, c.kv_heads, c.kv_heads))
     heads = ("batch", "sequence", "heads", None)
     return Attended(*(mesh.shard(jnp.zeros(shape, x_BLD.dtype), *heads) for shape in shapes))
@@ -196,8 +196,8 @@ class Block(nnx.Module):
             segments_BL = sight.segments_BL
             if cache is not None and segments_BL is None and sight.positions_BL is not None:
                 segments_BL = (sight.positions_BL >= 0).astype(jnp.int32)
-            y_BLD, more = self.mlp(x_BLD, segments_BL)
-            losses.update(more)
+            y_BLD, own = self.mlp(x_BLD, segments_BL)
+            losses.update(own)
             return y_BLD
 
         if cache is not None:
@@ -244,8 +244,8 @@ class Attention(nnx.Module):
             cache.update(cache_lib.write(cache, k_BLGK, v_BLGK, at_BL, real_BL, sight.pages_BT))
             if sight.pages_BT is not None and sight.owners is not None:
                 kv = cache_lib.read(cache, q_BLHK.dtype, None)
-                more: Any = {"window": c.window, "scale": scale}
-                return self._merge(attend_paged(q_BLHK, *kv, at_BL, sight.pages_BT, sight.owners, **more))
+                options: Any = {"window": c.window, "scale": scale}
+                return self._merge(attend_paged(q_BLHK, *kv, at_BL, sight.pages_BT, sight.owners, **options))
             if sight.segments_BL is None:
                 kv = cache_lib.read(cache, q_BLHK.dtype, sight.pages_BT)
                 y_BLHK = attend_cached(q_BLHK, *kv, at_BL, window=c.window, bias=sight.bias, scale=scale)
@@ -376,12 +376,12 @@ def small(c: Transformer) -> float:
 
 
 def _last(c: Transformer) -> float:
-    """That of a layer's last projection, smaller so that the stream does not grow with the depth."""
+    """Standard deviation of a layer's last projection: small, so that depth does not make the stream grow."""
     return small(c) * (2 * c.depth) ** -0.5
 
 
 def _remat(policy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What the backward pass finds saved, and what it computes again.
+    """Decides which values are saved for the backward pass; it computes the others again.
 
     none: XLA's choice, all saved. full: only each layer's input. minimal: the projections, not the attention
     context. dots: every matrix product. offload-all, offload-qkv: in host memory the layer's input, q, k, v

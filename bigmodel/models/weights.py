@@ -1,7 +1,7 @@
 """Weights that are no plain arrays: cut over a mesh, quantized, quantized in training, or observed.
 
 A layer asks for `product(x, w)`, `rows(w, ids)` or `w.astype(dtype)` of whatever its parameter holds. So a
-quantized model is dequantized where it is used, inside the scanned block, and never as a whole.
+quantized model is dequantized where it is used, inside the scanned block, and never all at once.
 
 `lay_out` tells each over which mesh axes it is stored, and so how its products are laid out.
 
@@ -35,7 +35,7 @@ Axes = mesh.Layout | None  # where a weight's last dimensions are stored; None: 
 
 
 class Weight(abc.ABC):
-    """What layers read in place of an array; `w[...]`, as an nnx.Param has it, is the weight itself."""
+    """A weight as layers read it, in place of an array; `w[...]`, as of an nnx.Param, is the weight itself."""
 
     axes: Axes = None
 
@@ -136,7 +136,7 @@ class Quantized(Weight):
         )
 
     def conv(self, x: jax.Array, strides: tuple[int, int], padding: ops.Padding) -> jax.Array:
-        """As `product`."""
+        """Convolution of x, quantized as in `product`."""
         if self.activation is None:
             return super().conv(x, strides, padding)
         x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
@@ -186,8 +186,8 @@ class InBlocks(Weight):
         return shape if self.table else (*shape[:-2], *shape[:-3:-1])
 
     def stored(self, dtype: Any) -> jax.Array:
-        whole = self.turned.stored(dtype)
-        return whole if self.table else whole.swapaxes(-1, -2)
+        floats = self.turned.stored(dtype)
+        return floats if self.table else floats.swapaxes(-1, -2)
 
     def rows(self, ids: jax.Array, dtype: Any) -> jax.Array:
         return self.turned.rows(ids, dtype)
@@ -232,8 +232,8 @@ class Rounded(_OfFloats):
     group: int = field(metadata={"static": True})
 
     def stored(self, dtype: Any) -> jax.Array:
-        held = quantize(jax.lax.stop_gradient(self.value), self.sums, self.kind, self.group)
-        off = held.astype(self.value.dtype) - jax.lax.stop_gradient(self.value)
+        rounded = quantize(jax.lax.stop_gradient(self.value), self.sums, self.kind, self.group)
+        off = rounded.astype(self.value.dtype) - jax.lax.stop_gradient(self.value)
         return (self.value + off).astype(dtype)
 
 
@@ -257,16 +257,16 @@ class Observed(_OfFloats):
 
 @dataclass(frozen=True)
 class Watched(_OfFloats):
-    """A weight outside any loop that keeps, while a step is traced, what it is multiplied with."""
+    """A weight outside any loop that collects, while a step is traced, what it is multiplied with."""
 
-    seen: list[jax.Array]
+    inputs: list[jax.Array]
 
     def product(self, x: jax.Array) -> jax.Array:
-        self.seen.append(x)
+        self.inputs.append(x)
         return super().product(x)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        self.seen.append(x)
+        self.inputs.append(x)
         return super().attend(x)
 
 
@@ -278,8 +278,8 @@ def _tap(x: jax.Array, probe: dict[str, jax.Array]) -> jax.Array:
 def _tap_bwd(residuals: tuple[jax.Array, Any], g: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     x, probe = residuals
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    seen = {"gram": lambda: rows.T @ rows, "largest": lambda: jnp.abs(rows).max()}
-    return g, {name: seen[name]() for name in probe}
+    measures = {"gram": lambda: rows.T @ rows, "largest": lambda: jnp.abs(rows).max()}
+    return g, {name: measures[name]() for name in probe}
 
 
 _tap.defvjp(lambda x, probe: (x, (x, probe)), _tap_bwd)
@@ -421,7 +421,7 @@ def _reduced(ndim: int, sums: Sequence[int]) -> tuple[int, ...]:
 
 
 def _scale_shape(x: jax.Array, ndim: int, sums: Sequence[int]) -> jax.Array:
-    """What is left after a reduction over `_reduced` -> ndim axes again, those that were summed of size 1."""
+    """A result of a reduction over `_reduced` -> ndim axes again, of size 1 where they were summed."""
     last = ndim + max(sums)
     return jnp.expand_dims(x, tuple(axis for axis in (ndim + s for s in sums) if axis != last))
 

@@ -34,12 +34,12 @@ def parameters(spec: Any) -> int:
 def weights(program: Program) -> Any:
     """Of the state's spec, what holds the parameters: where they are quantized, parts of `rest` too."""
     spec = program.state_spec
-    return spec["params"], [spec["rest"][part] for part in program.model.held]
+    return spec["params"], program.model.divide(spec["rest"])[0]
 
 
 def active_parameters(program: Program) -> int:
     """Parameters that one token passes through: of experts, its own share."""
-    spec, share = program.model.whole_spec, program.config.model.expert_share
+    spec, share = program.model.plain_spec, program.config.model.expert_share
     experts = sum(
         math.prod(s.shape)
         for path, s in jax.tree_util.tree_leaves_with_path(spec)

@@ -56,7 +56,7 @@ def make(
         "compiler": target.compiler,
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "remat": config.remat,
-        "parameters": estimate.parameters(program.model.whole_spec),
+        "parameters": estimate.parameters(program.model.plain_spec),
         "active_parameters": estimate.active_parameters(program),
         "trained_parameters": estimate.trained_parameters(program),
         "steps": count,

@@ -49,7 +49,7 @@ class Family:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What it reads of a dataset (image, text, table): the first of these that is there."""
+        """Kinds of features that it reads (image, text, table): the first that the dataset has."""
         return ("image",)
 
     @property
