@@ -264,6 +264,7 @@ def _stages(depth: int, walk: Walk, at: str = "", count: int = 4) -> list[Stream
 
 
 def inception(c: families.Inception, walk: Walk) -> None:
+    """The branches of a module are concatenated; auxiliary classifiers read what comes before them."""
     stream: Stream = []
     part, aux = 0, 0
     for item in order(c):

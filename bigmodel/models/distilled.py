@@ -37,7 +37,7 @@ class Distilled(Definition):
     config: Any = None
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """key -> (params, rest); the teacher's arrays are random until `distil.fill` puts its own there."""
+        """key -> (params, rest); the teacher's are random until `checkpoint/teachers.py` fills them."""
         params, rest = self.student.init(key)
         teacher_params, teacher_rest = self.frozen[NAME].init(key)
         return params, {**rest, NAME: {"params": teacher_params, "rest": teacher_rest}}

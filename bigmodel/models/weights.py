@@ -1,6 +1,6 @@
 """Weights that are no plain arrays: cut over a mesh, quantized, quantized in training, or observed.
 
-A layer asks for `product(x, w)`, `rows(w, ids)` or `w.astype(dtype)` of whatever its parameter holds. So a
+A layer asks for `product(x, w)`, `rows(w, ids)` or `w.astype(dtype)` of its parameter. So a
 quantized model is dequantized where it is used, inside the scanned block, and never all at once.
 
 `lay_out` tells each over which mesh axes it is stored, and so how its products are laid out.
@@ -35,7 +35,7 @@ Axes = mesh.Layout | None  # where a weight's last dimensions are stored; None: 
 
 
 class Weight(abc.ABC):
-    """A weight as layers read it, in place of an array; `w[...]`, as of an nnx.Param, is the weight itself."""
+    """A weight as layers read it, in place of an array; `w[...]`, as of nnx.Param, is the weight itself."""
 
     axes: Axes = None
 
