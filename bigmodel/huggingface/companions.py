@@ -10,7 +10,7 @@ import json
 import pathlib
 from typing import Any
 
-from bigmodel.config import Config, families
+from bigmodel.config import Config
 from bigmodel.data.corpus import special_id
 from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.tokenizer_files import GENERATION, SPECIAL, TOKENIZER, TOKENIZER_CONFIG
@@ -75,7 +75,7 @@ def _roles(config: Config, tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
     end = _name(tokenizer, tokenizer.separator, SEPARATOR)
     out = {"eos": (end, tokenizer.separator), "pad": (end, tokenizer.separator)}
     out["bos"] = (_name(tokenizer, tokenizer.first, end), tokenizer.first)
-    if isinstance(config.model, families.BERT):
+    if config.model.starts == "cls":
         out["sep"] = out["eos"]
         for role in ("cls", "mask"):
             id = special_id(tokenizer, vocab_size, role)

@@ -245,7 +245,7 @@ def write(
     c = config.model
     out: Tree = {"model_type": layout.model_type, "architectures": [layout.architecture]}
     out["dtype"] = config.param_dtype
-    out |= {theirs: getattr(c, ours) for theirs, (ours, _) in KEYS[layout.model_type].items()}
+    out |= {theirs: vars(c)[ours] for theirs, (ours, _) in KEYS[layout.model_type].items()}
     if isinstance(c, families.GPT):
         out["tie_word_embeddings"] = c.tie_embeddings
         if layout.model_type == "gpt2":

@@ -295,6 +295,6 @@ T5_ACTIVATIONS = {"relu": "relu", "geglu": "gated-gelu", "swiglu": "gated-silu"}
 def _has(
     c: families.Transformer, settings: Mapping[str, object], mlps: Collection[str], norm_order: str = "pre"
 ) -> bool:
-    mine = all(getattr(c, key) == value for key, value in settings.items())
+    mine = all(vars(c)[key] == value for key, value in settings.items())
     same_heads = c.kv_heads == c.heads or isinstance(c, families.GPT)
     return mine and c.mlp in mlps and c.norm_order == norm_order and same_heads
