@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import MESHES, ROOT, built, mesh_keys, random_batch, run_script, start, steps
 
-from bigmodel import workdir
+from bigmodel import config as config_lib
+from bigmodel import tasks, workdir
 from bigmodel.plan import target
 
 SMALL = ["depth=1", "width=16", "token_width=8", "channel_width=16"]
@@ -73,3 +75,49 @@ def test_the_mixer_is_planned_for_chips_that_are_not_here():
     said = run("plan.py", *flags(ROOT / "examples" / "mixer.py", "mesh.tensor=2"), "--target=v5e:2x4")
     assert "8 x v5e (data 4 x tensor 2)" in said
     assert "libtpu's own schedule" in said
+
+
+TRIPLET = [
+    f"--config.task.name={ROOT}/examples/triplet.py:Triplet", "--config.model.num_classes=16",
+    "--config.model.width=32", "--config.model.channels=8,8", "--config.batch_size=32",
+    "--config.eval.batches=2", "--config.log.tensorboard=false",
+]  # fmt: skip
+
+
+def test_the_triplet_loss_is_that_of_a_loop_over_anchors():
+    name = f"{ROOT}/examples/triplet.py:Triplet"
+    config = config_lib.from_dict({"model": {"name": "cnn", "num_classes": 5}, "task": {"name": name}})
+    rng = np.random.default_rng(0)
+    z, label = rng.normal(size=(12, 5)).astype(np.float32), rng.integers(0, 3, 12)
+    mask = np.ones(12, np.float32)
+    mask[3] = 0
+    terms = tasks.make(config).terms({"logits": z}, {"label": label, "mask": mask}, True)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    real = [i for i in range(12) if mask[i]]
+    expected, nearest = 0.0, 0
+    for i in real:
+        far = {j: ((z[i] - z[j]) ** 2).sum() for j in real if j != i}
+        positive = max(far[j] for j in far if label[j] == label[i])
+        negative = min(far[j] for j in far if label[j] != label[i])
+        expected += max(positive - negative + config_lib.to_dict(config)["task"]["margin"], 0)
+        nearest += label[min(far, key=far.__getitem__)] == label[i]
+    assert float(terms["loss"][0]) == pytest.approx(expected, rel=1e-5)
+    assert float(terms["nearest"][0]) == nearest
+
+
+def test_the_triplet_loss_goes_through_the_ordinary_commands(tmp_path):
+    there, small, cnn = tmp_path / "run", tmp_path / "small", "--config=configs/cnn.py"
+    axes = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    run("train.py", cnn, *TRIPLET, *axes, "--config.steps=10", f"--workdir={there}")
+    said = run("train.py", cnn, *TRIPLET, "--config.mesh.fsdp=8", "--config.steps=40", f"--workdir={there}")
+    assert "resuming from step 10" in said
+    found = json.loads(run("evaluate.py", f"--workdir={there}").partition("{")[2].join(["{", ""]))
+    assert found["nearest"] > 0.5  # a tenth by chance
+    said = run("compress.py", f"--workdir={there}", "--recipe=quantize:int8", f"--out={small}")
+    assert "quantize:int8" in said
+
+
+@pytest.mark.skipif(not target.installed("libtpu"), reason="needs libtpu: pip install -e '.[plan]'")
+def test_the_triplet_loss_is_planned_for_chips_that_are_not_here():
+    said = run("plan.py", "--config=configs/cnn.py", *TRIPLET, "--config.mesh.tensor=2", "--target=v5e:2x4")
+    assert "8 x v5e (data 4 x tensor 2)" in said

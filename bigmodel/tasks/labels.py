@@ -52,7 +52,9 @@ from bigmodel.tasks.base import (
 Counted = Callable[[jax.Array], jax.Array]
 
 
-class _Labels(Task):
+class LabelTask(Task):
+    """A task with one output for each example."""
+
     reports: ClassVar[bool] = True
     class_feature: ClassVar[str] = "label"
 
@@ -71,7 +73,7 @@ def example_weight(batch: Batch) -> jax.Array:
     return batch["mask"] * batch["weight"] if "weight" in batch else batch["mask"]
 
 
-class Classify(_Labels):
+class Classify(LabelTask):
     """One class for each example."""
 
     def __init__(self, config: Config) -> None:
@@ -133,7 +135,7 @@ def over_labels(batch: Batch, value: Counted) -> jax.Array:
     return sum((share * value(label) for label, share in labels), jnp.float32(0))
 
 
-class Multilabel(_Labels):
+class Multilabel(LabelTask):
     """Any number of classes for each example."""
 
     def __init__(self, config: Config) -> None:
@@ -182,7 +184,7 @@ class Multilabel(_Labels):
         return {"labels": found, "names": titles, "probabilities": share_V.tolist()}
 
 
-class Regress(_Labels):
+class Regress(LabelTask):
     """Numbers for each example."""
 
     def __init__(self, config: Config) -> None:
