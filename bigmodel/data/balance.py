@@ -27,7 +27,7 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
 
 
 class Balanced:
-    """An endless order: order[position] is an example, its class drawn with probability ~ count ** power.
+    """An endless order: its class drawn with probability ~ count ** power.
 
     power 0 is balanced, 0.5 square-root sampling (Mahajan et al. 2018). Drawn with replacement: rare classes
     come over and over, frequent ones lose some examples. A pure function of seed and position.
@@ -41,7 +41,11 @@ class Balanced:
         self._upto = np.cumsum(chance / chance.sum())
         self._draw = functools.partial(transforms.generator, seed, stream=DRAWS)
 
-    def __getitem__(self, position: int) -> int:
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the examples at int64 positions of the order."""
+        return np.array([self._at(position) for position in positions.tolist()], np.int64)
+
+    def _at(self, position: int) -> int:
         a, b = self._draw(position).random(2)
         kind = min(int(np.searchsorted(self._upto, a * self._upto[-1], "right")), len(self._counts) - 1)
         return int(self._by_class[self._starts[kind] + int(b * self._counts[kind])])
@@ -68,6 +72,7 @@ class Resampled:
 
         self._epoch = epoch
 
-    def __getitem__(self, position: int) -> int:
-        number, at = divmod(position, self._length)
-        return int(self._epoch(number)[at])
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the examples at int64 positions of the order."""
+        numbers, at = np.divmod(positions, self._length)
+        return np.array([self._epoch(n)[i] for n, i in zip(numbers, at, strict=True)], np.int64)

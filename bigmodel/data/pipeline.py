@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data import transforms
+from bigmodel.data import shuffle, transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.source import ALL
 
@@ -42,7 +42,7 @@ Mix = Callable[[transforms.Batch, transforms.Batch, np.ndarray], transforms.Batc
 
 
 class Order(Protocol):
-    def __getitem__(self, position: int) -> int: ...
+    def take(self, positions: np.ndarray) -> np.ndarray: ...
 
 
 class Parts(NamedTuple):
@@ -52,7 +52,7 @@ class Parts(NamedTuple):
     finish: transforms.Transform
     facts: dict[str, Any]
     mix: Mix | None = None  # (rows, their partners, positions in the run) -> rows
-    order: Order | None = None  # order[position] -> example, where it is not a shuffle of all
+    order: Order | None = None  # the examples at positions of the run, where it is not a shuffle of all
 
 
 class Pipeline:
@@ -127,7 +127,7 @@ class Pipeline:
 
     def _indices(self, positions: np.ndarray) -> np.ndarray:
         if self._order is not None:
-            return np.array([self._order[i] for i in positions.tolist()], np.int64)
+            return self._order.take(positions)
         # A part of the split is spread evenly over it: its beginning may be one document, or one class.
         return positions * self.num_examples // self._num_read()
 
@@ -201,13 +201,13 @@ def open_pipeline(
             f"data.name={config.data.name!r} split {name!r} makes {len(parts.examples)} examples, fewer than "
             f"batch_size={config.batch_size}; lower {lower}, or give more data"
         )
-    shuffle = split == "train" and config.data.shuffle
-    seed = _shuffle_seed(config.seed) if shuffle else None
+    shuffled = split == "train" and config.data.shuffle
+    seed = _shuffle_seed(config.seed) if shuffled else None
     about = {
         "name": config.data.name,
         "split": name,
-        "shuffle": shuffle,
-        "seed": config.seed if shuffle else None,
+        "shuffle": shuffled,
+        "seed": config.seed if shuffled else None,
     }
     made = Pipeline(
         parts,
@@ -231,16 +231,13 @@ def _eval_batches(config: Config, num_examples: int) -> int:
 
 
 def _shuffle_seed(seed: int) -> int:
-    """Grain shuffles epoch e with seed + e: neighboring seeds would share epochs. A hash parts them."""
+    """Epoch e is shuffled with seed + e: neighboring seeds would share epochs. Hashing separates them."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
 
 
-def _order(num_examples: int, seed: int | None) -> Any:
-    """Grain's endless order: order[i] is an example; each epoch is a new permutation of all of them."""
-    import grain
-
-    numbers = grain.MapDataset.range(num_examples)
-    return (numbers if seed is None else numbers.shuffle(seed=seed)).repeat()
+def _order(num_examples: int, seed: int | None) -> Order:
+    """The endless order of a run: each epoch is a new permutation of all examples, or all in turn."""
+    return shuffle.InTurn(num_examples) if seed is None else shuffle.Shuffled(num_examples, seed)
 
 
 # ----------------------------------------------------------------------------------------------- prefetch
