@@ -16,7 +16,7 @@ import pytest
 from bigmodel import config as configs
 from bigmodel.config import InputError
 from bigmodel.config.families import CNN
-from bigmodel.data import open_source, pipeline, tfds
+from bigmodel.data import open_source, pipeline, shuffle, tfds
 from bigmodel.data.builders import digits, prepare, python_packages, python_source
 from bigmodel.tasks import batch_spec, make_pipeline
 

@@ -76,7 +76,7 @@ def _enciphered(x: np.ndarray, keys: list[Any], half: int) -> np.ndarray:
 
 
 def round_keys(seed: int) -> list[int]:
-    """Returns the 32-bit keys of the rounds: what C++'s std::seed_seq (rand.util.seedseq) makes of the seed."""
+    """Returns the 32-bit keys of the rounds, as std::seed_seq of C++ (rand.util.seedseq) makes them."""
     n, word = ROUNDS, 2**32
     shift, low = (n - (n - 1) // 2) // 2, (n - 1) // 2
     far = shift + low
