@@ -60,8 +60,8 @@ class Embedding(LabelTask):
         gap_B = jnp.where(counts_B, positive_B - negative_B, -jnp.inf)
         loss = jax.nn.relu(gap_B + self.config.task.margin).sum()
         nearest_B = jnp.where(other_BB, far_BB, jnp.inf).argmin(1)
-        right_B = (label_B[nearest_B] == label_B) & real_B
-        return {"loss": (loss, batch["mask"].sum()), "nearest": (right_B.sum() * 1.0, batch["mask"].sum())}
+        right = jnp.where(label_B[nearest_B] == label_B, batch["mask"], 0.0).sum()
+        return {"loss": (loss, batch["mask"].sum()), "nearest": (right, batch["mask"].sum())}
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         return {"embedding": np.asarray(normalized(out["output"])).tolist()}
