@@ -254,6 +254,14 @@ def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row, _ in rows]
 
 
+def last_evaluation(directory: pathlib.Path) -> dict[str, float]:
+    """Returns the newest evaluation in metrics.jsonl; {} without one."""
+    found: dict[str, float] = {}
+    for row in read_metrics(directory):
+        found = {name: x for name, x in row.items() if name.startswith("eval/") and x is not None} or found
+    return found
+
+
 UNPLOTTED = r"grad_norm|lr(_\w+)?|loss_scale|skipped|perplexity"  # settings, and exp(loss)
 PANELS = 12  # at most
 

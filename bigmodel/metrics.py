@@ -31,9 +31,13 @@ class Sums:
             name: list(pair) for name, pair in (pairs or {}).items()
         }  # name: [sum, weight], for JSON
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        """{name: (sum, weight), two scalars or one array of two}."""
-        for name, (total, weight) in jax.device_get(dict(metrics)).items():
+    def add(self, metrics: Metrics) -> None:
+        """Adds one batch's metrics, (sum, weight) by name; waits for the device."""
+        self.add_read(jax.device_get(dict(metrics)))
+
+    def add_read(self, metrics: Mapping[str, Sequence[float]]) -> None:
+        """Adds metrics that are on the host already."""
+        for name, (total, weight) in metrics.items():
             pair = self.pairs.setdefault(name, [0.0, 0.0])
             pair[0] += float(total)
             pair[1] += float(weight)

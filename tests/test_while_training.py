@@ -65,7 +65,7 @@ def test_the_best_step_stays_and_no_progress_ends_the_run_also_over_a_resume(tmp
     assert steps_of(tmp_path) == [6, 12]
     before = (tmp_path / "metrics.jsonl").read_bytes()
     again = train.run(worse, tmp_path)
-    assert (again.step, again.best_step) == (12, 6)
+    assert (again.step, again.best_step, again.metrics) == (12, 6, second.metrics)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     on = train.run(config_lib.override(worse, {"eval.patience": 4}), tmp_path)
     assert (on.step, steps_of(tmp_path)) == (14, [6, 14])

@@ -143,16 +143,16 @@ class Loop:
         if self.pending is None:
             return
         step, metrics = self.pending
-        pairs = jax.device_get(metrics)
+        pairs = {name: pair.tolist() for name, pair in jax.device_get(metrics).items()}
         self.pending = None
-        values = {"loss": 0.0} | {name: float(x / n) for name, (x, n) in pairs.items() if n}
+        values = {"loss": 0.0} | {name: total / weight for name, (total, weight) in pairs.items() if weight}
         # float16: an overflow that a smaller loss scale removes
         skipped = values.get("skipped", 0.0) > 0 and values["loss_scale"] > optim.LEAST_SCALE
         if not math.isfinite(values["loss"]) or not (skipped or math.isfinite(values["grad_norm"])):
             self._refuse(step, values)
         if skipped:
             del pairs["grad_norm"]  # infinite
-        self.sums.add(pairs)
+        self.sums.add_read(pairs)
         if self.checked is not None:
             selfcheck.refuse_other_step(self.checked, values, self.config)
             self.checked = None
