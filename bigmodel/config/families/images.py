@@ -17,7 +17,7 @@ class CNN(Family):
     """Conv 3x3 + ReLU for each entry of `channels`, max-pool 2 after the first, then two dense layers."""
 
     made_by = "bigmodel.models.vision:CNN"
-    walked_by = "bigmodel.compress.channels:cnn"
+    walked_by = "bigmodel.compress.walks:cnn"
     units = MappingProxyType({"channels": ("channels", "width")})
     name: str = "cnn"
     channels: tuple[int, ...] = (64, 128)
@@ -34,7 +34,7 @@ class MLP(Family):
 
     inputs = ("image", "table")
     made_by = "bigmodel.models.vision:MLP"
-    walked_by = "bigmodel.compress.channels:mlp"
+    walked_by = "bigmodel.compress.walks:mlp"
     units = MappingProxyType({"channels": ("widths",)})
     name: str = "mlp"
     widths: tuple[int, ...] = (512, 512)
@@ -57,7 +57,7 @@ class AlexNet(Family):
     """Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks": one tower."""
 
     made_by = "bigmodel.models.vision:AlexNet"
-    walked_by = "bigmodel.compress.channels:alexnet"
+    walked_by = "bigmodel.compress.walks:alexnet"
     units = MappingProxyType({"channels": ("channels", "width")})
     name: str = "alexnet"
     stem: Stem = "imagenet"
@@ -78,7 +78,7 @@ class VGG(Family):
     """Simonyan and Zisserman 2014: stages of 3x3 convolutions, each ended by a max-pool."""
 
     made_by = "bigmodel.models.vision:VGG"
-    walked_by = "bigmodel.compress.channels:vgg"
+    walked_by = "bigmodel.compress.walks:vgg"
     units = MappingProxyType({"channels": ("channels", "width")})
     name: str = "vgg"
     depth: int = 16  # 11, 13, 16, 19
@@ -105,7 +105,7 @@ class ResNet(Family):
     """He et al. 2015, v1.5: a bottleneck's stride is on its 3x3 convolution."""
 
     made_by = "bigmodel.models.resnet:ResNet"
-    walked_by = "bigmodel.compress.channels:resnet"
+    walked_by = "bigmodel.compress.walks:resnet"
     units = MappingProxyType({"channels": ("channels",)})
     name: str = "resnet"
     depth: int = 50  # 10 (not in the paper), 18, 34 (basic blocks), 50, 101, 152 (bottlenecks)
@@ -136,7 +136,7 @@ class Inception(Family):
     """GoogLeNet (Szegedy et al. 2014) with BatchNorm, or Inception v3 (Szegedy et al. 2015)."""
 
     made_by = "bigmodel.models.inception:Inception"
-    walked_by = "bigmodel.compress.channels:inception"
+    walked_by = "bigmodel.compress.walks:inception"
     units = MappingProxyType({"channels": ("multiplier",)})
     name: str = "inception"
     version: Literal["v1", "v3"] = "v3"
@@ -159,7 +159,7 @@ class GAN(Family):
 
     tasks = ("gan",)
     made_by = "bigmodel.models.gan:GAN"
-    walked_by = "bigmodel.compress.channels:gan"
+    walked_by = "bigmodel.compress.walks:gan"
     units = MappingProxyType({"channels": ("width", "discriminator_width")})
     name: str = "gan"
     arch: Literal["dcgan", "resnet"] = "dcgan"
@@ -187,7 +187,7 @@ class Detector(Family):
 
     tasks = ("detect",)
     made_by = "bigmodel.models.detector:Detector"
-    walked_by = "bigmodel.compress.channels:detector"
+    walked_by = "bigmodel.compress.walks:detector"
     units = MappingProxyType({"channels": ("channels", "groups")})
     name: str = "detector"
     depth: int = 50  # of the ResNet, and so are stem and channels

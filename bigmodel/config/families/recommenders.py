@@ -16,7 +16,7 @@ class Recommender(Family):
 
     inputs = ("table",)
     made_by = "bigmodel.models.recommender:make"
-    walked_by = "bigmodel.compress.channels:recommender"
+    walked_by = "bigmodel.compress.walks:recommender"
     units = MappingProxyType({"channels": ("width", "widths", "bottom")})
     name: str = "recommender"
     kind: Literal["mf", "ncf", "two_tower", "dlrm"] = "mf"

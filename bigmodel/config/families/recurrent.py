@@ -18,7 +18,7 @@ class RNN(Family):
     tasks = ("lm", *LABEL_TASKS)
     inputs = ("text",)
     made_by = "bigmodel.models.recurrent:RNN"
-    walked_by = "bigmodel.compress.channels:rnn"
+    walked_by = "bigmodel.compress.walks:rnn"
     units = MappingProxyType({"channels": ("width", "embed_width")})
     name: str = "rnn"
     cell: Literal["lstm", "gru"] = "lstm"

@@ -17,7 +17,7 @@ class Transformer(Family):
 
     inputs = ("text",)
     remats = True
-    walked_by = "bigmodel.compress.channels:transformer"
+    walked_by = "bigmodel.compress.walks:transformer"
     units = MappingProxyType({"heads": ("kv_heads",), "mlp": ("mlp_width",), "layers": ()})
     name: str = "transformer"
     depth: int = 4
