@@ -1,4 +1,4 @@
-"""What tests share: eight CPU devices, strict dtype promotion, a session's caches, tiny configs and batches.
+"""Shared by tests: eight CPU devices, strict dtype promotion, a session's caches, tiny configs and batches.
 
 Compiling is what takes the time. So XLA's backend runs without optimization, and JAX's persistent cache (one
 directory a session, or $JAX_COMPILATION_CACHE_DIR) lets a program that several tests, or several processes,
@@ -112,6 +112,29 @@ TINY: dict[str, dict[str, Any]] = {
         "model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "model.num_classes": 0,
         "model.norm": "batch", "optim.groups": {}, "data.name": "digits",
     },
+    "sngan": {
+        "model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "model.num_classes": 0,
+        "model.arch": "resnet", "model.norm": "spectral", "task.gan_loss": "hinge", "optim.groups": {},
+        "data.name": "digits",
+    },
+    "wgan": {
+        "model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "model.num_classes": 0,
+        "model.arch": "dcgan", "model.norm": "none", "task.gan_loss": "wgan-gp", "optim.groups": {},
+        "data.name": "digits",
+    },
+    "gru": {"model.cell": "gru", "model.depth": 2, "model.width": 32, "model.vocab_size": 64, "seq_len": 16},
+    "recommender": {"model.users": 64, "model.items": 32, "model.width": 16, "task.top_k": 5},
+    "ncf": {
+        "model.users": 64, "model.items": 32, "model.width": 16, "model.widths": (32, 32), "task.top_k": 5,
+    },
+    "two_tower": {
+        "model.users": 64, "model.items": 32, "model.width": 16, "model.widths": (32, 32), "task.top_k": 5,
+    },
+}  # fmt: skip
+FILES = {  # of families that are another's file with other settings
+    "moe": "gpt.py", "gru": "rnn.py", "sngan": "gan.py", "wgan": "gan.py",
+    "recommender": "recommender.py:kind=mf",
+    "ncf": "recommender.py:kind=ncf", "two_tower": "recommender.py:kind=two_tower",
 }  # fmt: skip
 MESHES: list[dict[str, int]] = [
     {"data": 8},
@@ -123,7 +146,7 @@ MESHES: list[dict[str, int]] = [
 ]
 FEW = {
     "steps": 10, "batch_size": 8, "microbatches": 1, "optim.name": "adamw", "optim.lr": 2e-3,
-    "optim.warmup_steps": 2,
+    "optim.warmup_steps": 2, "check.gradient": "never",  # tests/test_selfcheck.py
 }  # fmt: skip
 
 
@@ -140,10 +163,10 @@ def mesh_keys(axes: Mapping[str, int]) -> dict[str, int]:
 
 
 def tiny(family: str, **overrides: Any) -> Config:
-    """configs/<family>.py made tiny (moe: gpt with experts); `__` stands for the dot in a key."""
+    """configs/<family>.py, or what FILES says, made tiny; `__` stands for the dot in a key."""
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    name = {"moe": "gpt"}.get(family, family)
-    return config_lib.load(ROOT / "configs" / f"{name}.py", {**FEW, **TINY[family], **changes})
+    file = FILES.get(family, f"{family}.py")
+    return config_lib.load(f"{ROOT}/configs/{file}", {**FEW, **TINY[family], **changes})
 
 
 def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
@@ -153,7 +176,7 @@ def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """As `data.batch_spec`, but images and labeled texts need no dataset."""
+    """Specs of a batch's arrays; unlike the data's own, images and labeled texts need no dataset."""
     if config.task.name not in LABEL_TASKS:
         return tasks.batch_spec(config)
     n, length = config.batch_size, config.seq_len
@@ -218,6 +241,19 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
         image = np.tanh(rng.normal(size=spec["image"].shape)).astype(np.float32)
         label = {"label": rng.integers(0, 10, n).astype(np.int32)} if "label" in spec else {}
         return {"image": image, "serial": np.arange(n, dtype=np.int32) + n * seed, **label, "mask": mask}
+    if config.task.name == "rank":  # each user once, so that nobody both likes and dislikes an item
+        users, items = config.model.users - 1, config.model.items - 1  # 0 stands for an unknown one
+        item = rng.integers(0, items, (n, 1))
+        ids = {"user": rng.permutation(users)[:n], "item": item[:, 0]}
+        batch = {"mask": mask}
+        for name, s in batch_spec(config).items():
+            if name == "negatives":
+                ids[name] = (item + rng.integers(1, items, s.shape)) % items
+            if name in ids:
+                batch[name] = (1 + ids[name]).astype(np.int32)
+            elif name != "mask":
+                batch[name] = np.log(rng.uniform(0.01, 0.2, s.shape)).astype(np.float32)
+        return batch
     words = config.model.vocab_size - 16  # what is above are special ids
     ids = rng.integers(0, words, (n, length + 1)).astype(np.int32)
     if config.task.name == "seq2seq":
@@ -362,6 +398,14 @@ def compiles() -> Iterator[list[str]]:
 
 
 # -------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sends the tests of a file, which share its fixtures, to one process, or those of a group they name."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(autouse=True)

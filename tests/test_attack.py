@@ -62,7 +62,7 @@ def half_sent(server: Server) -> socket.socket:
 
 
 def answer(client: socket.socket) -> bytes:
-    """What comes until the server ends the connection."""
+    """Everything that the server sends until it ends the connection."""
     out = b""
     with contextlib.suppress(ConnectionError):
         while part := client.recv(1 << 16):

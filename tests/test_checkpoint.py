@@ -1,4 +1,4 @@
-"""What goes in comes out: on any mesh, of any dtype, or with one line that says why not."""
+"""Checkpoints give back what was saved, on any mesh and of any dtype, or say in one line why not."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What moves between chips: which HLO moves how much, and what that takes."""
+"""Transfers between chips: which HLO moves how much, and how long that takes."""
 
 from __future__ import annotations
 

@@ -184,6 +184,7 @@ def test_a_line_that_finds_no_room_leaves_none_of_it(tmp_path, monkeypatch):
                     raise FULL
                 return self.file.write(line[:10])
 
+        # Private: a disk that takes half a line is none that a test can mount.
         monkeypatch.setattr(writer, "_file", Short(writer._file))
         with pytest.raises(InputError, match=r"metrics\.jsonl cannot be written"):
             writer.write(2, {"a": 2.0})
@@ -194,6 +195,7 @@ def test_tensorboard_that_finds_no_room_is_an_error_at_once(tmp_path, monkeypatc
     with log.Writer(tmp_path, first_step=0, tensorboard=True) as writer:
         writer.write(1, {"a": 1.0})
         with monkeypatch.context() as patch:
+            # Private: TensorBoard's own writer, in a thread of its own, meets the full disk.
             patch.setattr(writer._board._writer, "flush", full)
             with pytest.raises(InputError, match=r"tb cannot be written \(No space left on device\)"):
                 writer.write(2, {"a": 1.0})

@@ -1,4 +1,4 @@
-"""What is exported runs in a process that has jax and nothing of this package."""
+"""Exports run in a process that has jax and nothing of this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides what a run computes is in every checkpoint: a resumed run computes the same, or is refused."""
+"""Fingerprints in checkpoints: a resumed run computes the same, or is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REFUSED = {
     "resnet": [{"data.mean": (0.1,)}, {"data.augment": "flip:0.5"}, {"task.loss": "focal"}],
 }  # fmt: skip
 ALLOWED = [
-    {"check.gradient": "never"},
+    {"check.gradient": "always"},
     {"steps": 99}, {"optim.lr": 0.5}, {"optim.schedule": "linear"}, {"optim.weight_decay": 0.3},
     {"optim.groups.head.lr": 0.25}, {"mesh.fsdp": 2}, {"remat": "full"}, {"microbatches": 2},
     {"eval.batches": 3}, {"log.every_steps": 7}, {"checkpoint.keep": 9}, {"optim.clip_norm": 0.0},

@@ -68,7 +68,7 @@ def _shape(value: Any) -> list[int]:
 
 
 def _length(condition: Any) -> int:
-    """Of a loop that JAX made of a scan: the constant that its counter is compared with."""
+    """Length of a loop that JAX made of a scan: the constant that its counter is compared with."""
     compared = next(op for op in condition.blocks[0].operations if op.operation.name == "stablehlo.compare")
     constant = compared.operands[1].owner
     return int(np.array(ir.DenseElementsAttr(constant.attributes["value"])))
@@ -79,7 +79,7 @@ def shapes(spec: Any) -> Any:
 
 
 def build_any(config: Config) -> Program:
-    """As `build`; also with labels that are numbers, one for each class."""
+    """Like `build`; also with labels that are numbers, one for each class."""
     spec = batch_spec(config)
     if config.task.name in ("regress", "multilabel"):
         size = (config.batch_size, config.model.num_classes)
@@ -88,7 +88,7 @@ def build_any(config: Config) -> Program:
 
 
 def loss_of(part: Program, count: Callable[..., float], differentiate: bool = False) -> float:
-    """What `count` says of the training loss, or of its gradient by what is trained."""
+    """FLOPs that `count` finds in the training loss, or in its gradient by the trained parameters."""
     task, key = tasks.make(part.config), jax.random.key(0)
 
     def loss(trained: Any, frozen: Any, rest: Any, batch: Any) -> Any:

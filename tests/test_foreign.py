@@ -11,19 +11,21 @@ import stat
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from conftest import tiny
 from test_finetune import save_run
 from test_tokenizers import CHATML, CHATS, MAKERS, bpe, generic, oracle
+from test_tokenizers import TEXTS as tokenizer_texts
 
 from bigmodel import config as config_lib
-from bigmodel import workdir
+from bigmodel import data, workdir
 from bigmodel.checkpoint import transfer
 from bigmodel.compress import recipe, stages
 from bigmodel.config import InputError
 from bigmodel.huggingface import layouts, processors
-from bigmodel.infer import generate
+from bigmodel.infer import generate, loading
 from bigmodel.infer.predict import Predictor
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -51,10 +53,11 @@ def saved(directory: pathlib.Path, kind: str, **keys: Any) -> tuple[Any, Any]:
         "mixtral": ("llama in a mixtral", t.MixtralConfig, t.MixtralForCausalLM),
         "bert classifier": ("bert", t.BertConfig, t.BertForSequenceClassification),
         "bert": ("bert", t.BertConfig, t.BertModel),
+        "bert, masked": ("bert", t.BertConfig, t.BertForMaskedLM),
         "t5": ("t5", t.T5Config, t.T5ForConditionalGeneration),
     }[kind]
     tokenizer = MAKERS[name][1](t)
-    sizes = {"gpt2": GPT2, "bert": BERT, "t5": T5}.get(kind.split()[0], LLAMA)
+    sizes = {"gpt2": GPT2, "bert": BERT, "t5": T5}.get(kind.split()[0].rstrip(","), LLAMA)
     sizes = sizes | ({"num_local_experts": 4} if kind == "mixtral" else {})
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
     if "t5" not in kind:
@@ -118,6 +121,59 @@ def test_texts_are_classified_as_transformers_does(kind, tmp_path):
         wanted = {NAMES[k]: shares[k] for k in range(3)}
         assert row["top"] == pytest.approx(wanted, abs=2e-5), text
         assert row["name"] == max(wanted, key=wanted.__getitem__)
+
+
+def test_masked_words_are_guessed_as_transformers_does(tmp_path):
+    """A sentence with a gap has the same ids, and each word the same score in the gap."""
+    model, tokenizer = saved(tmp_path / "in", "bert, masked")
+    import torch
+
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
+    part, state = loading.load(tmp_path / "run")
+    ours = data.get_tokenizer(part.config, tmp_path / "run")
+    weights = state["params"], state["rest"]
+    run = jax.jit(lambda batch: part.model.apply(*weights, batch, key=None, train=False)[0]["logits"])
+    for text in ("the quick brown [MASK] jumps", "Hello [MASK], hello!", "[MASK] café in [MASK]"):
+        given = tokenizer(text, return_tensors="pt")
+        ids = ours.prompt(text)
+        assert ids.tolist() == given["input_ids"][0].tolist(), text
+        at = np.flatnonzero(ids == tokenizer.mask_token_id)
+        batch = {name: np.zeros((1, *s.shape[1:]), s.dtype) for name, s in part.batch_spec.items()}
+        batch["tokens"][0, : len(ids)], batch["segments"][0, : len(ids)] = ids, 1
+        batch["positions"][0, : len(ids)] = np.arange(len(ids))
+        batch["masked_positions"][0, : len(at)], batch["masked_real"][0, : len(at)] = at, 1
+        scores = np.asarray(run(batch))[0, : len(at)]
+        with torch.no_grad():
+            wanted = model(**given).logits[0, at].numpy()
+        np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-4)
+        best, theirs = np.argsort(-scores, -1)[:, :5], np.argsort(-wanted, -1)[:, :5]
+        assert [tokenizer.decode(row) for row in best] == [tokenizer.decode(row) for row in theirs]
+
+
+def without_tokenizer_json(directory: pathlib.Path) -> None:
+    """The directory as it was before there was tokenizer.json: vocab.txt, or vocab.json and merges.txt."""
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    (directory / "tokenizer.json").unlink()
+    if model["type"] == "WordPiece":
+        words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+    else:
+        (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+        merges = "\n".join(" ".join(pair) for pair in model["merges"])
+        (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+
+
+@pytest.mark.parametrize("kind", ["bert classifier", "gpt2"])
+def test_vocabularies_without_a_tokenizer_json_give_the_same_ids(kind, tmp_path):
+    saved(tmp_path / "in", kind)
+    without_tokenizer_json(tmp_path / "in")
+    theirs = oracle().AutoTokenizer.from_pretrained(tmp_path / "in")
+    transfer.import_pretrained(tmp_path / "in", tmp_path / "run")
+    ours = data.get_tokenizer(loading.load(tmp_path / "run")[0].config, tmp_path / "run")
+    for text in tokenizer_texts:
+        wanted = theirs(text)["input_ids"]
+        assert ours.texts([text], 1000)[0].tolist() == wanted, text
+        assert ours.written(wanted) == theirs.decode(wanted, skip_special_tokens=True), text
 
 
 @pytest.mark.parametrize("problem", some([], ["regression", "multi_label_classification"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from typing import Any
 
 import cv2
@@ -12,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import build, built, by_path, mesh_keys, random_batch, run_script, start, steps, tiny
+from conftest import build, built, by_path, random_batch, run_script, start, steps, tiny
 from flax import nnx
 
 from bigmodel import config as config_lib
 from bigmodel import mesh, metrics, models, program, tasks, train
-from bigmodel.checkpoint.digests import digest
 from bigmodel.config import InputError
 from bigmodel.models import gan
-from bigmodel.plan import estimate, flops, planner
+from bigmodel.plan import estimate, flops
 from bigmodel.tasks import make_pipeline
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.02, "optim__b1": 0.0, "optim__ema_decay": 0.0}
@@ -171,26 +169,6 @@ def test_the_critic_takes_more_steps_than_the_generator():
 # ------------------------------------------------------------------------------------------------ programs
 
 
-MESHES = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
-CASES = [
-    pytest.param(k, axes, marks=SLOW)  # by default: the sweep's first cases, tests/test_meshes.py
-    for k in KINDS
-    for axes in MESHES
-]
-
-
-@pytest.mark.parametrize(("keys", "axes"), CASES, ids=str)
-def test_a_mesh_computes_what_one_device_computes(keys, axes):
-    one, many = built("gan", **SGD, **keys), built("gan", **SGD, **keys, **mesh_keys(axes))
-    (a, a_rows), (b, b_rows) = (steps(part, start(part), 3) for part in (many, one))
-    for name in ("loss", "discriminator_loss", "generator_loss", "grad_norm"):
-        np.testing.assert_allclose(a_rows[name], b_rows[name], rtol=5e-5, atol=1e-5, err_msg=name)
-    for tree in ("params", "rest"):
-        ours, theirs = by_path(a[tree]), by_path(b[tree])
-        for path, value in theirs.items():
-            np.testing.assert_allclose(ours[path], value, rtol=2e-4, atol=2e-5, err_msg=path)
-
-
 @pytest.mark.slow
 def test_flops_are_those_of_the_step():
     """By hand; and against what XLA counts in the gradient's plain convolutions without their padding."""
@@ -216,14 +194,6 @@ def test_flops_are_those_of_the_step():
         assert counted == pytest.approx(theirs, rel=0.15), keys
 
 
-def test_it_plans_for_a_target_that_is_not_there():
-    pytest.importorskip("libtpu")
-    receipt = planner.plan(tiny("gan", mesh__data=-1), "v5e:2x4").receipt
-    assert receipt["devices"] == 8
-    assert receipt["step_s"] > 0
-    assert receipt["fits"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", KINDS, ids=str)
 def test_ten_images_are_learned_by_heart(keys):
@@ -247,20 +217,11 @@ def test_ten_images_are_learned_by_heart(keys):
     assert np.median(distance) < 0.5 * np.median(apart[apart > 0]), (distance, apart)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("keys", KINDS, ids=str)
-def test_bfloat16_is_close_to_float32(keys):
-    half, full = (built("gan", **SGD, **keys, compute_dtype=dtype) for dtype in ("bfloat16", "float32"))
-    batches = [random_batch(full.config)]
-    (_, rows), (_, exact) = (steps(part, start(part), 3, batches) for part in (half, full))
-    np.testing.assert_allclose(rows["loss"], exact["loss"], rtol=0.05, atol=0.05)  # later they drift apart
-
-
 # --------------------------------------------------------------------------------------------------- runs
 
 
 @pytest.mark.slow
-def test_a_stopped_run_ends_as_a_straight_one_and_draws(tmp_path):
+def test_a_run_draws(tmp_path):
     keys = {"steps": 4, "checkpoint__every_steps": 2, "eval__every_steps": 2, "eval__batches": 2}
     keys |= {"model__num_classes": 10, "optim__groups": {"generator": {"on": "^/generator/", "every": 2}}}
     config = tiny("gan", **keys)
@@ -273,9 +234,6 @@ def test_a_stopped_run_ends_as_a_straight_one_and_draws(tmp_path):
     (events,) = (tmp_path / "straight" / "tb").glob("events.out.tfevents.*")
     assert b"fakes" in events.read_bytes()
     assert "eval/test/frechet_random" in whole.metrics
-    train.run(config, tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
-    assert digest(train.run(config, tmp_path / "stopped").state) == digest(whole.state)
 
 
 @pytest.mark.slow

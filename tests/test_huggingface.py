@@ -420,7 +420,7 @@ def test_a_real_sentence_encoder(tmp_path):
 
 @pytest.mark.parametrize("oracle", ["t5-v1.1"], indirect=True)
 def test_t5_with_a_head_of_its_own(oracle, tmp_path):
-    """As the published v1.1 files are; transformers 5 itself always ties."""
+    """The published v1.1 files have one; transformers 5 itself always ties."""
     _, directory = oracle
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
@@ -432,7 +432,7 @@ def test_t5_with_a_head_of_its_own(oracle, tmp_path):
 
 @pytest.mark.parametrize("name", OURS)
 def test_transformers_loads_what_is_trained_here(name, tmp_path):
-    """Of a model that never was Hugging Face's, nothing is missing and nothing left over."""
+    """A model that never was Hugging Face's lacks nothing there, and nothing is left over."""
     pytest.importorskip("torch", reason="the oracle needs torch and transformers: '.[oracle]'")
     transformers = pytest.importorskip("transformers", reason="the oracle needs transformers: '.[oracle]'")
     config = OURS[name]

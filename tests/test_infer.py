@@ -287,7 +287,7 @@ def test_speculative_answers_are_distributed_as_the_models_own():
 
 @pytest.mark.parametrize("name", ["learned", "t5"])
 def test_as_many_beams_as_ids_find_the_likeliest_answer(name):
-    """Of two ids, 64 beams see all answers: the best is that of an exhaustive search by the forward pass."""
+    """With two ids, 64 beams see all answers: the best is that of an exhaustive search."""
     made, built, state = decoder(name)
     prompt = PROMPTS[0]
     ids, scores = BeamSearch(made, beams=64, penalty=0.0).generate([prompt], 2)

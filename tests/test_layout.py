@@ -41,7 +41,16 @@ def readme_order() -> list[str]:
     return found
 
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 70
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 420, 60, 6
+# What is over a limit still, and by how much. These only shrink: an entry that is within the limit goes.
+OVER_LINES = {"compress/channels": 431, "models/attention": 448, "models/weights": 448}
+OVER_FUNCTION_LINES = {"data/pipeline.open_pipeline": 61}
+OVER_PARAMETERS = {
+    "infer/engine._decoded": 12, "infer/engine._read_chunks": 11, "infer/speculative._rounded": 10,
+    "models/attention.attend_blocks": 7, "models/attention.attend_splash": 8, "models/transformer._run": 7,
+    "models/vision.__init__": 7, "plan/hlo._taps": 7, "program.gradients": 8, "program.update": 7,
+    "training/loop.__init__": 7,
+}  # fmt: skip
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "factory", "misc"}
 
 
@@ -124,14 +133,38 @@ def test_scripts_and_configs_do_not_import_each_other():
         assert not roots & (scripts | {"scripts", "configs"}), path
 
 
+def functions(name: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in ast.walk(tree(FILES[name])) if isinstance(node, kinds)]
+
+
+def positional(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Counts the parameters that a call may give by position; `self` and `cls` do not count."""
+    names = [a.arg for a in [*node.args.posonlyargs, *node.args.args]]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+LIMITS = [
+    (MAX_FUNCTION_LINES, OVER_FUNCTION_LINES, lambda node: (node.end_lineno or 0) - node.lineno + 1),
+    (MAX_PARAMETERS, OVER_PARAMETERS, positional),
+]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_and_functions_are_short(name):
-    text = FILES[name].read_text()
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(tree(FILES[name])):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+    assert len(FILES[name].read_text().splitlines()) <= OVER_LINES.get(name, MAX_FILE_LINES)
+    for limit, over, measure in LIMITS:
+        for node in functions(name):
+            assert measure(node) <= over.get(f"{name}.{node.name}", limit), node.name
+
+
+def test_what_is_over_a_limit_only_shrinks():
+    for name in OVER_LINES:
+        lines = len(FILES[name].read_text().splitlines()) if name in FILES else 0
+        assert lines > MAX_FILE_LINES, f"{name} is within the limit; take it off OVER_LINES"
+    for limit, over, measure in LIMITS:
+        found = {f"{name}.{node.name}" for name in FILES for node in functions(name) if measure(node) > limit}
+        assert over.keys() <= found, f"{sorted(over.keys() - found)}: within the limit; take them off"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,4 +1,4 @@
-"""What is counted while a run goes on: joules by the machine's counters, the memory of the process."""
+"""The ledger while a run goes on: joules by the machine's counters, the memory of the process."""
 
 from __future__ import annotations
 

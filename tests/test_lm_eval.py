@@ -140,7 +140,7 @@ def test_the_harness_scores_as_the_model_does(run_dir, url, offline, tmp_path, m
 
 
 def test_the_harness_requests_without_it(url, offline):
-    """What the harness sends for a log-likelihood: ids, echoed and scored, and one id more."""
+    """The harness's request for a log-likelihood: ids, echoed and scored, and one more id."""
     body = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
     answer = httpx.post(
         f"{url}v1/completions", json={**body, "prompt": "mesh shard token"}, timeout=60

@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def peak(config: config_lib.Config) -> float:
-    """What XLA's own figures come to, of all devices of this host."""
+    """Sum of XLA's own figures over all devices of this host."""
     built = build(config)
     a = built.compile().memory_analysis()
     one = a.argument_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes + a.temp_size_in_bytes
@@ -104,7 +104,7 @@ def test_a_state_that_the_system_refuses_is_an_error_even_if_forced(tmp_path, mo
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What `fits` asks of an accelerator."""
+    """An accelerator, as far as `fits` asks."""
 
     id: int
     in_use: int
@@ -123,6 +123,7 @@ def test_an_accelerator_s_own_memory_counts_for_each_device(monkeypatch):
         devices = [Device(0, 0), Device(1, 80 * GIB - room)]
         mesh = types.SimpleNamespace(local_devices=devices)
         there = dataclasses.replace(built, mesh=mesh)
+        # No mesh of such devices can be made here, so no other settings are tried on one.
         monkeypatch.setattr(fits, "_state_bytes", lambda *a: float("inf"))
         match = r"NVIDIA H100 1, 80 GiB in all"
         with pytest.raises(InputError, match=match) if refused else contextlib.nullcontext():
@@ -135,7 +136,7 @@ def test_an_accelerator_s_own_memory_counts_for_each_device(monkeypatch):
 def test_the_host_s_memory_is_read(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal:  2000 kB\nMemFree: 10 kB\nMemAvailable:   1500 kB\n")
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(memory, "_ulimit", lambda: iter(()))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
     assert memory.room() == (1500 * 1024, 2000 * 1024, "the host's memory")
     (tmp_path / "meminfo").unlink()
     assert memory.room() is None
@@ -163,7 +164,7 @@ def test_a_cgroup_s_limit_is_read_wherever_it_is_set(tmp_path, monkeypatch, line
     (cgroup / folder / "memory.stat").write_text(f"anon 7\n{cached} 1000\n")
     monkeypatch.setattr(memory, "PROC", proc)
     monkeypatch.setattr(memory, "CGROUP", cgroup)
-    monkeypatch.setattr(memory, "_ulimit", lambda: iter(()))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
     assert memory.room() == (3000, 5000, "the cgroup's memory.max")
 
 
@@ -171,7 +172,7 @@ def test_a_cgroup_s_limit_is_read_wherever_it_is_set(tmp_path, monkeypatch, line
 def test_ulimit_is_read_and_what_it_refuses_is_not_granted():
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31));"
-        "from bigmodel import memory; r = memory.room(); print(r.free_bytes, r.total_bytes, r.of);"
+        "from bigmodel.machines import memory; r = memory.room(); print(r.free_bytes, r.total_bytes, r.of);"
         "print(memory.is_granted(0.9 * r.free_bytes), memory.is_granted(1.1 * r.free_bytes))"
     )
     out = subprocess.run(
@@ -187,7 +188,7 @@ KEEPS = """
 import cli
 cli.keep_memory()
 import numpy as np
-from bigmodel import memory
+from bigmodel.machines import memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 before = resident()

@@ -234,7 +234,7 @@ def start(built: Program) -> State:
 
 
 def run(case: Case, alone: bool) -> dict[str, dict[str, np.ndarray]]:
-    """What one training step, an evaluation, predictions and decoding give."""
+    """Results of one training step, an evaluation, predictions and decoding."""
     built = build(config_of(case, alone))
     state, rows = start(built), batch_of(built.config)
     batch = built.put(rows)

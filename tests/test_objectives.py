@@ -1,4 +1,4 @@
-"""What text is learned by: the papers' recipes, drawn for each row, the same on any number of hosts."""
+"""Objectives of text: the papers' recipes, drawn for each row, the same on any number of hosts."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_muons_matrices_are_those_that_layers_say_they_multiply(family, keys):
 
 @pytest.mark.parametrize("keys", [{"weight_decay": 0.1}, {"l2": 0.1}], ids=str)
 def test_adapters_decay_as_the_weights_that_they_adapt_would(keys):
-    """As in PEFT, whose AdamW is given both matrices; not what is frozen, nor biases."""
+    """PEFT gives its AdamW both matrices too; neither frozen parameters nor biases decay."""
     config = tiny("gpt", **PLAIN, lora__rank=2, lora__on="/attention/", lora__train="bias$")
     config = config_lib.override(config, {f"optim.{key}": value for key, value in keys.items()})
     spec = models.define(config, batch_spec(config)).params_spec
@@ -342,6 +342,7 @@ def test_a_budget_pays_for_skipped_steps_too():
 
 def test_an_overflow_that_no_loss_scale_helps_stops_the_run(monkeypatch, tmp_path):
     overflowing(monkeypatch, 2.0)
+    # Private: from outside, a gradient that overflows at any scale comes with a loss that is not finite too.
     monkeypatch.setattr(program, "_unscale", lambda grads, scale: jax.tree.map(lambda g: g * jnp.inf, grads))
     config = tiny("cnn", compute_dtype="float16", steps=4, log__tensorboard=False)
     with pytest.raises(train.NotFinite, match=r"step 2: .* the gradient norm (inf|nan)"):

@@ -70,7 +70,7 @@ def error(rows: int, hidden: int, gather: bool) -> float:
 
 
 def exchanges(devices: Any, gather: bool) -> int:
-    """How many collective-permutes the compiled program has."""
+    """Counts the compiled program's collective-permutes."""
     function, specs = gradient(devices, 64, 64, gather)
     text = function.lower({k: specs[k] for k in ("w1", "w2")}, specs["x"], specs["y"]).compile().as_text()
     return text.count("collective-permute(") + text.count("collective-permute-start(")

@@ -173,7 +173,7 @@ UNROLLED = """\
 
 
 def test_a_loop_that_the_compiler_unrolled_twice_runs_half_as_often():
-    """As a windowed product over the tensor axis does; its counter is not the first that it carries."""
+    """A windowed product over the tensor axis does so; its counter is not the first that it carries."""
     found = module(UNROLLED)
     assert found.trip_count(found.tables["main"]["loop"]) == 4
 

@@ -51,6 +51,7 @@ def test_a_dtype_that_a_chip_does_not_multiply_is_refused_at_once(chip, dtype, m
     spec = f"{chip}:{'x'.join('1' * (known.dimensions or 2))}"
     config = tiny("gpt", compute_dtype=dtype)
     if dtype in known.flops:
+        # Private: no process has a pod's count of devices, and no compiler is to be loaded.
         monkeypatch.setattr(target, "_cpu_devices", lambda count: jax.devices("cpu")[:1] * count)
         assert chips.check_dtype(target.of(config, spec).chip, dtype) is None
         assert known.flops[dtype] > 0

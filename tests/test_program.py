@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MESHES, build, built, by_path, mesh_keys, random_batch, sized, start, steps, tiny
+from conftest import build, built, by_path, mesh_keys, random_batch, sized, start, steps, tiny
 
 from bigmodel import config as config_lib
 from bigmodel import mesh, train, units
@@ -38,22 +38,7 @@ def assert_same_run(a: tuple[Any, dict], b: tuple[Any, dict], rtol=RTOL, atol=AT
 # ------------------------------------------------------------------------------------------------ meshes
 
 
-ALL = [("cnn", axes) for axes in MESHES] + [("gpt", axes) for axes in MESHES[2:4]]
-MORE = [("gpt", axes) for axes in MESHES if axes not in MESHES[2:4]]  # and see tests/test_meshes.py
-MORE += [("moe", {"expert": 2, "fsdp": 2, "tensor": 2}), ("vit", {"data": 2, "fsdp": 2, "tensor": 2})]
-MORE += [(family, {"data": 2, "fsdp": 2, "tensor": 2}) for family in ("bert", "t5")]
-MORE += [(family, {"fsdp": 4, "tensor": 2}) for family in ("bert", "t5", "vit", "moe")]
-MORE += [("moe", {"expert": 4, "data": 2})]
 SLOW = [pytest.param("bert", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize(
-    ("family", "axes"), ALL + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE], ids=str
-)
-def test_a_mesh_computes_what_one_device_computes(family, axes):
-    one = built(family, **SGD)
-    many = built(family, **SGD, **mesh_keys(axes))
-    assert_same_run(steps(many, start(many), 10), steps(one, start(one), 10))
 
 
 def test_the_state_is_born_on_the_mesh_with_the_same_values():
@@ -220,13 +205,12 @@ def test_ema_is_the_formula_and_evaluation_uses_it():
     assert metrics["loss"][0] == as_params["loss"][0] != other["loss"][0]
 
 
-@pytest.mark.parametrize(("family", "param_dtype"), [("cnn", "float32"), ("gpt", "bfloat16")])
-def test_bfloat16_learns_like_float32(family, param_dtype):
-    half = built(family, **SGD, compute_dtype="bfloat16", param_dtype=param_dtype)
-    full = built(family, **SGD)
+def test_parameters_in_bfloat16_learn_like_float32():
+    half = built("gpt", **SGD, compute_dtype="bfloat16", param_dtype="bfloat16")
+    full = built("gpt", **SGD)
     state, rows = steps(half, start(half), 10, [random_batch(half.config)])
     _, exact = steps(full, start(full), 10, [random_batch(full.config)])
-    assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype(param_dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("bfloat16")}
     # 8 bits of mantissa round at 0.4 %; half of the fall in loss is far more than what ten steps pile up.
     fall = exact["loss"][0] - exact["loss"][-1]
     np.testing.assert_allclose(rows["loss"], exact["loss"], rtol=0.02, atol=0.25 * fall)
@@ -281,6 +265,7 @@ def planned(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     with monkeypatch.context() as patch, compiled_anew():
         patch.setattr(planner, "compile_for", seen)
+        # Private: what an earlier plan left in the cache would be another process's program.
         patch.setattr(compiled_lib, "_read", lambda path: None)
         patch.setattr(estimate.calibrate, "load", lambda folder: None)  # no minute of measuring
         planner.plan(config)

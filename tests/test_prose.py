@@ -22,12 +22,15 @@ UNREAD = {
     "selfcheck", "sparsity", "tasks", "trees", "units", "workdir",
 }  # fmt: skip
 READ = [name for name in FILES if name.split("/")[0] not in UNREAD]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", READ)
-def test_docstrings_begin_with_what_a_thing_does_or_is(name):
+@pytest.mark.parametrize(
+    "path", [*(FILES[name] for name in READ), *TESTS], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_docstrings_begin_with_what_a_thing_does_or_is(path):
     kinds = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    nodes = [node for node in ast.walk(tree(FILES[name])) if isinstance(node, kinds)]
+    nodes = [node for node in ast.walk(tree(path)) if isinstance(node, kinds)]
     found = [text.splitlines()[0] for node in nodes if (text := ast.get_docstring(node))]
     assert not [line for line in found if line.split()[0].rstrip(",:") in BEGINNINGS]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -14,9 +13,7 @@ import pytest
 from conftest import ROOT, by_path, mesh_keys, steps
 
 from bigmodel import config as config_lib
-from bigmodel import evaluate, mesh, models, program, train
-from bigmodel.checkpoint.checkpoints import Checkpoints
-from bigmodel.checkpoint.digests import digest
+from bigmodel import evaluate, mesh, models, program
 from bigmodel.config import Config, InputError
 from bigmodel.data import ratings
 from bigmodel.data.builders import clicks
@@ -243,29 +240,11 @@ def test_the_softmax_over_a_batch_by_hand():
 # ------------------------------------------------------------------------------------------------- models
 
 
-CASES = [("ncf", {"data": 2, "fsdp": 2, "tensor": 2})]
-MORE = [
-    pytest.param(kind, axes, marks=pytest.mark.slow)
-    for kind in PAIRS
-    for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2})
-    if (kind, axes) not in CASES
-]
-
-
-@pytest.mark.parametrize(("kind", "axes"), CASES + MORE, ids=str)
-def test_a_mesh_computes_what_one_device_computes(films, kind, axes):
-    runs = []
-    for keys in ({"mesh__data": 1}, mesh_keys(axes)):
-        built = build(config(kind, films, **{k.replace(".", "__"): v for k, v in SGD.items()}, **keys))
-        data = make_pipeline(built.config, "train")
-        runs.append(steps(built, start(built), 4, [data[i] for i in range(4)]))
-        rows = by_path(runs[-1][0]["params"])["items/rows"]
-        assert rows.sharding.shard_shape(rows.shape)[0] == 32 // built.mesh.size
-    (a, a_rows), (b, b_rows) = runs
-    for name in a_rows:
-        np.testing.assert_allclose(b_rows[name], a_rows[name], rtol=1e-5, err_msg=name)
-    for path, value in by_path(a["params"]).items():
-        np.testing.assert_allclose(by_path(b["params"])[path], value, rtol=0, atol=2e-6, err_msg=path)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_rows_of_a_table_lie_on_all_devices(kind):
+    built = build(config(kind, **mesh_keys({"data": 2, "fsdp": 2, "tensor": 2})))
+    rows = by_path(built.state_spec["params"])["items/rows"]
+    assert rows.sharding.shard_shape(rows.shape)[0] == 32 // 8
 
 
 def test_dlrm_on_a_mesh_computes_what_one_device_computes(tmp_path):
@@ -316,37 +295,3 @@ def test_neumf_by_hand():
     count = estimate.parameters(models.define(c, batch_spec(c)).params_spec)
     tower = (2 * 16 * 16 + 16) + (16 * 16 + 16) + (16 * 8 + 8)
     assert count == (6040 + 3706) * (8 + 16) + tower + (8 + 8)
-
-
-@pytest.mark.parametrize("kind", ["mf", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PAIRS[1:])])
-def test_bfloat16_is_close_to_float32(films, kind):
-    c = config(kind, films, mesh__data=1)
-    data, outputs = make_pipeline(c, "train")[0], []
-    for dtype in ("float32", "bfloat16"):
-        built = build(c.replace(compute_dtype=dtype))
-        state = start(built)
-        outputs.append(np.divide(*jax.device_get(built.train_step(state, built.put(data))[1]["loss"])))
-    assert outputs[1] == pytest.approx(float(outputs[0]), rel=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", PAIRS)
-def test_ten_examples_are_learned_by_heart(films, kind):
-    c = config(kind, films, batch_size=10, steps=300, optim__lr=2e-2, mesh__data=1)
-    built, batch = build(c), make_pipeline(c, "train")[0]
-    _, rows = steps(built, start(built), 300, [batch])
-    assert rows["loss"][-1] < 0.05 * rows["loss"][0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", PAIRS)
-def test_a_stopped_run_ends_as_a_straight_one(films, kind, tmp_path):
-    keys = {"steps": 6, "checkpoint__every_steps": 3, "eval__every_steps": 3, "log__tensorboard": False}
-    c = config(kind, films, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, **keys)
-    straight = train.run(c, tmp_path / "straight")
-    train.run(c, tmp_path / "stopped")
-    with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
-        assert 3 in checkpoints.steps()
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "6")
-    again = train.run(c, tmp_path / "stopped")
-    assert (again.step, digest(again.state)) == (6, digest(straight.state))

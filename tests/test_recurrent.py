@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import jax
@@ -12,20 +11,13 @@ import pytest
 from conftest import (
     ROOT,
     batch_spec,
-    build,
     built,
-    by_path,
-    mesh_keys,
     random_batch,
-    start,
-    steps,
     tiny,
 )  # fmt: skip
 
 from bigmodel import config as config_lib
-from bigmodel import models, train
-from bigmodel.checkpoint.checkpoints import Checkpoints
-from bigmodel.checkpoint.digests import digest
+from bigmodel import models
 from bigmodel.models import recurrent
 from bigmodel.plan import estimate, flops
 
@@ -114,26 +106,6 @@ def test_documents_do_not_see_each_other_nor_the_future(cell):
         assert not changed[1:].any()
 
 
-@pytest.mark.parametrize(
-    ("cell", "axes"),
-    [
-        pytest.param("lstm", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("gru", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("gru", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("lstm", {"data": 4, "fsdp": 2}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_a_mesh_computes_what_one_device_computes(cell, axes):
-    one, many = (built("rnn", model__cell=cell, **SGD, **keys) for keys in ({}, mesh_keys(axes)))
-    (a, a_rows), (b, b_rows) = (steps(part, start(part), 5) for part in (many, one))
-    for name in a_rows:
-        np.testing.assert_allclose(a_rows[name], b_rows[name], rtol=5e-6, err_msg=name)
-    ours, theirs = by_path(a["params"]), by_path(b["params"])
-    for path in theirs:
-        np.testing.assert_allclose(ours[path], theirs[path], rtol=0, atol=2e-6, err_msg=path)
-
-
 def test_flops_on_the_jaxpr_are_the_formula():
     for keys in ({}, {"model__cell": "gru", "model__tie_embeddings": True, "model__embed_width": 16}):
         part = built("rnn", **SGD, **keys)
@@ -149,37 +121,3 @@ def test_a_published_parameter_count():
     gates = 2 * (4 * 1500 * (1500 + 1500) + 4 * 1500)
     assert count == gates + 10_000 * 1500 + (1500 * 10_000 + 10_000)
     assert count == pytest.approx(66e6, rel=0.01)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_bfloat16_is_close_to_float32(cell):
-    config = tiny("rnn", model__cell=cell)
-    params, run = define(config)
-    _, half = define(config.replace(compute_dtype="bfloat16"))
-    batch = random_batch(config)
-    exact, rounded = np.asarray(run(params, batch)), np.asarray(half(params, batch))
-    assert rounded.dtype == jnp.bfloat16
-    assert np.sqrt(np.square(rounded.astype(np.float32) - exact).mean()) < 0.02 * exact.std()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS)
-def test_ten_examples_are_learned_by_heart(cell):
-    part = build(tiny("rnn", model__cell=cell, model__width=64, batch_size=10, optim__lr=1e-2, steps=150))
-    _, rows = steps(part, start(part), 150, [random_batch(part.config)])
-    assert rows["accuracy"][-1] > 0.975  # equal beginnings that go on differently: at most 132 of 135
-    assert rows["loss"][-1] < 0.1 * rows["loss"][0]
-
-
-@pytest.mark.slow
-def test_a_stopped_run_ends_as_a_straight_one(corpus, tmp_path):
-    keys = {"data__name": corpus, "model__vocab_size": 384, "seq_len": 32, "model__dropout": 0.1}
-    keys |= {"steps": 6, "checkpoint__every_steps": 3, "eval__batches": 1}
-    config = tiny("rnn", mesh__data=2, mesh__fsdp=2, mesh__tensor=2, **keys)
-    straight = train.run(config, tmp_path / "straight")
-    train.run(config, tmp_path / "stopped")
-    with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
-        assert 3 in checkpoints.steps()
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "6")
-    again = train.run(config, tmp_path / "stopped")
-    assert (again.step, digest(again.state)) == (6, digest(straight.state))

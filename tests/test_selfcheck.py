@@ -10,9 +10,11 @@ import pytest
 from conftest import build, config_flag, mesh_keys, random_batch, run_script, start, tiny
 
 from bigmodel import selfcheck
+from bigmodel.config import Config
 from bigmodel.models import weights
 from bigmodel.program import Program
 
+AUTO = {"check__gradient": "auto"}
 THREE = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -21,7 +23,7 @@ def check(built: Program) -> selfcheck.Check:
 
 
 def program(family: str = "gpt", **keys) -> Program:
-    return build(tiny(family, **mesh_keys(THREE), **keys))
+    return build(tiny(family, **mesh_keys(THREE), **AUTO, **keys))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,9 @@ def test_bfloat16_does_not_trip_it(seed):
 
 
 def test_a_gradient_that_is_off_by_a_part_is_seen(monkeypatch):
-    """One parameter's gradient, scaled: the loss and the outputs stay right."""
+    """One parameter's gradient, scaled: the loss and the outputs stay right.
+
+    Private: nothing outside makes a wrong gradient beside a right loss, but for faults of the compiler."""
     built, gradient = program(seq_len=8), selfcheck._gradient
 
     def scaled(built):
@@ -71,7 +75,7 @@ def test_a_gradient_that_is_off_by_a_part_is_seen(monkeypatch):
 
 
 def test_when_it_is_due():
-    two, one = tiny("gpt", **mesh_keys(THREE)), tiny("gpt", **mesh_keys({"data": 8}))
+    two, one = (tiny("gpt", **AUTO, **mesh_keys(axes)) for axes in (THREE, {"data": 8}))
     assert selfcheck.is_due(two, build(two).mesh)
     assert not selfcheck.is_due(one, build(one).mesh)
     never = tiny("gpt", **mesh_keys(THREE), check__gradient="never")
@@ -114,9 +118,16 @@ def test_the_train_step_is_compared_with_what_was_checked():
             selfcheck.refuse_other_step(found, step, tiny("gpt"))
 
 
+def config_of_a_run(corpus: str) -> Config:
+    keys = {"data__name": corpus, "steps": 1, "seq_len": 8, "model__vocab_size": 384}
+    return tiny("gpt", **AUTO, **mesh_keys(THREE), **keys)
+
+
 @pytest.mark.slow
 def test_a_run_says_what_it_found_and_keeps_it(corpus, tmp_path):
-    config = tiny("gpt", **mesh_keys(THREE), data__name=corpus, steps=1, seq_len=8, model__vocab_size=384)
+    config = tiny(
+        "gpt", **AUTO, **mesh_keys(THREE), data__name=corpus, steps=1, seq_len=8, model__vocab_size=384
+    )
     ran = run_script("train.py", config_flag(config, tmp_path), f"--workdir={tmp_path / 'run'}")
     assert ran.code == 0, ran.err
     assert "gradient checked on this mesh: " in ran.err + ran.out
@@ -125,7 +136,9 @@ def test_a_run_says_what_it_found_and_keeps_it(corpus, tmp_path):
 
 
 def test_a_wrong_program_ends_with_4_before_its_first_step(corpus, tmp_path):
-    config = tiny("gpt", **mesh_keys(THREE), data__name=corpus, steps=1, seq_len=8, model__vocab_size=384)
+    config = tiny(
+        "gpt", **AUTO, **mesh_keys(THREE), data__name=corpus, steps=1, seq_len=8, model__vocab_size=384
+    )
     flag = config_flag(config, tmp_path)
     file = tmp_path / "config_of_test.py"
     # A config file is a program: this one puts the old layouts back.

@@ -125,7 +125,11 @@ def test_rare_classes_are_drawn_or_weighed_more(people):
     assert (weighed["weight"][weighed["label"] == 0] < 1).all()
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_mesh_computes_what_one_device_computes(people, axes):
     runs = []
     for keys in ({"mesh__data": 1}, mesh_keys(axes)):

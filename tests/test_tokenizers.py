@@ -170,7 +170,7 @@ def model_config(directory: pathlib.Path, model_type: str, **keys: Any) -> None:
 
 
 def imported(directory: pathlib.Path) -> Pretrained:
-    """As a workdir keeps it."""
+    """Loads a tokenizer from a workdir that imported it."""
     work = directory.parent / "work"
     if not work.exists():
         work.mkdir()

@@ -1,4 +1,4 @@
-"""What a run does besides its steps: metrics over intervals, the best checkpoint, callbacks, samples."""
+"""Between the steps of a run: metrics over intervals, the best checkpoint, callbacks, samples."""
 
 from __future__ import annotations
 

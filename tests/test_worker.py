@@ -42,7 +42,7 @@ def test_stop_strings_are_found_as_by_looking_at_every_end():
 
 
 def test_a_stop_string_costs_no_more_than_the_text():
-    """Of a text that is one long near miss, each character is compared a few times at most."""
+    """In a text that is one long near miss, each character is compared a few times at most."""
 
     class Counted(str):
         compared = 0
@@ -83,7 +83,7 @@ def pretrained(kind: str) -> Pretrained:
 
 
 class Writer:
-    """As `infer.Writer`, of a tokenizer alone; counts the ids that it decodes."""
+    """Like `infer.Writer`, but with a tokenizer alone; counts the ids that it decodes."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.decoded = tokenizer, 0

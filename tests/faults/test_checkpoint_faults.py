@@ -40,8 +40,8 @@ RUN = """
 import os, resource, signal, sys, time
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from bigmodel.checkpoint import Checkpoints
-from bigmodel.digests import digest
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.checkpoint.digests import digest
 
 def make_state(step, rows=64, columns=64, devices=None):
     mesh = jax.make_mesh((len(devices or jax.devices()),), ("fsdp",), (AxisType.Auto,), devices=devices)
