@@ -15,8 +15,8 @@ from bigmodel.data import Pipeline, Prefetch, open_source
 from bigmodel.data.corpus import special_id
 from bigmodel.data.sources import features_of
 from bigmodel.data.tokenizers import Tokenizer
-from bigmodel.infer import decoder as decoder_lib
-from bigmodel.infer import generate, loading
+from bigmodel.infer import decode, generate, loading
+from bigmodel.infer.decoder import Decoder
 from bigmodel.metrics import Sums
 from bigmodel.program import Program, State
 from bigmodel.tasks.base import Examples, Features
@@ -154,12 +154,12 @@ def bleu(program: Program, state: State, tokenizer: Tokenizer) -> dict[str, floa
     source = open_source(d.name, d.eval_split, d.data_dir, keys=("source", "target"))
     size, start = config.batch_size, special_id(tokenizer, config.model.vocab_size, "start")
     count = len(source) if config.eval.batches < 0 else min(len(source), config.eval.batches * size)
-    decoder = decoder_lib.Decoder(program, state, end=tokenizer.ends, start=start)
+    decoder = Decoder(program, state, end=tokenizer.ends, start=start)
     writer, answers, references = generate.Writer(decoder, tokenizer), [], []
     for first in range(0, count, size):
         rows = source.read(np.arange(first, min(first + size, count)))
         inputs, targets = ([text.decode() for text in rows[key].tolist()] for key in ("source", "target"))
-        answers += writer.write(inputs, decoder_lib.context(config))
+        answers += writer.write(inputs, decode.context(config))
         references += targets
     return {
         "bleu": sacrebleu.corpus_bleu(answers, [references]).score,

@@ -45,6 +45,10 @@ class Program:
         the moving average of those that have one, the others as they are."""
         return evaluated(state)
 
+    def on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose `shard` and `attend` see the mesh wherever it is traced from."""
+        return _on_mesh(self.mesh, function)
+
     def lower(self) -> jax.stages.Lowered:
         """The train step, traced and lowered for the mesh's devices, not compiled yet."""
         return self.train_step.trace(self.state_spec, self.batch_spec).lower()
@@ -77,7 +81,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     model = models.define(config, batch_spec)
     task, tx = tasks.make(config), optimizer(config, model)
 
-    init = on_mesh(mesh, lambda key: init_state(config, model, tx, key))
+    init = _on_mesh(mesh, lambda key: init_state(config, model, tx, key))
     spec = jax.eval_shape(init, jax.random.key(0))
     mesh_lib.check_rules(config, trees.by_path(spec["params"]))
     state_spec = place(spec, mesh, model.rules)
@@ -106,24 +110,22 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         batch_spec=batch_spec,
         init=jax.jit(init, out_shardings=state_sharding),
         train_step=jax.jit(
-            on_mesh(mesh, train_step),
+            _on_mesh(mesh, train_step),
             in_shardings=(state_sharding, batch_sharding),
             out_shardings=(state_sharding, everywhere),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(on_mesh(mesh, eval_step), in_shardings=(None, sharding), out_shardings=everywhere),
-        predict=jax.jit(on_mesh(mesh, predict), in_shardings=(None, sharding), out_shardings=everywhere),
+        eval_step=jax.jit(_on_mesh(mesh, eval_step), in_shardings=(None, sharding), out_shardings=everywhere),
+        predict=jax.jit(_on_mesh(mesh, predict), in_shardings=(None, sharding), out_shardings=everywhere),
     )
 
 
-def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets the function's `shard` and `attend` see the mesh, wherever it is traced from."""
-
+def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args)
 
-    wrapped.__name__ = function.__name__
+    wrapped.__name__ = getattr(function, "__name__", wrapped.__name__)
     return wrapped
 
 

@@ -210,7 +210,7 @@ def _shift(a: jax.Array, b: jax.Array, program: Program, rows: Mapping[str, np.n
 
 
 def _on(program: Program, function: Callable[..., Any], **options: Any) -> Any:
-    return jax.jit(program_lib.on_mesh(program.mesh, function), **options)
+    return jax.jit(program.on_mesh(function), **options)
 
 
 def _parts(program: Program) -> tuple[tasks.Task, int]:

@@ -97,7 +97,7 @@ def answers(
             f"{writer.tokenizer.fingerprint}; give a run with the same tokenizer"
         )
     answer = Speculative(writer.decoder, draft.decoder).generate(ids, args.length, settings)
-    print(f"{answer.passes} passes, {answer.kept:.0%} of the draft's tokens kept", file=sys.stderr)
+    print(f"{answer.passes} passes, {answer.accepted:.0%} of the draft's tokens accepted", file=sys.stderr)
     return answer.ids
 
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import build, mesh_keys, start, tiny
 
 from bigmodel.config import InputError
+from bigmodel.infer import decode, engine, generate, sampling, speculative
 from bigmodel.infer import decoder as decoder_lib
-from bigmodel.infer import engine, generate, sampling, speculative
 from bigmodel.infer.beam import BeamSearch
 from bigmodel.infer.engine import Engine, Request, Sizes
 from bigmodel.infer.sampling import Sampling
@@ -117,7 +117,7 @@ def test_an_answer_ends_with_the_end_id_or_when_told():
     ids = generate.generate(made, PROMPTS, 20)[0].tolist()
     told = generate.generate(made, PROMPTS, 20, ended=lambda row, ids: row == 0 and len(ids) > 2)
     assert told[0].tolist() == ids[: len(told[0])]
-    assert 2 < len(told[0]) <= 1 + decoder_lib.CHUNK
+    assert 2 < len(told[0]) <= 1 + decode.CHUNK
     assert len(told[1]) == 20
     made = decoder_lib.Decoder(*decoder("learned")[1:], end=ids[6])
     assert generate.generate(made, PROMPTS, 20)[0].tolist() == ids[: ids.index(ids[6]) + 1]
@@ -243,7 +243,7 @@ def test_a_draft_changes_no_greedy_token_and_saves_passes():
     itself = Speculative(made, made, proposals=3).generate(PROMPTS, 12)
     assert [ids.tolist() for ids in itself.ids] == expected
     assert itself.passes == 3  # 1 id of the prompt, then 4 a pass
-    assert itself.kept == 1
+    assert itself.accepted == 1
     drafted = Speculative(made, other, proposals=2).generate(PROMPTS, 12)
     assert [ids.tolist() for ids in drafted.ids] == expected
 

@@ -25,6 +25,7 @@ from conftest import batch_spec as batch_spec_of
 from bigmodel import config as config_lib
 from bigmodel import mesh, program, trees
 from bigmodel.config import Config
+from bigmodel.infer import decode
 from bigmodel.infer.decoder import Decoder
 from bigmodel.infer.sampling import GREEDY
 from bigmodel.program import Program, State
@@ -259,10 +260,11 @@ def decoded(built: Program, state: State, rows: dict[str, np.ndarray]) -> dict[s
     """Logits of what follows a prompt, and of what follows after that."""
     decoder = Decoder(built, state)
     prompts = [[int(i) for i in ids[:3]] for ids in rows["tokens"]]
-    fresh, tokens = decoder.fresh(prompts, [2] * len(prompts), [GREEDY] * len(prompts))
-    first, fresh = decoder.jit(decoder.read)(decoder.params, decoder.rest, fresh, tokens)
+    fresh, *padded = decoder.unread(prompts, [2] * len(prompts), [GREEDY] * len(prompts))
+    prefill, follow = (decoder.jit(functools.partial(f, decoder.lm)) for f in (decode.prefill, decode.decode))
+    first, fresh = prefill(decoder.params, decoder.rest, fresh, *padded)
     fresh = {**fresh, "token": np.arange(len(prompts), dtype=np.int32) % 32}
-    second, _ = decoder.jit(decoder.logits)(decoder.params, decoder.rest, fresh)
+    second, _ = follow(decoder.params, decoder.rest, fresh)
     return {"prefill": np.asarray(first), "decode": np.asarray(second)}
 
 

@@ -17,7 +17,7 @@ BRITISH = re.compile(
 )
 # Rooms that still have some; a room leaves this list once and for all.
 UNREAD = {
-    "checkpoint", "data", "disk", "evaluate", "infer",
+    "data", "disk", "evaluate",
     "machines", "mesh", "metrics", "optim", "pictures", "plan", "program",
     "selfcheck", "sparsity", "tasks", "trees", "units", "workdir",
 }  # fmt: skip

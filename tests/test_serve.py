@@ -24,10 +24,10 @@ import pytest
 from conftest import build, compiles, finish, saved, start, start_script, tiny
 
 from bigmodel.infer import generate
+from bigmodel.infer.detokenize import Detokenizer
 from bigmodel.infer.openai_api import Refusal, chat, completion
 from bigmodel.infer.predict import Predictor
 from bigmodel.infer.sampling import Sampling
-from bigmodel.infer.worker import Text
 
 KEY = {"BIGMODEL_API_KEY": "sesame"}
 BEARER = {"Authorization": "Bearer sesame"}
@@ -308,11 +308,11 @@ def test_a_text_is_given_out_when_it_is_certain():
             at = min((text.find(s) for s in stop if s in text), default=-1)
             return (text, False) if at < 0 else (text[:at], True)
 
-    text = Text(Letters(), ("END",))  # type: ignore[arg-type]
+    text = Detokenizer(Letters(), ("END",))  # type: ignore[arg-type]
     assert [text.add([i], False) for i in b"aEbE"] == ["a", "", "Eb", ""]
     assert text.add(list(b"NDx"), False) == ""
     assert text.reason == "stop"
-    umlaut = Text(Letters(), ())  # type: ignore[arg-type]
+    umlaut = Detokenizer(Letters(), ())  # type: ignore[arg-type]
     first, second = "ü".encode()
     assert [umlaut.add([first], False), umlaut.add([second], True)] == ["", "ü"]
     assert umlaut.reason == "length"

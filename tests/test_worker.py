@@ -15,8 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.tokenizers import BPE, Bytes
 from bigmodel.infer import stops
-from bigmodel.infer.engine import News, Request
-from bigmodel.infer.worker import Answer, Late, Text, Worker
+from bigmodel.infer.detokenize import Detokenizer
+from bigmodel.infer.engine import Request, TokenEvent
+from bigmodel.infer.worker import Late, Subscriber, Worker
 
 
 def test_stop_strings_are_found_as_by_looking_at_every_end():
@@ -37,7 +38,7 @@ def test_stop_strings_are_found_as_by_looking_at_every_end():
             at += size
             if found is None:
                 starts = [n for w in words for n in range(1, len(w)) if text[:at].endswith(w[:n])]
-                assert search.held == max(starts, default=0)
+                assert search.pending == max(starts, default=0)
         assert found == (min(ends)[1] if ends else None)
 
 
@@ -93,9 +94,9 @@ class Writer:
         return self.tokenizer.decode(ids), False
 
 
-def grown(writer: Writer, ids: Sequence[int], sizes: Sequence[int], stop: Sequence[str] = ()) -> Text:
+def grown(writer: Writer, ids: Sequence[int], sizes: Sequence[int], stop: Sequence[str] = ()) -> Detokenizer:
     """A text that got its ids in pieces of these sizes, over and over."""
-    text, out, at, turn = Text(writer, stop), "", 0, 0  # type: ignore[arg-type]
+    text, out, at, turn = Detokenizer(writer, stop), "", 0, 0  # type: ignore[arg-type]
     while at < len(ids) and text.reason is None:
         size = sizes[turn % len(sizes)]
         out += text.add(ids[at : at + size], at + size >= len(ids))
@@ -165,11 +166,11 @@ class FakeEngine:
     def cancel(self, number: int) -> None:
         self.waiting = [entry for entry in self.waiting if entry[0] != number]
 
-    def step(self) -> list[News]:
+    def step(self) -> list[TokenEvent]:
         self.go.wait(10)
         done, self.running = self.running, self.waiting[:2]
         del self.waiting[:2]
-        return [News(number, [1], True) for number, _ in done]
+        return [TokenEvent(number, [1], True) for number, _ in done]
 
 
 def test_clients_take_turns_and_who_waits_too_long_is_told():
@@ -182,8 +183,8 @@ def test_clients_take_turns_and_who_waits_too_long_is_told():
             told.append((number, piece))
             ended.release()
 
-        text = Text(Writer(Bytes()), ())  # type: ignore[arg-type]
-        return worker.submit(Request([number], 1), Answer(listen, text, True), client)
+        text = Detokenizer(Writer(Bytes()), ())  # type: ignore[arg-type]
+        return worker.submit(Request([number], 1), Subscriber(listen, text, True), client)
 
     cancels = [submit(number, "greedy") for number in range(10)]
     cancels[9]()

@@ -217,7 +217,7 @@ class Checkpoints:
         return None, {}
 
     def spec(self, part: str, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-        """What the newest step holds of a subtree such as "params": a flat {path inside it: spec}.
+        """Specs of a subtree such as "params" in the newest step: a flat {path inside it: spec}.
 
         Raises: InputError if there is no step, CorruptCheckpoint.
         """
@@ -244,7 +244,7 @@ class Checkpoints:
         _on_first_process(self._remove_old)
 
     def close(self) -> None:
-        """As `wait`, then ends Orbax's threads; `save` raises from here on. May be called twice."""
+        """Waits like `wait`, then ends Orbax's threads; `save` raises from here on. May be called twice."""
         try:
             self.wait()
         finally:

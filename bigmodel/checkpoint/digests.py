@@ -24,14 +24,14 @@ Box = tuple[tuple[int, int], ...]
 
 
 def digest(state: Any) -> str:
-    """SHA-256 (hex) of a whole state: its paths, shapes, dtypes and values; the same on any mesh.
+    """SHA-256 (hex) of an entire state: its paths, shapes, dtypes and values; the same on any mesh.
 
     In a multi-process job every process must call it; arrays are gathered to each host, one at a time.
     """
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for path, x in sorted(flatten(state)[0].items()):
-        whole.update(f"{path}\n{sha256(_gathered(x))}\n".encode())
-    return whole.hexdigest()
+        total.update(f"{path}\n{sha256(_gathered(x))}\n".encode())
+    return total.hexdigest()
 
 
 def kind(dtype: Any, shape: Sequence[int], shards: Any = None) -> str:
@@ -39,7 +39,7 @@ def kind(dtype: Any, shape: Sequence[int], shards: Any = None) -> str:
 
 
 def mismatches(arrays: dict[str, jax.Array], saved: dict[str, Any]) -> list[str]:
-    """The paths of the arrays that are not what was saved, as far as this process holds them."""
+    """Paths of arrays that differ from what was saved, as far as this process has them."""
     checks: list[tuple[str, dict[Box, Any], Box, str]] = []
     bad = []
     for path, x in arrays.items():
@@ -47,8 +47,8 @@ def mismatches(arrays: dict[str, jax.Array], saved: dict[str, Any]) -> list[str]
         if sum(_size(box) for box, _ in shards) != x.size or kind(x.dtype, x.shape) != kind(**saved[path]):
             bad.append(path)
         elif _some_box_is_cut(x, [box for box, _ in shards]):
-            whole = {tuple((0, n) for n in x.shape): _gathered(x)}
-            checks += [(path, whole, box, sha) for box, sha in shards]
+            everything = {tuple((0, n) for n in x.shape): _gathered(x)}
+            checks += [(path, everything, box, sha) for box, sha in shards]
         else:
             local = {box_of(shard.index, x.shape): shard.data for shard in x.addressable_shards}
             checks += [(path, local, box, sha) for box, sha in shards]
@@ -77,18 +77,18 @@ def _region(local: dict[Box, Any], box: Box) -> np.ndarray | None:
 
 
 def _some_box_is_cut(x: jax.Array, boxes: list[Box]) -> bool:
-    """Whether a box is held whole by no process. Knows all processes' shards, so all agree."""
+    """True if some box lies in no single process. Knows all processes' shards, so all agree."""
     if x.is_fully_addressable:
         return False
-    held: dict[int, set[Box]] = {}
+    by_process: dict[int, set[Box]] = {}
     device: Any
     for device, index in x.sharding.devices_indices_map(x.shape).items():
-        held.setdefault(device.process_index, set()).add(box_of(index, x.shape))
+        by_process.setdefault(device.process_index, set()).add(box_of(index, x.shape))
 
     def holds(parts: set[Box], box: Box) -> bool:
         return box in parts or sum(_size(_overlap(box, part)) for part in parts) == _size(box)
 
-    return not all(any(holds(parts, box) for parts in held.values()) for box in boxes)
+    return not all(any(holds(parts, box) for parts in by_process.values()) for box in boxes)
 
 
 def _gathered(x: jax.Array) -> np.ndarray:

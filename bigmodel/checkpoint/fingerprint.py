@@ -1,4 +1,4 @@
-"""What decides what a run computes: its config and its data, in every checkpoint.
+"""Fingerprints of what decides a run's results, its config and its data, saved in every checkpoint.
 
 Compared on resume (`refuse_other_config`, `refuse_other_data`), when a checkpoint is loaded for inference,
 and between the hosts of a job before the first step (`same_on_all_hosts`). One rule says what may change from
@@ -97,7 +97,7 @@ def _without(tree: Mapping[str, Any], keys: list[str], prefix: str = "") -> dict
 
 
 def may_change(key: str, now: Any, also: tuple[str, ...] = ()) -> bool:
-    """Whether a resumed run may have another value for a key of the config."""
+    """True for a key of the config that may have another value in a resumed run."""
     if key == "init.from" and not now:  # of the first start alone: it may be left out later
         return True
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in (*MAY_CHANGE, *also))
@@ -109,7 +109,7 @@ def refuse_other_config(
     """-> the differences that are allowed, as `changes`.
 
     Args:
-        also: patterns of keys that may differ beside MAY_CHANGE.
+        also: patterns of further keys that may differ.
 
     Raises:
         InputError: another one; it names the keys.
@@ -151,8 +151,8 @@ def same_on_all_hosts(values: Mapping[str, Any]) -> None:
         keys = sorted(hosts[0].keys() | other.keys())
         pairs = {key: (hosts[0].get(key), other.get(key)) for key in keys}
         if differing := {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}:
-            told = _listed(differing, f"is {{}} on host 0, {{}} on host {index}")
-            raise InputError(f"the hosts of this job differ: {told}; give all the same command and data")
+            listed = _listed(differing, f"is {{}} on host 0, {{}} on host {index}")
+            raise InputError(f"the hosts of this job differ: {listed}; give all the same command and data")
 
 
 def _gathered(text: str) -> list[str]:
@@ -166,9 +166,9 @@ def _gathered(text: str) -> list[str]:
 
 
 def _listed(pairs: Mapping[str, tuple[Any, Any]], form: str = "was {}, now {}") -> str:
-    told = [f"{key} {form.format(*map(_short, pair))}" for key, pair in list(pairs.items())[:MOST_NAMED]]
-    more = len(pairs) - len(told)
-    return "; ".join(told) + (f"; and {more} more" if more > 0 else "")
+    listed = [f"{key} {form.format(*map(_short, pair))}" for key, pair in list(pairs.items())[:MOST_NAMED]]
+    others = len(pairs) - len(listed)
+    return "; ".join(listed) + (f"; and {others} more" if others > 0 else "")
 
 
 def _short(value: Any) -> str:

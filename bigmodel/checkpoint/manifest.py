@@ -1,4 +1,4 @@
-"""What a checkpoint's arrays are to be: their shapes, dtypes and digests, by each process that saves."""
+"""Manifests of checkpoints: each array's shape, dtype and digests, from each process that saves."""
 
 from __future__ import annotations
 

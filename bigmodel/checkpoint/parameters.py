@@ -1,4 +1,4 @@
-"""Which parameters of a run are evaluated, and where a checkpoint keeps them.
+"""Restores the parameters that evaluation sees, wherever a checkpoint has them.
 
 One rule for evaluation, prediction, serving, export, compression and teachers: the moving average
 (`optim.ema_decay`) of the parameters that are trained, the others as they are.
@@ -22,7 +22,7 @@ Tree = Any
 def restore(
     checkpoints: Checkpoints, config: Config, spec: Tree, step: int | None = None
 ) -> tuple[Tree, int]:
-    """`program.evaluated` of a checkpoint, without the rest of the state -> (parameters, step).
+    """Restores what `Program.evaluated` returns, without the rest of the state -> (parameters, step).
 
     Args:
         config: of the run that saved it.

@@ -60,7 +60,7 @@ def agree_on_data(*pipelines: Pipeline) -> None:
 def compare_with_last(
     built: Program, path: pathlib.Path, checkpoints: Checkpoints, pipeline: Mapping[str, Any]
 ) -> None:
-    """Refuses another model, other numerics or other data than the checkpoint's; tells which other settings
+    """Refuses another model, other numerics or other data than the checkpoint's; says which other settings
     changed.
 
     Args:

@@ -20,6 +20,7 @@ import numpy as np
 
 from bigmodel import config as config_lib
 from bigmodel import data, huggingface, models, optim, tasks, trees, workdir
+from bigmodel.checkpoint import parameters
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import MLM, Config, InputError
 from bigmodel.data import backends, fitted, generation, tokenizer_files
@@ -27,7 +28,7 @@ from bigmodel.data import pretrained as tokens
 from bigmodel.data.tokenizer_files import ORIGIN, TOKENIZER
 from bigmodel.huggingface import Layout, Pretrained
 from bigmodel.models.module import Definition
-from bigmodel.program import Program, State, evaluated
+from bigmodel.program import Program, State
 
 Arrays = dict[str, Any]  # by path, "blocks/attention/q/kernel": parameters and statistics
 # Files of an import that its export puts back as they were, beside a tokenizer's own.
@@ -44,7 +45,7 @@ FREE = {
 
 
 class Report(NamedTuple):
-    """What became of each array: `loaded`, `skipped` and `new` hold the run's paths, `left` the source's."""
+    """The fate of each array: `loaded`, `skipped` and `new` hold the run's paths, `left` the source's."""
 
     source: str
     loaded: list[str]
@@ -154,12 +155,9 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
         return pretrained.config, pretrained.arrays(_shapes(_model(pretrained)))
     config = workdir.read_config(path)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    parts: dict[str, Any] = {}
-    step = None
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        for part in ("params", "ema", "rest"):
-            parts[part], _, step = checkpoints.restore(checkpoints.spec(part, sharding), step, part=part)
-    params, rest = evaluated(parts if parts["ema"] else {"params": parts["params"]}), parts["rest"]
+        params, step = parameters.restore(checkpoints, config, checkpoints.spec("params", sharding))
+        rest, _, _ = checkpoints.restore(checkpoints.spec("rest", sharding), step, part="rest")
     if config.lora.rank or (
         config.quantize.weights != "none" and (like is None or like.quantize != config.quantize)
     ):
@@ -170,7 +168,7 @@ def read(directory: str | os.PathLike[str], like: Config | None = None) -> tuple
 
 
 def is_imported(checkpoints: Checkpoints) -> bool:
-    """Whether there are but an imported model's parameters, with no state of training."""
+    """True if there are an imported model's parameters alone, without a state of training."""
     return checkpoints.latest() == 0 and "imported" in checkpoints.meta(0)
 
 

@@ -75,8 +75,4 @@ def slopes(model: Trained) -> Iterator[Any]:
 
 
 def _jitted(model: Trained, function: Any) -> Any:
-    def on_mesh(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(model.program.mesh.abstract_mesh):
-            return function(*args)
-
-    return jax.jit(on_mesh)
+    return jax.jit(model.program.on_mesh(function))

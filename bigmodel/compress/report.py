@@ -57,7 +57,7 @@ def _nonzero(model: Trained) -> int:
 
     @jax.jit
     def count(params: Any, rest: Any) -> Any:
-        unpacked = model.program.model.unpack(params, model.program.model.divide(rest)[0])
+        unpacked, _ = model.program.model.unpacked(params, rest)
         leaves = jax.tree.leaves(unpacked, is_leaf=lambda x: hasattr(x, "astype"))
         return [(w.astype(np.float32) != 0).sum() for w in leaves]
 

@@ -1,1 +1,1 @@
-"""HOW DOES IT ANSWER? Decoding, predictions, the server, export, and what serving will cost."""
+"""HOW DOES IT ANSWER? Decoding, predictions, a server, export, and plans of serving."""

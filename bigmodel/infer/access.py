@@ -1,4 +1,4 @@
-"""Who may ask the server: API keys, hosts, what a foreign page may not send; what becomes of errors."""
+"""Guards the server: API keys, allowed hosts, requests from foreign web pages, and unhandled errors."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ log = logging.getLogger("uvicorn.error")
 
 NAMES = ("completions", "chat/completions", "embeddings", "models", "predict")
 PATHS = {"/", "/health", "/metrics", *(f"/v1/{name}" for name in NAMES)}
-CLIENT = "bigmodel.client"  # of the scope: whose share of the queue a request takes
+CLIENT = "bigmodel.client"  # key of the scope: the client whose share of the queue a request takes
 
 
 def client_of(request: Request) -> str:
-    """The name by which the request's client takes its share of the queue."""
+    """The client's name, by which it gets its share of the queue."""
     return str(request.scope.get(CLIENT, ""))
 
 
 class Gate:
-    """Around every request, as plain ASGI: who may ask, counts and times, and what is left of errors."""
+    """ASGI middleware around every request: refuses, counts, times, and answers unhandled errors."""
 
     def __init__(
         self, inner: ASGIApp, service: Service, keys: Sequence[str] = (), hosts: Sequence[str] = ()
@@ -68,12 +68,12 @@ class Gate:
             else:
                 raise
         finally:
-            path = path if path in PATHS else "other"  # metrics keep no names that clients make up
+            path = path if path in PATHS else "other"  # clients cannot add paths to the metrics
             self.service.requests.labels(path, status).inc()
             self.service.seconds.labels(path).observe(time.perf_counter() - began)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
-        """Raises Refusal for a request that may not ask; names the client of one that may."""
+        """Returns the name of the request's client. Raises Refusal for a request that is not allowed."""
         address = _network(scope["client"][0]) if scope.get("client") else ""
         scope[CLIENT] = address
         if not self.keys:
@@ -99,7 +99,7 @@ class Gate:
         return found.index(True)
 
     def _is_here(self, host: str) -> bool:
-        """Whether a Host is an address, a name without a dot, or one of the server's: no name on the
+        """True for a Host that is an address, a name without a dot, or one of the server's: no name on the
         internet, which a foreign page could have made to lead here."""
         name = host.lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
@@ -113,7 +113,7 @@ class Gate:
 
 
 def _network(address: str) -> str:
-    """An address, or of IPv6 the network that one customer has."""
+    """The address; for IPv6 the network, of which one customer has all addresses."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -124,7 +124,7 @@ def _network(address: str) -> str:
 
 
 def _last(scope: Scope, error: BaseException) -> Refusal:
-    """What an exception becomes that nothing else handled; the log has its traceback."""
+    """Makes a refusal of an exception that nothing else handled; the log has its traceback."""
     if isinstance(error, asyncio.CancelledError):
         return Refusal(503, "the server stops before this answer's end")
     log.error("%s %s", scope["method"], scope["path"], exc_info=error)

@@ -1,6 +1,6 @@
-"""HTTP connections with limits: bytes and seconds of headers and bodies, stalled readers, their number.
+"""HTTP connections with limits on their number, on the size and time of headers and bodies, and on stalls.
 
-Uvicorn's protocol over httptools bounds none of these. Times are looked at once a second for all
+Uvicorn's protocol over httptools limits none of these. Times are checked once a second for all
 connections, so that a request starts no timers.
 """
 
@@ -25,7 +25,7 @@ IDLE, HEADER, BODY, ANSWER = "idle", "header", "body", "answer"
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What connections may take of the server."""
+    """Limits of connections."""
 
     connections: int = 1024
     header_bytes: int = 32 << 10
@@ -46,7 +46,7 @@ class Connection(HttpToolsProtocol):
         self.phase, self.since = IDLE, time.monotonic()
         self.stalled: float | None = None
         self.refused = False
-        self._raw = self._body = 0  # bytes of the request that comes in, and of its body
+        self._raw = self._body = 0  # bytes of the incoming request, and of its body
 
     # -------------------------------------------------------------------------------------- its beginning
 
@@ -127,7 +127,7 @@ class Connection(HttpToolsProtocol):
         self.stalled = None
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what is no HTTP."""
+        """Refuses what is not HTTP; uvicorn calls this."""
         self.refuse(400, msg)
 
     def _refuse_header(self) -> None:
@@ -135,7 +135,7 @@ class Connection(HttpToolsProtocol):
         self.refuse(431, f"the header has more than {most}")
 
     def refuse(self, status: int, message: str, linger_s: float = LINGER_S) -> None:
-        """Answers with one line, if nothing of an answer is out, and reads no more; the connection ends."""
+        """Answers with one line unless an answer has begun, stops reading, and ends the connection."""
         if self.refused or self.transport.is_closing():
             return
         self.refused = True
@@ -156,7 +156,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        """The server stops: a request that is not here yet is refused, one that is here is answered."""
+        """Stops with the server: an incomplete request is refused, a complete one is answered."""
         unread = self.phase == BODY and self.cycle is not None and not self.cycle.response_complete
         if unread:
             self.refuse(503, "the server stops", linger_s=0)
@@ -185,7 +185,7 @@ def limited(limits: ConnectionLimits) -> type[Connection]:
 
 
 async def watch(connections: Callable[[], Iterable[Any]], every_s: float = 1.0) -> None:
-    """Ends connections whose time is over, for as long as it runs."""
+    """Ends overdue connections, for as long as it runs."""
     while True:
         await asyncio.sleep(every_s)
         now = time.monotonic()
@@ -198,7 +198,7 @@ _warned = [-1e9]
 
 
 def _warn_that_all_are_in_use(most: int) -> None:
-    """At most once a minute."""
+    """Warns at most once a minute."""
     if time.monotonic() - _warned[0] > 60:
         _warned[0] = time.monotonic()
         log.warning("all %d connections are in use: those that rest longest are closed (--connections)", most)

@@ -1,7 +1,7 @@
-"""A trained model as StableHLO, which runs wherever jax runs, without this package.
+"""Exports a trained model as StableHLO, which runs wherever JAX runs, without this package.
 
-The functions hold no weights: these lie beside them, in safetensors. A batch may be of any size. Written for
-CPUs, NVIDIA GPUs and TPUs at once, so with no kernel that only one of them has.
+The functions contain no weights: these are stored next to them, in safetensors. A batch may be of any size.
+One program serves CPUs, NVIDIA GPUs and TPUs, so it uses no kernel that only one of them has.
 
 Legend: B batch, L length, V vocabulary.
 """
@@ -26,9 +26,10 @@ from bigmodel import config as config_lib
 from bigmodel import disk, trees
 from bigmodel.config import InputError
 from bigmodel.data import fitted
-from bigmodel.infer import decoder as decoder_lib
+from bigmodel.infer import decode as decode_lib
 from bigmodel.infer import loading, saved_model
-from bigmodel.infer.decoder import Decoder
+from bigmodel.infer.decode import LanguageModel, context
+from bigmodel.models import cache
 from bigmodel.program import Program, State
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -36,7 +37,7 @@ Inputs = Mapping[str, Any]
 
 
 def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[str]:
-    """The run in `directory` -> a new directory with its functions, weights and loader; -> its files' names.
+    """Exports the run in `directory` to a new directory with functions, weights and a loader -> file names.
 
     Raises:
         InputError: no run there, `out` exists, or it cannot be written.
@@ -49,8 +50,9 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     built, state = loading.load(directory)
     names, weights, tree = _weights(built, state)
     functions = {"forward": _forward(built)}
-    if built.config.task.generates == "continuation" and Decoder.keeps_cache(built.config):
-        functions |= _decoding(built)
+    if built.config.task.generates:
+        lm = LanguageModel.of(built)
+        functions |= text_functions(lm) if lm.caches and lm.continues else {}
     with disk.writing(target):
         scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name))
     try:
@@ -60,7 +62,7 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
                 (scratch / f"{name}.stablehlo").write_bytes(exported.serialize())
             _write_weights(scratch / "weights.safetensors", dict(zip(names, weights, strict=True)))
             about: dict[str, Any] = {"functions": list(functions), "weights": names}
-            about["fitted"] = dict(fitted.read(directory))  # what inputs are encoded by, classes are called
+            about["fitted"] = dict(fitted.read(directory))  # how inputs are encoded, and the classes' names
             if (tokenizer := pathlib.Path(directory) / "tokenizer.json").is_file():
                 shutil.copyfile(tokenizer, scratch / "tokenizer.json")
             about["sha256"] = {
@@ -79,15 +81,14 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
 def _write_weights(path: pathlib.Path, weights: dict[str, jax.Array]) -> None:
     try:
         save_file(weights, path)
-    except SafetensorError as error:  # it has errors of its own for a disk that is full
+    except SafetensorError as error:  # safetensors raises its own error when the disk is full
         raise OSError(str(error)) from error
     os.chmod(path, 0o644)
 
 
 def _weights(built: Program, state: State) -> tuple[list[str], list[jax.Array], Any]:
     """-> (names, arrays, the tree they make): what `apply` takes, quantized weights in their places."""
-    parts, rest = built.model.divide(state["rest"])
-    params = built.model.unpack(built.evaluated(state), parts)
+    params, rest = built.model.unpacked(built.evaluated(state), state["rest"])
     leaves, tree = jax.tree_util.tree_flatten_with_path((params, rest))
     names = [trees.path_str(path).removeprefix("0/") for path, _ in leaves]
     return names, [jnp.asarray(leaf) for _, leaf in leaves], tree
@@ -102,10 +103,11 @@ def _export(function: Callable[..., Any], tree: Any, weights: list[jax.Array], i
 
 
 def _forward(built: Program) -> tuple[Callable[..., Any], Inputs]:
-    """The whole forward pass over what it reads of a batch; any B."""
+    """The forward pass with the specs of its inputs, for any B."""
+    model = built.model.parameters_only()
 
     def forward(params: Any, rest: Any, batch: Inputs) -> Any:
-        outputs, _ = bare(built).apply(params, rest, batch, key=None, train=False)
+        outputs, _ = model.apply(params, rest, batch, key=None, train=False)
         read = {name: x for name, x in outputs.items() if name not in ("losses", "aux_logits")}
         return read["logits"] if read.keys() == {"logits"} else read
 
@@ -114,13 +116,8 @@ def _forward(built: Program) -> tuple[Callable[..., Any], Inputs]:
     return forward, {key: spec[key] for key in _read_by(built)}
 
 
-def bare(built: Program) -> Any:
-    """The model with its quantized weights among the parameters."""
-    return decoder_lib.unheld(built.model)
-
-
 def _read_by(built: Program) -> list[str]:
-    """Which arrays of a batch the outputs depend on."""
+    """Names of the arrays of a batch that the outputs depend on."""
 
     def outputs(batch: Inputs, params: Any, rest: Any) -> Any:
         return built.model.apply(params, rest, batch, key=None, train=False)[0]
@@ -132,40 +129,28 @@ def _read_by(built: Program) -> list[str]:
     return [key for key, var in zip(sorted(batch), jaxpr.invars, strict=False) if id(var) in used]
 
 
-def _decoding(built: Program) -> dict[str, tuple[Callable[..., Any], Inputs]]:
-    """`prefill` and `decode` of a language model: see saved_model.py."""
-    config, model = built.config, bare(built)
-    length = decoder_lib.context(config)
+def text_functions(lm: LanguageModel) -> dict[str, tuple[Callable[..., Any], Inputs]]:
+    """`prefill` and `decode` of a language model as saved_model.py describes them, with their inputs."""
+    length = context(lm.config)
     (b,) = export.symbolic_shape("b")
 
-    def apply(params: Any, rest: Any, batch: Inputs) -> dict[str, Any]:
-        outputs, _ = model.apply(params, rest, batch, key=None, train=False)
-        return {"logits": outputs["logits"][:, 0], "cache": outputs["cache"]}
+    def spec(rows: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        return cache.spec(lm.config.model, rows, lm.slots, lm.config.compute_dtype)
 
     def prefill(params: Any, rest: Any, inputs: Inputs) -> dict[str, Any]:
         tokens_BL, length_B = inputs["tokens"], inputs["lengths"]
-        at_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BL.shape)
-        cache = {
-            k: jnp.zeros((s.shape[0], tokens_BL.shape[0], *s.shape[2:]), s.dtype) for k, s in spec.items()
-        }
-        batch = {
-            "tokens": tokens_BL, "positions": at_BL, "cache": cache, "read_at": length_B[:, None] - 1,
-            "segments": (at_BL < length_B[:, None]).astype(jnp.int32),
-        }  # fmt: skip
-        return apply(params, rest, batch)
+        empty = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec(tokens_BL.shape[0]).items()}
+        state = {"cache": empty, "at": jnp.zeros_like(length_B)}
+        logits_BV, state = decode_lib.prefill(lm, params, rest, state, tokens_BL, length_B)
+        return {"logits": logits_BV, "cache": state["cache"]}
 
     def decode(params: Any, rest: Any, inputs: Inputs) -> dict[str, Any]:
-        batch = {
-            "tokens": inputs["token"][:, None],
-            "positions": inputs["at"][:, None],
-            "cache": inputs["cache"],
-        }
-        return apply(params, rest, batch)
+        state = {**inputs, "left": jnp.ones_like(inputs["token"])}
+        logits_BV, state = decode_lib.decode(lm, params, rest, state)
+        return {"logits": logits_BV, "cache": state["cache"]}
 
-    spec = decoder_lib.cache_spec(config, 1)
     rows = jax.ShapeDtypeStruct((b,), jnp.int32)
-    cache = {k: jax.ShapeDtypeStruct((s.shape[0], b, *s.shape[2:]), s.dtype) for k, s in spec.items()}
     return {
         "prefill": (prefill, {"tokens": jax.ShapeDtypeStruct((b, length), jnp.int32), "lengths": rows}),
-        "decode": (decode, {"token": rows, "at": rows, "cache": cache}),
+        "decode": (decode, {"token": rows, "at": rows, "cache": spec(b)}),
     }

@@ -1,4 +1,4 @@
-"""A trained model at work: loading it from a workdir, and generating text."""
+"""Generates text from prompts, with a decoder and its tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from bigmodel.data.corpus import special_id
 from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.tokenizers import Tokenizer
 from bigmodel.infer import loading, stops
-from bigmodel.infer.decoder import CHUNK, Decoder, context
+from bigmodel.infer.decode import CHUNK, context
+from bigmodel.infer.decoder import Decoder
 from bigmodel.infer.sampling import GREEDY, Sampling
 from bigmodel.program import Program, State
 
@@ -30,8 +31,8 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues every prompt (int ids, at least one) by up to `length` ids -> int32 arrays.
 
-    An answer stops after one of the decoder's end ids, which it then holds, or when `ended(row, ids)` says
-    so; that is asked every CHUNK ids.
+    An answer stops after one of the decoder's end ids, which it includes, or when `ended(row, ids)` is true,
+    which is checked every CHUNK ids.
 
     Past `seq_len` the window slides by halves, so every id sees at least half a window. Raises InputError
     where a model of inputs and targets is asked for more than its targets hold.
@@ -42,7 +43,7 @@ def generate(
     each = [settings] * len(prompts) if isinstance(settings, Sampling) else list(settings)
     texts = [[int(i) for i in ids] for ids in prompts]
     answers: list[list[int]] = [[] for _ in rows]
-    slides = config.task.generates == "continuation"
+    slides = decoder.lm.continues
     if not slides and max(lengths) > window:
         raise InputError(f"length is {max(lengths)}, but targets have {window} ids; set it to that or less")
     left, starts = list(lengths), [0] * len(prompts)
@@ -78,16 +79,16 @@ class Writer:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.continues = decoder.program.config.task.generates == "continuation"  # else it answers
+        self.continues = decoder.lm.continues
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], step: int | None = None, **options: Any) -> Writer:
-        """The run in `directory`; `options` as `Decoder` takes them. Raises InputError as `load`."""
+        """Loads the run in `directory`; `options` are `Decoder`'s. Raises InputError as `loading.load`."""
         return cls.of(*loading.load(directory, step), directory, **options)
 
     @classmethod
     def of(cls, built: Program, state: State, directory: str | os.PathLike[str], **options: Any) -> Writer:
-        """A run that is loaded already, with its directory's tokenizer."""
+        """Takes a run that is loaded already, with its directory's tokenizer."""
         tokenizer = data.get_tokenizer(built.config, pathlib.Path(directory))
         start = special_id(tokenizer, built.config.model.vocab_size, "start")
         decoder = Decoder(built, state, end=tokenizer.ends, start=start, **options)
@@ -103,7 +104,7 @@ class Writer:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """How the authors of an imported model draw answers: fields of `Sampling`, and `max_new_tokens`."""
+        """Sampling settings of an imported model's authors: fields of `Sampling`, and `max_new_tokens`."""
         return self.tokenizer.drawing() if isinstance(self.tokenizer, Pretrained) else {}
 
     def encode(self, text: str, plain: bool = False) -> np.ndarray:
@@ -144,7 +145,7 @@ class Writer:
             before: the prompt's ids, where the text is to go on after the prompt's.
         """
         ids = [int(i) for i in ids]
-        ends = (self.decoder.end, *getattr(self.decoder, "ends", ()))  # a decoder may name one end alone
+        ends = (self.decoder.end, *getattr(self.decoder, "ends", ()))  # ids that end an answer
         at = next((index for index, id in enumerate(ids) if id in ends), None)
         text = self.tokenizer.written(ids if at is None else ids[: at + 1], before)
         words = [*stop, *(word.replace("\\n", "\n").replace("\\t", "\t") for word in stop)]
@@ -158,13 +159,16 @@ class Writer:
         settings: Sampling | Sequence[Sampling] = GREEDY,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """The text that follows each prompt, or answers it. `settings`: of all, or of each."""
-        asked = [self.encode(text) for text in prompts]
-        before = [ids if self.continues else ids[:0] for ids in asked]
+        """Writes the text that follows each prompt, or answers it.
+
+        Args: settings: one for all prompts, or one for each.
+        """
+        encoded = [self.encode(text) for text in prompts]
+        before = [ids if self.continues else ids[:0] for ids in encoded]
 
         def said(row: int, ids: Sequence[int] | np.ndarray) -> tuple[str, bool]:
             return self.decode(ids, stop, before[row])
 
         ended = (lambda row, ids: said(row, ids)[1]) if any(stop) else None
-        answers = generate(self.decoder, asked, length, settings, ended)
+        answers = generate(self.decoder, encoded, length, settings, ended)
         return [said(row, ids)[0] for row, ids in enumerate(answers)]

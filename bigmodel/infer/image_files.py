@@ -1,8 +1,8 @@
-"""PNG and JPEG files: their size read from the header, their pixels decoded here or in a limited process.
+"""Decodes PNG and JPEG files, here or in a child process with limits on memory and time.
 
-A few bytes of a file can ask for gigabytes of pixels, and decoders have faults: a server decodes what
-strangers send in a child that may take so much memory and time and no more. This file is that child's
-program, too, so it imports nothing of the package.
+A few bytes of a file can claim gigabytes of pixels, and decoders have bugs: so a server decodes what
+strangers send in a child process. This file is also that child's program, so it imports nothing of the
+package.
 
 Legend: H height, W width, C channels.
 """
@@ -31,7 +31,7 @@ _MEM, _ASK, _SAY = struct.Struct("<Q"), struct.Struct("<QB"), struct.Struct("<B3
 
 
 class PictureError(ValueError):
-    """A file that is no picture, or too large a one; says why in one line."""
+    """A file that is not a picture, or too large; its message is one line."""
 
 
 def size(content: bytes) -> tuple[int, int]:
@@ -45,7 +45,7 @@ def size(content: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """From the frame's header (ISO 10918-1, B.2.2), which stands behind other segments."""
+    """Reads the frame's header (ISO 10918-1, B.2.2), which follows other segments."""
     at = 2
     while at + 9 <= len(content):
         if content[at] != 0xFF:
@@ -65,7 +65,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
 
 def decode(content: bytes, channels: int, most_pixels: int = PIXELS) -> np.ndarray:
     """A PNG's or JPEG's bytes -> uint8 [H, W, C] (RGB, or gray), as training sees it (data/sources.py): an
-    orientation in the EXIF data is not minded. Raises PictureError."""
+    orientation in the EXIF data is ignored. Raises PictureError."""
     check(content, most_pixels)
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
     try:
@@ -78,7 +78,7 @@ def decode(content: bytes, channels: int, most_pixels: int = PIXELS) -> np.ndarr
 
 
 def check(content: bytes, most_pixels: int) -> None:
-    """Raises PictureError for what is no PNG or JPEG by its header, or has too many pixels."""
+    """Raises PictureError unless the header is that of a PNG or JPEG with no more than so many pixels."""
     height, width = size(content)
     if height * width > most_pixels or not height * width:
         said = f"an image of {width} x {height} pixels; give one of 1 to {most_pixels} pixels"
@@ -108,7 +108,7 @@ class PictureDecoder:
         with self._lock:
             child = self._started()
             try:
-                return self._asked(child, content, channels)
+                return self._answer(child, content, channels)
             except (OSError, EOFError, TimeoutError) as error:
                 self._end()
                 raise PictureError("the image takes too much time or memory to decode") from error
@@ -140,11 +140,11 @@ class PictureDecoder:
             self._child.kill()
             self._child.wait()
             for pipe in (self._child.stdin, self._child.stdout):
-                with contextlib.suppress(BrokenPipeError):  # what it did not read
+                with contextlib.suppress(BrokenPipeError):  # bytes that it did not read
                     pipe.close()  # type: ignore[union-attr]
         self._child = None
 
-    def _asked(self, child: subprocess.Popen[bytes], content: bytes, channels: int) -> np.ndarray:
+    def _answer(self, child: subprocess.Popen[bytes], content: bytes, channels: int) -> np.ndarray:
         assert child.stdin is not None
         assert child.stdout is not None
         until = time.monotonic() + self.limit_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import jax
@@ -11,6 +12,7 @@ from bigmodel import log, mesh, program, selfcheck, tasks, workdir
 from bigmodel.checkpoint import fingerprint, parameters
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Mesh
+from bigmodel.infer import decode
 from bigmodel.infer.decoder import Decoder
 from bigmodel.infer.sampling import GREEDY
 from bigmodel.program import Program, State
@@ -19,7 +21,7 @@ from bigmodel.program import Program, State
 def load(
     directory: str | os.PathLike[str], step: int | None = None, axes: Mesh | None = None
 ) -> tuple[Program, State]:
-    """The run in `directory` and what inference needs of its state: the evaluated params, and rest.
+    """Loads the run in `directory` -> (Program, a state of evaluated parameters and rest).
 
     Restores onto the devices at hand, whatever mesh trained it.
 
@@ -54,17 +56,17 @@ def load(
 def check_decoding(decoder: Decoder) -> None:
     """On a mesh of two or more axes, compares the logits of made-up prompts, and of what follows them, with
     those of the same prompts in another order. Raises WrongProgram where they differ."""
-    built = decoder.program
+    built, lm = decoder.program, decoder.lm
     if not selfcheck.is_due(built.config, built.mesh):
         return
     rng = np.random.default_rng(0)
-    prompts = rng.integers(0, decoder.vocabulary, (2 * mesh.batch_ways(built.mesh), 8))
+    prompts = rng.integers(0, lm.vocabulary, (2 * mesh.batch_ways(built.mesh), 8))
     order = rng.permutation(len(prompts))
-    read, follow = decoder.jit(decoder.read), decoder.jit(decoder.logits)
+    prefill, follow = (decoder.jit(functools.partial(f, lm)) for f in (decode.prefill, decode.decode))
 
     def logits(prompts: np.ndarray) -> np.ndarray:
-        state, tokens_BL = decoder.fresh(prompts.tolist(), [2] * len(prompts), [GREEDY] * len(prompts))
-        first, state = jax.block_until_ready(read(decoder.params, decoder.rest, state, tokens_BL))
+        state, *padded = decoder.unread(prompts.tolist(), [2] * len(prompts), [GREEDY] * len(prompts))
+        first, state = jax.block_until_ready(prefill(decoder.params, decoder.rest, state, *padded))
         second, _ = follow(decoder.params, decoder.rest, {**state, "token": prompts[:, 0].astype(np.int32)})
         return np.stack([np.asarray(first, np.float32), np.asarray(second, np.float32)], 1)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's ids in the two shapes of OpenAI's API."""
+"""Log-probabilities of an answer's ids, in the two formats of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from bigmodel.infer.scoring import Scores, Tokens
 
 @dataclass(frozen=True)
 class Scored:
-    """A prompt and its answer, and where what is told of them begins and ends."""
+    """A prompt and its answer with their scores, and the part of them that is reported."""
 
     ids: Sequence[int]
-    first: int  # ids before it are scored, but not told
-    most_chars: int | None  # what begins behind so many characters was cut off by a stop string
-    scores: Scores | None  # None: there is but one id
+    first: int  # ids before it are scored, but not reported
+    most_chars: int | None  # a stop string cut off what follows so many characters
+    scores: Scores | None  # None: there is only one id
     top: int
     tokenizer: Tokenizer
-    null_first: bool  # as of an echo, whose first id nothing stands before
+    null_first: bool  # for an echo: its first id has no score
 
     def completion(self) -> dict[str, Any]:
-        """`logprobs` of a completion; the end's id is told too."""
+        """`logprobs` of a completion; the end's id is included."""
         tokens = Tokens(self.tokenizer)
         out: dict[str, list[Any]] = {
             "tokens": [],
@@ -40,7 +40,9 @@ class Scored:
             top = None
             if not null:
                 found = [(self.ids[at], self._logprob(at)), *reversed(self._top(at))]
-                top = {tokens.text(before, index): value for index, value in found}  # of equal names the best
+                top = {
+                    tokens.text(before, index): value for index, value in found
+                }  # the best of those with the same text
                 top = dict(sorted(top.items(), key=lambda item: -item[1]))
             out["top_logprobs"].append(top)
         return out
@@ -63,7 +65,7 @@ class Scored:
         return {"token": tokens.text(before, index), "logprob": value, "bytes": raw}
 
     def _places(self, tokens: Tokens) -> Iterator[tuple[int, int]]:
-        """(place, characters of the text before it) of every id that is told."""
+        """(place, characters of the text before it) of every id that is reported."""
         before = self.ids[self.first - 1] if self.first else None
         offsets = tokens.offsets(self.ids[self.first :], before)
         for at, offset in enumerate(offsets, self.first):

@@ -1,7 +1,7 @@
-"""OpenAI's requests, read strictly: bytes -> checked dataclasses, or a Refusal of one line and a status.
+"""Reads OpenAI's requests strictly: bytes -> checked dataclasses, or a Refusal of one line and a status.
 
 400: not what the protocol says (no JSON, a wrong type). 422: well-formed, but beyond what is served.
-What OpenAI has and is not served here is accepted where its value changes nothing.
+A key of OpenAI's that is not served here is accepted where its value changes nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _short(text: str, most: int) -> str:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Completion:
     """A completion or a chat: `prompts` are texts or ids; for a chat there is one."""
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -64,12 +64,12 @@ class Ask:
     settings: Sampling
     echo: bool = False
     plain: bool = False  # names of special tokens in the prompt are text
-    usual_tokens: int | None = None  # where max_tokens is None: at most so many, if they fit
-    logprobs: int | None = None  # how many of the likeliest ids are told for each place; None: no scores
+    usual_tokens: int | None = None  # the default of max_tokens, if so many fit
+    logprobs: int | None = None  # how many of the likeliest ids go with each place; None: no scores
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """Raises Refusal 400 for what is no JSON object; NaN and infinities are no JSON."""
+    """Parses a body -> a JSON object. Raises Refusal 400; NaN and infinities are not JSON."""
 
     def no_number(text: str) -> None:
         raise Refusal(400, f"the body is no JSON: {text} is no number of it")
@@ -85,21 +85,21 @@ def parse(body: bytes) -> dict[str, Any]:
     return tree
 
 
-def completion(tree: Mapping[str, Any], most: int, drawing: Mapping[str, Any] | None = None) -> Ask:
-    """Raises Refusal.
+def completion(tree: Mapping[str, Any], most: int, drawing: Mapping[str, Any] | None = None) -> Completion:
+    """Reads a request to /v1/completions. Raises Refusal.
 
     Args:
-        most: answers that one request may ask for.
-        drawing: what a request leaves out, as the model's authors have it.
+        most: answers that one request may want.
+        drawing: defaults of sampling settings, from the model's authors.
     """
     tree = served(tree, {"prompt", "logprobs", "echo", "best_of", "suffix"})
     prompt = tree.get("prompt", "")
     several = isinstance(prompt, list) and any(isinstance(p, str | list) for p in prompt)
     prompts = tuple(_prompt(p) for p in prompt) if several else (_prompt(prompt),)
     echo = _value(tree, "echo", bool, False)
-    ask = _ask(tree, prompts, most, drawing or {}, default=16, least=0 if echo else 1)
-    refuse_unserved(tree, {"suffix": ("",), "best_of": (1, ask.n)})
-    return dataclasses.replace(ask, echo=echo, logprobs=_top(tree, "logprobs", None))
+    made = _completion(tree, prompts, most, drawing or {}, default=16, least=0 if echo else 1)
+    refuse_unserved(tree, {"suffix": ("",), "best_of": (1, made.n)})
+    return dataclasses.replace(made, echo=echo, logprobs=_top(tree, "logprobs", None))
 
 
 Template = Callable[[Sequence[Mapping[str, str]]], Sequence[int] | None]
@@ -108,9 +108,11 @@ Template = Callable[[Sequence[Mapping[str, str]]], Sequence[int] | None]
 def chat(
     tree: Mapping[str, Any], most: int, drawing: Mapping[str, Any] | None = None,
     template: Template = lambda messages: None,
-) -> Ask:  # fmt: skip
-    """Raises Refusal. The messages become what the model's template makes of them; without one, a text, a
-    line each, which the assistant continues.
+) -> Completion:  # fmt: skip
+    """Reads a request to /v1/chat/completions. Raises Refusal.
+
+    The model's template turns the messages into a prompt; without one, they become a text, a line each, which
+    the assistant continues.
 
     Args:
         most, drawing: as for `completion`.
@@ -130,18 +132,18 @@ def chat(
     prompt = text if ids is None else tuple(int(i) for i in ids)
     if tree.get("max_completion_tokens") is not None:
         tree = {**tree, "max_tokens": tree["max_completion_tokens"]}
-    ask = _ask(tree, (prompt,), most, drawing or {}, default=None)
+    made = _completion(tree, (prompt,), most, drawing or {}, default=None)
     top = _top(tree, "top_logprobs", 0)
     logprobs = top if _value(tree, "logprobs", bool, False) else None
     if top and logprobs is None:
         raise Refusal(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    stop = ask.stop if ids is not None else (*ask.stop, "\nuser:", "\nsystem:")
-    return dataclasses.replace(ask, stop=stop, logprobs=logprobs, plain=True)
+    stop = made.stop if ids is not None else (*made.stop, "\nuser:", "\nsystem:")
+    return dataclasses.replace(made, stop=stop, logprobs=logprobs, plain=True)
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What /v1/embeddings is asked for."""
+    """A request to /v1/embeddings."""
 
     inputs: list[str | list[int]]
     model: str | None
@@ -150,7 +152,7 @@ class Embedding:
 
 
 def embedding(tree: Mapping[str, Any], most: int) -> Embedding:
-    """Raises Refusal. `most`: inputs of one request."""
+    """Reads a request to /v1/embeddings of at most `most` inputs. Raises Refusal."""
     names = {"input", "model", "encoding_format", "dimensions", "user"}
     for key, value in tree.items():
         if value is not None and key not in names:
@@ -178,11 +180,11 @@ def texts(tree: Mapping[str, Any], key: str, most: int) -> list[str | list[int]]
     return found
 
 
-# ------------------------------------------------------------------- what OpenAI has and is not served here
+# ------------------------------------------------------------------ keys of OpenAI's that are not served here
 
 
 def anything(value: Any) -> bool:
-    """True: the value only labels or routes a request."""
+    """Returns True, for keys that only label or route a request."""
     return True
 
 
@@ -209,7 +211,7 @@ SHARED = {
 def served(tree: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     """The request without its nulls, which mean "not set".
 
-    Raises Refusal: 400 for a key that is none of OpenAI's, or of ours; 422 for what is not served.
+    Raises Refusal: 400 for a key that neither OpenAI nor we have; 422 for one that is not served.
     """
     tree = {key: value for key, value in tree.items() if value is not None}
     for key in tree:
@@ -221,7 +223,7 @@ def served(tree: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def refuse_unserved(tree: Mapping[str, Any], neutral: Neutral) -> None:
-    """Raises Refusal 422 for what OpenAI has and we have not, unless it is set to change nothing."""
+    """Raises Refusal 422 for a key that is not served here, unless its value changes nothing."""
     for key, values in neutral.items():
         if tree.get(key) is None:
             continue
@@ -239,10 +241,10 @@ def _same(value: Any, other: Any) -> bool:
 # ----------------------------------------------------------------------------------------------- one value
 
 
-def _ask(
+def _completion(
     tree: Mapping[str, Any], prompts: tuple[str | tuple[int, ...], ...], most: int,
     drawing: Mapping[str, Any], default: int | None, least: int = 1,
-) -> Ask:  # fmt: skip
+) -> Completion:  # fmt: skip
     usual = drawing.get("max_new_tokens")
     default = default if usual is None else None
     n = _value(tree, "n", int, 1)
@@ -258,13 +260,13 @@ def _ask(
     model = _value(tree, "model", str, None)
     stream = _value(tree, "stream", bool, False)
     settings = _settings(tree, drawing)
-    return Ask(
+    return Completion(
         prompts, max_tokens, n, _stop(tree), stream, include_usage, model, settings, usual_tokens=usual
     )
 
 
 def _settings(tree: Mapping[str, Any], drawing: Mapping[str, Any]) -> Sampling:
-    """How ids are drawn; without a seed, each request's answers differ."""
+    """Reads the sampling settings; without a seed, each request's answers differ."""
     given = {key: value for key, value in drawing.items() if key != "max_new_tokens"}
     defaults = Sampling(**({"temperature": 1.0} | given))
     kinds: dict[str, Any] = {"top_k": int}
@@ -277,7 +279,7 @@ def _settings(tree: Mapping[str, Any], drawing: Mapping[str, Any]) -> Sampling:
 
 
 def _seed(tree: Mapping[str, Any]) -> int:
-    """Any integer of 64 bits is a seed; those below 2**31 are ours as they are."""
+    """Reads the seed, any integer of 64 bits; those below 2**31 stay as they are."""
     seed = _value(tree, "seed", int, None)
     if seed is None:
         return sampling.fresh_seed()
@@ -324,8 +326,11 @@ def _value(tree: Mapping[str, Any], key: str, kind: Any, default: Any) -> Any:
 
 
 def _ids(value: Any) -> bool:
-    whole = isinstance(value, list) and bool(value)
-    return whole and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    )
 
 
 def _prompt(value: Any) -> str | tuple[int, ...]:

@@ -26,8 +26,7 @@ from bigmodel.data import boxes as box_data
 from bigmodel.data import cells, labels, ratings, tables, transforms
 from bigmodel.data.tables import Columns
 from bigmodel.data.tokenizers import Tokenizer
-from bigmodel.infer import decoder as decoder_lib
-from bigmodel.infer import generate, image_files, loading
+from bigmodel.infer import decode, generate, image_files, loading
 from bigmodel.infer.sampling import GREEDY
 from bigmodel.program import Program, State
 from bigmodel.tasks.base import Row
@@ -65,7 +64,7 @@ class Predictor:
         self.decode_image: Callable[[bytes, int], np.ndarray] = image_files.decode
         self._state = (program.evaluated(state), state["rest"])
         here = mesh.replicated(program.mesh)
-        self._forward = jax.jit(self._outputs, out_shardings=here)
+        self._forward = jax.jit(program.on_mesh(self._outputs), out_shardings=here)
 
     @classmethod
     def load(cls, directory: pathlib.Path, step: int | None = None) -> Predictor:
@@ -94,7 +93,7 @@ class Predictor:
 
     @property
     def rows(self) -> int:
-        """How many inputs one pass takes."""
+        """The most inputs that one pass takes."""
         return self.program.config.batch_size
 
     def warm(self) -> None:
@@ -184,8 +183,7 @@ class Predictor:
         return {key: value for key, value in _flat(outputs) if value.ndim and len(value) == size}, tokens
 
     def _outputs(self, params: Any, rest: Any, batch: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(self.program.mesh.abstract_mesh):
-            outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
+        outputs, _ = self.program.model.apply(params, rest, batch, key=None, train=False)
         out = dict(self._task.inferred(outputs))
         if "hidden" in outputs:  # one vector a text: the mean of its tokens
             real_BL1 = (batch["segments"] > 0).astype(jnp.float32)[..., None]
@@ -204,7 +202,7 @@ class Answerer:
 
     def __init__(self, writer: generate.Writer) -> None:
         self.writer = writer
-        most = decoder_lib.context(writer.decoder.program.config)
+        most = decode.context(writer.decoder.program.config)
         self.length = max(most // 2, 1) if writer.continues else most
         seq_len = writer.decoder.program.config.seq_len
         self.paddings = (-(-seq_len // 4), seq_len)
@@ -266,8 +264,8 @@ def _read_image(predictor: Predictor, item: Any) -> dict[str, Any]:
     size = np.array(image.shape[:2], np.float32)
     scale = size / shape[:2]
     if config.data.image_size and "boxes" in predictor.program.batch_spec:  # as in training
-        whole = np.array([[0, 0, *size]], np.float32)
-        image, inner = box_data.letterbox(image, whole, config.data.image_size)
+        entire = np.array([[0, 0, *size]], np.float32)
+        image, inner = box_data.letterbox(image, entire, config.data.image_size)
         scale = size / inner[0, 2:]
     elif config.data.image_size:
         image = transforms.fitted(image, config.data, config.data.eval_crop)
@@ -292,7 +290,7 @@ def _bytes_of(item: str | pathlib.Path) -> bytes:
 
 
 def _read_text(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """As labeled texts are read in training (data/texts.py); or a text's ids, without special ones."""
+    """Reads a text as labeled texts are read in training; or its ids, without special ones."""
     assert predictor.tokenizer is not None
     program, tokenizer = predictor.program, predictor.tokenizer
     name = program.config.data.text

@@ -10,7 +10,7 @@ import numpy as np
 
 from bigmodel.config import InputError
 from bigmodel.data import Pipeline
-from bigmodel.infer.decoder import context, for_decoding
+from bigmodel.infer.decode import context
 from bigmodel.infer.generate import Writer, generate
 from bigmodel.infer.sampling import Sampling
 from bigmodel.program import Program, State
@@ -54,11 +54,11 @@ class Samples:
             self._writer = Writer.of(self._program, state, self._path)
         writer = self._writer
         decoder, continues = writer.decoder, writer.continues
-        _, decoder.params, decoder.rest = for_decoding(self._program, state)
+        decoder.load(state)
         most = [max(min(len(ids) // 2, PROMPT_TOKENS), 1) if continues else len(ids) for ids in self._texts]
         prompts = [ids[:length] for ids, length in zip(self._texts, most, strict=True)]
         answers = generate(decoder, prompts, min(ANSWER_TOKENS, context(self._program.config)), DRAWN)
-        decoder.params = decoder.rest = None  # training needs the memory
+        decoder.unload()  # training needs the memory
         return [
             Sample(writer.tokenizer.decode(ids), writer.decode(answer, before=ids if continues else ())[0])
             for ids, answer in zip(prompts, answers, strict=True)

@@ -1,7 +1,7 @@
-"""How the next token is drawn from a model's logits, for every row of a batch by its own settings.
+"""Samples the next token from a model's logits, for every row of a batch by its own settings.
 
-Nothing is sorted: the k-th largest of 50,000 numbers, and the least of those that hold a share p, are found
-by bisection over the bits of float32, in 32 passes that fuse.
+Nothing is sorted: the k-th largest of 50,000 numbers, and the least of those that make up a share p, are
+found by bisection over the bits of float32, in 32 passes that fuse.
 
 Legend: B rows, V vocabulary.
 """
@@ -35,7 +35,7 @@ class Sampling:
     seed: int | None = None  # None: a new one for every answer, so that no two samples need be equal
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        """(key, what is wrong and the fix)."""
+        """Yields (key, what is wrong and the fix)."""
         numbers = ("repetition_penalty", "temperature", "top_p", "min_p")
         for key in numbers:
             if not math.isfinite(getattr(self, key)):
@@ -55,7 +55,7 @@ class Sampling:
             yield "seed", f"is {self.seed}: choose 0 to {2**31 - 1}"
 
     def check(self) -> Sampling:
-        """Itself. Raises InputError for the first problem."""
+        """Returns itself. Raises InputError for the first problem."""
         for key, problem in self.problems():
             raise InputError(f"{key} {problem}")
         return self
@@ -70,12 +70,12 @@ def fresh_seed() -> int:
 
 
 def folded(*numbers: int) -> int:
-    """Integers of any size -> a seed; other integers give another one, but for chance."""
+    """Hashes integers of any size to a seed."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big") >> 1
 
 
 def of_answer(settings: Sampling, index: int) -> Sampling:
-    """The settings of one of several answers: those given for the first, another seed for each later one."""
+    """The settings of one of several answers: each after the first gets a seed of its own."""
     if settings.seed is None or not index:
         return settings
     return dataclasses.replace(settings, seed=folded(settings.seed, index))

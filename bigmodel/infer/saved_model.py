@@ -100,8 +100,8 @@ class Model:
 
     def __call__(self, name: str, inputs: dict[str, Any]) -> Any:
         # NumPy's are copied: on a CPU jax may still be reading one when the caller next changes it in place.
-        held = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, inputs)
-        return self._calls[name](self._weights, held)
+        copied = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, inputs)
+        return self._calls[name](self._weights, copied)
 
 
 def load(directory: str | pathlib.Path) -> Model:

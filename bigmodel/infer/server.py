@@ -1,7 +1,7 @@
 """An HTTP server for a trained model, which OpenAI's clients understand.
 
-One thread steps the engine, one makes text of its ids; the event loop reads requests, checks them and hands
-the news of their answers on. What is not served is refused with one line: 400, 401, 403, 404, 408, 413, 415,
+One thread steps the engine, one makes text of its ids; the event loop reads requests, checks them and sends
+the pieces of their answers. What is not served is refused with one line: 400, 401, 403, 404, 408, 413, 415,
 422, 429, 431 or (while draining, or for a fault of the server) 503.
 """
 
@@ -27,7 +27,7 @@ from bigmodel.infer.generate import Writer
 from bigmodel.infer.openai_api import Refusal
 from bigmodel.infer.predict import Answerer, Predictor
 from bigmodel.infer.service import Limits, Service
-from bigmodel.infer.worker import Told, tell
+from bigmodel.infer.worker import Update, notify
 
 __all__ = ["Limits", "Service", "app", "load"]
 
@@ -36,7 +36,7 @@ PAGE = pathlib.Path(__file__).with_name("page.html")
 
 
 def app(service: Service, key: str = "", hosts: Sequence[str] = ()) -> FastAPI:
-    """The routes.
+    """Makes the server's routes.
 
     Args:
         key: what clients must send as a bearer token, or several with commas between; "": nothing.
@@ -49,11 +49,11 @@ def app(service: Service, key: str = "", hosts: Sequence[str] = ()) -> FastAPI:
         if service.worker is not None:
             loop = asyncio.get_running_loop()
 
-            def hand_over(told: list[Told]) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(tell, told)
+            def deliver(pieces: list[Update]) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any longer
+                    loop.call_soon_threadsafe(notify, pieces)
 
-            service.worker.scribe.hand_over = hand_over
+            service.worker.texts.deliver = deliver
             service.worker.start()
         yield
         service.pictures.close()
@@ -74,7 +74,7 @@ def app(service: Service, key: str = "", hosts: Sequence[str] = ()) -> FastAPI:
 
     @api.exception_handler(ClientDisconnect)
     async def left(request: Request, gone: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # before its body was here; nobody reads this
+        return Response(status_code=499)  # it left before its body was here; nobody reads this
 
     api.add_middleware(Gate, service=service, keys=tuple(filter(None, key.split(","))), hosts=tuple(hosts))
     api.include_router(_text_routes(service))
@@ -83,7 +83,7 @@ def app(service: Service, key: str = "", hosts: Sequence[str] = ()) -> FastAPI:
 
 
 async def _body(service: Service, request: Request) -> dict[str, Any]:
-    """The request's JSON object. Raises Refusal, as soon as the body is too large."""
+    """Reads the request's JSON object. Raises Refusal as soon as the body is too large."""
     most, body = service.limits.body_bytes, bytearray()
     too_large = Refusal(413, f"the body is larger than {most} bytes")
     length = request.headers.get("content-length", "0")
@@ -108,14 +108,14 @@ def _text_routes(service: Service) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         tree = await _body(service, request)
-        ask = openai_api.completion(tree, service.limits.answers, service.drawing)
-        return await answers.respond(service, request, ask, "text_completion", client_of(request))
+        wanted = openai_api.completion(tree, service.limits.answers, service.drawing)
+        return await answers.respond(service, request, wanted, "text_completion", client_of(request))
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         tree = await _body(service, request)
-        ask = openai_api.chat(tree, service.limits.answers, service.drawing, service.chat_ids)
-        return await answers.respond(service, request, ask, "chat.completion", client_of(request))
+        wanted = openai_api.chat(tree, service.limits.answers, service.drawing, service.chat_ids)
+        return await answers.respond(service, request, wanted, "chat.completion", client_of(request))
 
     return router
 
@@ -125,15 +125,15 @@ def _other_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        ask = openai_api.embedding(await _body(service, request), service.limits.inputs)
-        if ask.model not in (None, service.name):
-            raise Refusal(404, f"model {ask.model!r} is not here; this is {service.name}", "model")
-        rows, count = await _predicted(service, request, ask.inputs, embed=True)
-        if ask.dimensions not in (None, len(rows[0])):
-            said = f"dimensions is {ask.dimensions}, but vectors have {len(rows[0])}"
+        wanted = openai_api.embedding(await _body(service, request), service.limits.inputs)
+        if wanted.model not in (None, service.name):
+            raise Refusal(404, f"model {wanted.model!r} is not here; this is {service.name}", "model")
+        rows, count = await _predicted(service, request, wanted.inputs, embed=True)
+        if wanted.dimensions not in (None, len(rows[0])):
+            said = f"dimensions is {wanted.dimensions}, but vectors have {len(rows[0])}"
             raise Refusal(422, said, "dimensions")
         data = [
-            {"object": "embedding", "index": i, "embedding": openai_api.packed(row) if ask.base64 else row}
+            {"object": "embedding", "index": i, "embedding": openai_api.packed(row) if wanted.base64 else row}
             for i, row in enumerate(rows)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
@@ -170,7 +170,11 @@ def _other_routes(service: Service) -> APIRouter:
 
     @router.get("/")
     async def page() -> Response:
-        text = PAGE.read_text().replace("ASKS", service.asks).replace("MODEL", html.escape(service.name))
+        text = (
+            PAGE.read_text()
+            .replace("INPUT_KIND", service.input_kind)
+            .replace("MODEL", html.escape(service.name))
+        )
         return HTMLResponse(text)
 
     return router
@@ -186,7 +190,7 @@ def _model(service: Service) -> dict[str, Any]:
 async def _predicted(
     service: Service, request: Request, inputs: Sequence[Any], embed: bool = False
 ) -> tuple[list[Any], int]:
-    """A row for each input, until the client leaves. Raises Refusal or ClientDisconnect."""
+    """Predicts a row for each input, until the client leaves. Raises Refusal or ClientDisconnect."""
     predictor = service.predictor
     if predictor is None:
         raise Refusal(404, f"{service.name} predicts nothing; it writes text")
@@ -204,7 +208,7 @@ async def _predicted(
 async def _rows(
     service: Service, predictor: Predictor | Answerer, inputs: Sequence[Any], embed: bool
 ) -> tuple[list[Any], int]:
-    """Inputs are read one by one, without the lock; then batch after batch has its turn at the model."""
+    """Reads inputs one by one, without the lock; then each batch waits for its turn at the model."""
     rows: list[Any] = []
     tokens = 0
     run: Callable[..., tuple[list[Any], int]] = predictor.embedded if embed else predictor.predicted
@@ -218,7 +222,7 @@ async def _rows(
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; who is cancelled waits for its end, since a thread cannot be stopped."""
+    """Returns the work's result; waits for its end even if cancelled, since a thread cannot be stopped."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -237,7 +241,7 @@ def load(
     slots: int,
     cache_dtype: str,
 ) -> Service:
-    """The run in `directory`, ready to serve: everything it will need is compiled.
+    """Loads the run in `directory` and compiles everything that serving it needs.
 
     Raises:
         InputError: as `infer.load`.

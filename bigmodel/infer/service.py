@@ -1,4 +1,4 @@
-"""What the server's routes share: the model, its engine if it writes text, limits, places, metrics."""
+"""The state that a server's routes share: model, engine if it writes text, limits, places, metrics."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ import prometheus_client as prometheus
 
 from bigmodel.config import InputError
 from bigmodel.infer import engine, image_files, sampling
+from bigmodel.infer.detokenize import Detokenizer, Piece
 from bigmodel.infer.engine import Engine
 from bigmodel.infer.generate import Writer
-from bigmodel.infer.openai_api import Ask, Refusal
+from bigmodel.infer.openai_api import Completion, Refusal
 from bigmodel.infer.predict import Answerer, Predictor
 from bigmodel.infer.scoring import Scorer, Scores
-from bigmodel.infer.worker import Answer, Late, Piece, Text, Worker
+from bigmodel.infer.worker import Late, Subscriber, Worker
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, one client and all at once may ask for."""
+    """Limits on one request, on one client, and on all at once."""
 
     body_bytes: int = 1 << 20
-    bodies_bytes: int = 64 << 20  # of all bodies that are being received
+    bodies_bytes: int = 64 << 20  # all bodies being received
     prompt_tokens: int = 0  # 0: the model's context
     output_tokens: int = 0  # 0: the model's context
-    answers: int = 16  # of one request: its prompts times n
+    answers: int = 16  # in one request: its prompts times n
     queue: int = 256  # answers of one client that may wait beyond those that run
-    clients: int = 4  # of whom the queue holds so many answers
-    queue_s: float = 120.0  # that an answer may wait for a slot
+    clients: int = 4  # clients that may each have so many answers in the queue
+    queue_s: float = 120.0  # how long an answer may wait for a slot
     request_s: float = 600.0  # from a request's arrival to its answer's end
-    inputs: int = 64  # of one /v1/predict or /v1/embeddings
-    pixels: int = 1 << 24  # of one picture
+    inputs: int = 64  # in one request to /v1/predict or /v1/embeddings
+    pixels: int = 1 << 24  # in one picture
 
 
 class Service:
-    """The model and all that is under way with it."""
+    """A model with its engine and all requests in progress."""
 
     def __init__(
         self,
@@ -57,8 +58,8 @@ class Service:
         self.scorer: Scorer | None = None
         self.scoring = asyncio.Lock()
         self.slots, self.context = sizes.slots, 0
-        self.places: collections.Counter[str] = collections.Counter()  # answers under way, by client
-        self.receiving = 0  # bytes of bodies
+        self.places: collections.Counter[str] = collections.Counter()  # answers in progress, by client
+        self.receiving = 0  # bytes of bodies being received
         if writer is not None:
             self.worker = Worker(Engine(writer.decoder, sizes), limits.queue_s)
             self.context = self.worker.batch.context
@@ -93,7 +94,7 @@ class Service:
             self.scorer.warm()
         if self.predictor is not None:
             self.predictor.warm()
-        if self.asks == "image":
+        if self.input_kind == "image":
             self.pictures.warm()
 
     def _load(self, key: str) -> int:
@@ -102,8 +103,8 @@ class Service:
         return self.worker.batch.load[key] + (self.worker.waiting if key == "waiting" else 0)
 
     @property
-    def asks(self) -> str:
-        """What the page asks for: `completion`, `text`, `image` or `row`."""
+    def input_kind(self) -> str:
+        """The input that the page offers: `completion`, `text`, `image` or `row`."""
         if self.predictor is None:
             return "completion"
         return self.predictor.reads
@@ -112,7 +113,7 @@ class Service:
 
     @contextlib.contextmanager
     def place(self, client: str, count: int) -> Iterator[None]:
-        """Takes places for so many answers while it lasts. Raises Refusal as `check_room`."""
+        """Reserves room for so many answers in a `with` block. Raises Refusal as `check_room`."""
         self.check_room(client, count)
         self.places[client] += count
         try:
@@ -123,7 +124,7 @@ class Service:
                 del self.places[client]
 
     def check_room(self, client: str, count: int) -> None:
-        """Raises Refusal 429 where the client's share, or the queue, has no room for so many answers."""
+        """Raises Refusal 429 if the client's share, or the queue, has no room for so many answers."""
         share = self.slots + self.limits.queue
         for taken, most in ((self.places[client], share), (self.places.total(), share * self.limits.clients)):
             if taken + count > most:
@@ -141,17 +142,19 @@ class Service:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """As `Writer.drawing`."""
+        """Returns `Writer.drawing`."""
         return self.writer.drawing if self.writer is not None else {}
 
     def _check_length(self, characters: int) -> None:
         assert self.writer is not None
         longest = int(self.writer.tokenizer.token_bytes.max())
-        if characters > max(longest, 1) * self.limits.prompt_tokens * 2:  # not worth a tokenizer's time
+        if (
+            characters > max(longest, 1) * self.limits.prompt_tokens * 2
+        ):  # surely too many tokens: spare the tokenizer
             raise Refusal(422, f"the prompt has {characters} characters; shorten it", "prompt")
 
     def ids_of(self, prompt: str | tuple[int, ...], plain: bool = False) -> list[int]:
-        """Raises Refusal for a prompt that is too long or has no such ids."""
+        """Encodes a prompt. Raises Refusal for one that is too long or has unknown ids."""
         assert self.writer is not None
         most = self.limits.prompt_tokens
         if isinstance(prompt, str):
@@ -166,20 +169,20 @@ class Service:
             raise Refusal(422, f"the prompt has {len(ids)} tokens, more than {most}; shorten it", "prompt")
         return ids
 
-    def plan(self, ask: Ask, client: str) -> list[engine.Request]:
-        """A request to the engine for every answer. Raises Refusal."""
+    def engine_requests(self, completion: Completion, client: str) -> list[engine.Request]:
+        """Makes a request to the engine for every answer. Raises Refusal."""
         if self.worker is None:
             raise Refusal(404, f"{self.name} writes no text; use /v1/predict")
         if self.worker.failure:
             raise Refusal(503, f"the engine failed: {self.worker.failure}")
-        if ask.model not in (None, self.name):
-            raise Refusal(404, f"model {ask.model!r} is not here; this is {self.name}", "model")
+        if completion.model not in (None, self.name):
+            raise Refusal(404, f"model {completion.model!r} is not here; this is {self.name}", "model")
         out: list[engine.Request] = []
-        for prompt in ask.prompts:
-            ids = self.ids_of(prompt, ask.plain)
-            length = self._length(ask, ids)
-            for _ in range(ask.n):
-                out.append(engine.Request(ids, length, sampling.of_answer(ask.settings, len(out))))
+        for prompt in completion.prompts:
+            ids = self.ids_of(prompt, completion.plain)
+            length = self._length(completion, ids)
+            for _ in range(completion.n):
+                out.append(engine.Request(ids, length, sampling.of_answer(completion.settings, len(out))))
             try:
                 self._check(out[-1])
             except InputError as error:
@@ -197,24 +200,24 @@ class Service:
             check(engine.Request(ids[: self.context - 1], 1))
             check(engine.Request(ids[-1:], 1))
 
-    def _length(self, ask: Ask, ids: Sequence[int]) -> int:
+    def _length(self, completion: Completion, ids: Sequence[int]) -> int:
         room = self.context - len(ids)
-        usual = self.limits.output_tokens if ask.usual_tokens is None else ask.usual_tokens
-        length = ask.max_tokens
+        usual = self.limits.output_tokens if completion.usual_tokens is None else completion.usual_tokens
+        length = completion.max_tokens
         if length is None:
             length = min(room, self.limits.output_tokens, usual)
-        if length > self.limits.output_tokens or length > room or length < int(ask.max_tokens != 0):
+        if length > self.limits.output_tokens or length > room or length < int(completion.max_tokens != 0):
             most = max(min(room, self.limits.output_tokens), 0)
             said = f"max_tokens is {length}, but after {len(ids)} of the prompt at most {most} fit"
             raise Refusal(422, said, "max_tokens")
         return length
 
     async def answers(
-        self, ask: Ask, requests: Sequence[engine.Request], client: str
-    ) -> AsyncGenerator[tuple[int, str, str | None, Text]]:
-        """(answer's index, new text, reason if it has ended, all of it) as they come.
+        self, completion: Completion, requests: Sequence[engine.Request], client: str
+    ) -> AsyncGenerator[tuple[int, str, str | None, Detokenizer]]:
+        """Yields (answer's index, new text, reason if it has ended, its detokenizer) as they come.
 
-        Whatever ends this generator cancels what is left.
+        When this generator ends, for any reason, it cancels the answers that are not complete.
 
         Raises:
             Refusal: no room, no slot in time, no end in time, or the engine failed.
@@ -222,8 +225,8 @@ class Service:
         assert self.worker is not None
         assert self.writer is not None
         inbox = asyncio.Queue[tuple[int, Piece | Exception]]()
-        texts = [Text(self.writer, ask.stop, request.prompt) for request in requests]
-        entire = not ask.stream and not ask.stop  # then nobody looks at what has come so far
+        texts = [Detokenizer(self.writer, completion.stop, request.prompt) for request in requests]
+        entire = not completion.stream and not completion.stop  # then only the entire text matters
         cancels: dict[int, Callable[[], None]] = {}
         overdue = asyncio.get_running_loop().call_later(
             self.limits.request_s, inbox.put_nowait, (-1, TimeoutError())
@@ -235,8 +238,8 @@ class Service:
                     if not request.length:
                         yield index, "", "length", texts[index]
                         continue
-                    answer = Answer(_listener(inbox, index), texts[index], entire)
-                    cancels[index] = self.worker.submit(request, answer, client)
+                    subscriber = Subscriber(_into(inbox, index), texts[index], entire)
+                    cancels[index] = self.worker.submit(request, subscriber, client)
                 while cancels:
                     index, piece = await inbox.get()
                     if isinstance(piece, Exception):
@@ -253,7 +256,7 @@ class Service:
                     cancel()
 
     async def scores(self, ids: Sequence[int]) -> Scores:
-        """Of a text and its answer, one at a time, off the event loop. Raises Refusal."""
+        """Scores a text and its answer, one at a time, off the event loop. Raises Refusal."""
         assert self.scorer is not None
         gone = threading.Event()
         try:
@@ -278,5 +281,5 @@ class Service:
         raise error
 
 
-def _listener(inbox: asyncio.Queue[tuple[int, Piece | Exception]], index: int) -> Callable[..., None]:
+def _into(inbox: asyncio.Queue[tuple[int, Piece | Exception]], index: int) -> Callable[..., None]:
     return lambda piece: inbox.put_nowait((index, piece))

@@ -22,8 +22,8 @@ class Stops:
         return bool(self._words)
 
     @property
-    def held(self) -> int:
-        """How many of the last characters may be the start of a stop string."""
+    def pending(self) -> int:
+        """Counts the last characters that may be the start of a stop string."""
         return max(self._matched, default=0)
 
     def read(self, piece: str) -> int | None:

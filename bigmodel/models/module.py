@@ -7,12 +7,14 @@ step is traced, so a compiled step sees nothing but dicts, and Flax costs nothin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bigmodel import mesh
 from bigmodel.models import weights
@@ -53,10 +55,19 @@ class Definition:
         parts = {part: rest[part] for part in self.weight_parts}
         return parts, {part: value for part, value in rest.items() if part not in parts}
 
+    def unpacked(self, params: Tree, rest: Tree) -> tuple[Tree, Tree]:
+        """-> (the module's parameters, with weights as they are stored; the module's own rest)."""
+        parts, rest = self.divide(rest)
+        return self.unpack(params, parts), rest
+
+    def parameters_only(self) -> Definition:
+        """The same model, which takes what `unpacked` returns."""
+        return dataclasses.replace(self, weight_parts=(), unpack=lambda params, parts: params)
+
     def plain(self, params: Tree, rest: Tree) -> Tree:
         """The module's own parameters as plain arrays, however they are stored."""
-        unpacked = self.unpack(params, self.divide(rest)[0])
-        return jax.tree.map(lambda s, w: w.astype(s.dtype), self.plain_spec, unpacked)
+        params, _ = self.unpacked(params, rest)
+        return jax.tree.map(lambda s, w: w.astype(s.dtype), self.plain_spec, params)
 
     def apply(
         self, params: Tree, rest: Tree, batch: Batch, *, key: jax.Array | None, train: bool
@@ -69,9 +80,9 @@ class Definition:
 
     def merge(self, params: Tree, rest: Tree) -> tuple[Any, Tree]:
         """-> (the module, the parts of `rest` that are not its own)."""
-        parts, rest = self.divide(rest)
-        laid_out = weights.lay_out(self.unpack(params, parts), self.rules)
-        return nnx.merge(self.graph, laid_out, rest), parts
+        parts, _ = self.divide(rest)
+        params, rest = self.unpacked(params, rest)
+        return nnx.merge(self.graph, weights.lay_out(params, self.rules), rest), parts
 
 
 def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:
@@ -121,10 +132,10 @@ class Layers(tuple[Any, ...]):
 
 
 def unstack(tree: Tree, name: str = "blocks") -> Tree:
-    """The dicts called `name`, wherever in `tree`, with `Layers` as their leaves."""
+    """A tree of arrays or specs with `Layers` as the leaves of the dicts called `name`, wherever they are."""
 
-    def cut(x: jax.Array) -> Layers:
-        return Layers(x[index] for index in range(x.shape[0]))
+    def cut(x: Any) -> Layers:
+        return Layers(_layer(x, index) for index in range(x.shape[0]))
 
     return {
         key: jax.tree.map(cut, value)
@@ -134,6 +145,14 @@ def unstack(tree: Tree, name: str = "blocks") -> Tree:
         else value
         for key, value in tree.items()
     }
+
+
+def _layer(x: Any, index: int) -> Any:
+    """One layer of a stack's array, or of a spec with its sharding."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x[index]
+    where = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where)
 
 
 def depth(stacked: nnx.Module) -> int:

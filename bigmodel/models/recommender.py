@@ -94,7 +94,7 @@ class Pairs(nnx.Module):
         chunk = next(n for n in range(min(CHUNK, len(table_VD)), 0, -1) if len(table_VD) % n == 0)
         chunks = mesh.shard(table_VD.reshape(-1, 1, chunk, table_VD.shape[1]), None, None, None, None)
         scores = jax.lax.map(lambda item_1CD: self.score(user_B1D, self.item(item_1CD)), chunks)
-        return mesh.shard(scores.swapaxes(0, 1).reshape(len(user_B1D), -1), "batch", None)
+        return mesh.shard(scores.swapaxes(0, 1).reshape(user_B1D.shape[0], -1), "batch", None)
 
 
 def dot(user_B1D: jax.Array, item_BCD: jax.Array) -> jax.Array:

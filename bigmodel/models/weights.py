@@ -429,7 +429,7 @@ def _scale_shape(x: jax.Array, ndim: int, sums: Sequence[int]) -> jax.Array:
 def spread(scale: jax.Array, shape: Sequence[int]) -> jax.Array:
     """A scale of `quantize` -> one that multiplies codes of `shape`, its groups repeated."""
     for axis, size in enumerate(shape):
-        if 1 < scale.shape[axis] < size:
+        if scale.shape[axis] not in (1, size):
             scale = jnp.repeat(scale, size // scale.shape[axis], axis, total_repeat_length=size)
     return scale
 

@@ -75,10 +75,10 @@ def main() -> int:
 
 def offline(workdir: str, tokens: int) -> dict[str, str]:
     """Every prompt's answer at temperature 0."""
-    from bigmodel.infer import decoder, generate
+    from bigmodel.infer import decode, generate
 
     writer = generate.Writer.load(workdir)
-    room = decoder.context(writer.decoder.program.config) - tokens - 1
+    room = decode.context(writer.decoder.program.config) - tokens - 1
     texts = [f"def f{index}(" + "x, " * (index % 7) for index in range(PROMPTS)]
     longest = max(len(writer.encode(text)) for text in texts)
     if longest > room:
