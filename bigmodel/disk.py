@@ -1,4 +1,4 @@
-"""Files that are complete or not there, locks, and the disk's errors as one line."""
+"""Files and directories that appear complete or not at all, locks, and the disk's errors as one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,31 @@ def write_atomically(
                 os.remove(temporary)
 
 
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str], flag: str) -> Iterator[pathlib.Path]:
+    """A directory next to `path` that becomes `path` when the block ends well, and else leaves no trace.
+
+    Raises:
+        InputError: `path` exists and is not an empty directory, or cannot be made; `flag` names it.
+    """
+    target = pathlib.Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{flag}={target} exists and is not an empty directory; give a new one")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        made.chmod(0o755)
+    except OSError as error:
+        raise InputError(f"{flag}={target} cannot be made ({cause(error)}); choose another place") from error
+    try:
+        yield made
+        if target.exists():
+            target.rmdir()
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader finds the old file or the new one, never half of one."""
     text = json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n"
@@ -115,7 +141,7 @@ def set_aside(path: pathlib.Path, kind: str = "damaged") -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock on `path` (made if need be) against other processes of this machine.
+    """Locks `path` (made where it is missing) against other processes of this machine.
 
     Raises:
         InputError: a directory that cannot be written.
@@ -149,7 +175,7 @@ def lock(file: IO[Any], path: pathlib.Path, how: int) -> None:
 
 
 def to_nowhere(fd: int) -> None:
-    """Sends what is yet to be written to a descriptor that cannot take it to the null device."""
+    """Points a descriptor that cannot be written any more at the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, fd)
     os.close(null)

@@ -169,7 +169,7 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: what the code being traced will run on (not what this host has); or `plain`."""
+    """The platform that the code being traced will run on (`cpu`, `gpu`, `tpu`), or `plain` in `plain()`."""
     if _plain.get():
         return "plain"
     device = jax.sharding.get_abstract_mesh().abstract_device

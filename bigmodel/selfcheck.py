@@ -48,7 +48,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Check:
-    """What was measured, as relative differences; None: not measured, for the reason in `left_out`."""
+    """Measured relative differences; None: not measured, for the reason in `left_out`."""
 
     along: float | None  # between the loss's change along the gradient and what the gradient says it is
     gradient: float | None  # between a batch's gradient and that of the batch in another row order
@@ -58,7 +58,7 @@ class Check:
     norm: float | None = None
 
     def problems(self, tolerance: Tolerance) -> list[str]:
-        """What cannot be rounding, one phrase each."""
+        """Differences beyond rounding, one phrase each."""
         said = {
             "along": "the loss changes along the gradient by {:.1%} less or more than the gradient says",
             "gradient": "the gradient of the same rows in another order differs by {:.1%}",
@@ -85,7 +85,7 @@ class Check:
 
 
 def is_due(config: Config, mesh: jax.sharding.Mesh) -> bool:
-    """Whether a run on this mesh checks itself: `check.gradient`, which by default asks for it where two or
+    """True if a run on this mesh checks itself: by `check.gradient`, whose default is to check where two or
     more axes of the mesh are above 1."""
     if config.check.gradient == "auto":
         return sum(size > 1 for size in mesh.shape.values()) > 1
@@ -136,8 +136,8 @@ def check_outputs(program: Program, state: State) -> None:
 
     def made_up(s: jax.ShapeDtypeStruct) -> np.ndarray:
         shape = (s.shape[0] // hosts, *s.shape[1:])
-        whole = np.issubdtype(s.dtype, np.integer)
-        return (rng.integers(0, 2, shape) if whole else rng.normal(size=shape)).astype(s.dtype)
+        is_integer = np.issubdtype(s.dtype, np.integer)
+        return (rng.integers(0, 2, shape) if is_integer else rng.normal(size=shape)).astype(s.dtype)
 
     rows = {name: made_up(s) for name, s in program.batch_spec.items()}
     batch, other = program.put(rows), program.put(reordered(program, rows))
@@ -146,7 +146,7 @@ def check_outputs(program: Program, state: State) -> None:
 
 
 def refuse_wrong(found: Check, config: Config) -> None:
-    """Raises WrongProgram where what was found is more than rounding."""
+    """Raises WrongProgram where a difference is more than rounding."""
     if problems := found.problems(TOLERANCES[config.compute_dtype]):
         raise WrongProgram(
             f"the program compiled for this mesh is wrong: {'; '.join(problems)}; choose other mesh sizes or "

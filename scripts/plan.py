@@ -1,10 +1,10 @@
-"""Prints what a run will cost, on devices that need not be there: parameters, FLOPs, memory, collectives, the
-step's time, and the whole run's hours, energy, emissions and dollars. Trains nothing.
+"""Prints the cost of a run before it starts, on devices that need not be there: parameters, FLOPs, memory,
+collectives, the step's time, and the run's hours, energy, emissions and dollars. Trains nothing.
 
     python scripts/plan.py --config=configs/gpt.py:size=llama-7b --target=v5e:16x16 --config.mesh.fsdp=256 \\
         --json=plan.json
 
-With --mode=serve, what serving the model costs: the largest batch and context that fit, the latency of a
+With --mode=serve, the cost of serving the model: the largest batch and context that fit, the latency of a
 prompt and of a token, tokens a second and dollars a million tokens.
 
 Targets: TPU slices (v4, v5e, v5p, v6e, tpu7x, as v5e:16x16 or 2*v5e:16x16), NVIDIA hosts x GPUs (a100-80,
@@ -44,7 +44,7 @@ def main() -> int:
     )  # fmt: skip
     flags.add_argument(
         "--search_over", "--search-over", default="remat,microbatches", metavar="KEYS",
-        help="what --search may change beside the mesh: any of remat,microbatches,batch_size",
+        help="keys that --search may change with the mesh: any of remat,microbatches,batch_size",
     )  # fmt: skip
     flags.add_argument(
         "--show-sharding", action="store_true",

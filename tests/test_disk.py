@@ -14,7 +14,6 @@ from conftest import ROOT, run_script, tiny
 
 from bigmodel import disk, log, workdir
 from bigmodel.config import InputError
-from bigmodel.data import corpus
 from bigmodel.data.builders import prepare
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -258,14 +257,14 @@ def test_without_a_home_nothing_is_kept(monkeypatch, caplog):
     monkeypatch.setattr(
         pathlib.Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home"))
     )
-    corpus._homeless.cache_clear()
+    disk._homeless.cache_clear()
     with caplog.at_level("INFO", "bigmodel"):
         folder = disk.cache_dir()
     assert folder.is_dir()
     assert disk.cache_dir() == folder
     assert "$BIGMODEL_CACHE" in caplog.text
-    corpus._homeless().cleanup()
-    corpus._homeless.cache_clear()
+    disk._homeless().cleanup()
+    disk._homeless.cache_clear()
 
 
 @pytest.mark.parametrize("data_dir", [None, "~/sets", "~nobody-of-this-name/sets"])

@@ -68,7 +68,7 @@ def test_a_run_s_joules_are_counted_or_modelled_and_say_so(rapl, tmp_path, monke
 def test_the_memory_that_a_process_takes_is_seen_and_what_it_held_before_is_not():
     before = np.ones(2**25)
     memory = ProcessMemory()
-    memory.begin(held_bytes=0)
+    memory.begin(allocated_bytes=0)
     taken = np.ones(2**25)  # 256 MiB, touched
     memory.end()
     assert memory.peak_bytes == pytest.approx(taken.nbytes, rel=0.05)

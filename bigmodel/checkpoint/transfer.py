@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from bigmodel import config as config_lib
-from bigmodel import data, huggingface, models, optim, tasks, trees, workdir
+from bigmodel import data, disk, huggingface, models, optim, tasks, trees, workdir
 from bigmodel.checkpoint import parameters
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import MLM, Config, InputError
@@ -223,7 +223,7 @@ def import_pretrained(
     state = {"params": stored(model.params_spec), "rest": stored(model.rest_spec)}
     _check_finite(arrays, str(directory))
     facts = huggingface.names.facts(config, pretrained.class_names(), pretrained.channels())
-    with huggingface.new_directory(target, "--workdir") as path:
+    with disk.new_directory(target, "--workdir") as path:
         workdir.write_config(path, config)
         _keep_files(pretrained, config, path)
         fitted.write(path, facts)
@@ -294,7 +294,7 @@ def export_safetensors(directory: str | os.PathLike[str], target: str | os.PathL
     config, arrays = read(path)
     layout, tensors = huggingface.tensors_of(config, arrays)
     origin = path / ORIGIN if (path / ORIGIN / "config.json").is_file() else None
-    with huggingface.new_directory(target, "--out") as out:
+    with disk.new_directory(target, "--out") as out:
         if origin is not None:
             tokenizer_files.keep(origin, out, ORIGIN_FILES)
         if origin is not None and huggingface.describes(origin, config):

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator
+import tempfile
 from dataclasses import replace
 
-from bigmodel import log, train, workdir
+from bigmodel import disk, log, train, workdir
 from bigmodel.checkpoint import transfer
 from bigmodel.compress import distill, prune, quantize, recipe, report, structure, trained
 from bigmodel.compress.recipe import Stage, Step
@@ -38,7 +37,11 @@ def run(
         train.NotFinite: training diverged.
     """
     log.show_logging()
-    with _new_workdir(out) as scratch:
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(disk.new_directory(out, "--out"))
+        scratch = pathlib.Path(
+            stack.enter_context(tempfile.TemporaryDirectory(dir=made.parent, prefix=".stages-"))
+        )
         model = trained.load(directory)
         check(model.config, stages)
         if seed >= 0:
@@ -52,7 +55,6 @@ def run(
             rows.append(report.describe(stage.name, model))
             models.append(model)
         report.time_all(rows, models)
-        made = scratch / "made"
         trained.save(model, made)
         workdir.write_json(made / "report.json", {"stages": rows})
         if rows[0]["metrics"]:
@@ -70,8 +72,7 @@ def repeat(
     before. Raises as `run`.
     """
     first = workdir.read_config(pathlib.Path(directory)).seed
-    with _new_workdir(out) as scratch:
-        made = scratch / "made"
+    with disk.new_directory(out, "--out") as made:
         runs = [
             run(directory, stages, made / str(number + 1), first + SEED_STRIDE * number)
             for number in range(times)
@@ -80,30 +81,6 @@ def repeat(
         workdir.write_json(made / "report.json", {"runs": times, "stages": rows})
     report.say(report.spread_table(rows))
     return rows
-
-
-@contextlib.contextmanager
-def _new_workdir(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yields a scratch directory; its `made` is renamed to `out` if nothing is raised.
-
-    Raises:
-        InputError: `out` is not empty or cannot be written.
-    """
-    target = pathlib.Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--out={target} exists and is not an empty directory; choose a new one")
-    scratch = target.with_name(target.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"--out={target}: {error.strerror}; choose a directory you can write") from error
-    try:
-        yield scratch
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(scratch / "made", target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check(config: Config, stages: tuple[Stage, ...]) -> None:

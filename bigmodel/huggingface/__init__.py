@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from bigmodel import config as config_lib
 from bigmodel.config import Config, InputError, families
 from bigmodel.huggingface import companions, configs, layouts, names, processors
-from bigmodel.huggingface.files import Tensors, new_directory, read_json, write
+from bigmodel.huggingface.files import Tensors, read_json, write
 from bigmodel.huggingface.layouts import Layout
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "describes",
     "image_of",
     "names",
-    "new_directory",
     "open_pretrained",
     "tensors_of",
     "write",

@@ -6,13 +6,10 @@ unpickling runs whatever code a file contains.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -135,28 +132,3 @@ def write(directory: pathlib.Path, tensors: Mapping[str, np.ndarray], shard_byte
         (directory / INDEX).write_text(json.dumps({"metadata": total, "weight_map": weight_map}, indent=2))
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, directory / name, metadata={"format": "pt"})
-
-
-@contextlib.contextmanager
-def new_directory(path: str | os.PathLike[str], flag: str) -> Iterator[pathlib.Path]:
-    """Yields a directory that is renamed to `path` when the block succeeds, and is removed when it fails.
-
-    Raises:
-        InputError: `path` exists and is not an empty directory, or cannot be made; `flag` names it.
-    """
-    target = pathlib.Path(path)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{flag}={target} exists already; give a new directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        made.chmod(0o755)
-    except OSError as error:
-        raise InputError(f"{flag}={target} cannot be made: {error.strerror}; choose another place") from error
-    try:
-        yield made
-        if target.exists():
-            target.rmdir()
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""What computers can do: datasheets of chips, energy counters, free memory."""
+"""Hardware: datasheets of chips, energy counters, free memory."""

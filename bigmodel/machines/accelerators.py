@@ -1,4 +1,4 @@
-"""Is there an accelerator? Nothing here imports JAX, and what is here must run before JAX is imported."""
+"""Looks for an accelerator. This file imports no JAX and must run before JAX is imported."""
 
 from __future__ import annotations
 

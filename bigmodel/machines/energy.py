@@ -1,4 +1,4 @@
-"""Energy: what the machine's own counters say, and the watts that are assumed where there is no counter."""
+"""Energy: the machine's own counters, and assumed watts where there is no counter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RAPL = pathlib.Path("/sys/class/powercap")  # Intel's and AMD's counters of CPU 
 
 
 def watts(devices: Sequence[jax.Device]) -> tuple[float, str]:
-    """What all these devices draw under load, and where that is from; (0, why) where it is not known."""
+    """Returns (watts of all these devices under load, their source); 0 watts where nothing is known."""
     known = [chips.chip(device) for device in devices]
     if all(chip.watts for chip in known):
         total = sum(chip.watts / chip.per_chip for chip in known)
@@ -33,7 +33,7 @@ def watts(devices: Sequence[jax.Device]) -> tuple[float, str]:
 
 @dataclass
 class _Counter:
-    """One counter: `read_j` gives joules since some fixed moment, and starts anew at `range_j` (0: never)."""
+    """A counter: `read_j` returns joules since a fixed moment and wraps around at `range_j` (0: never)."""
 
     read_j: Callable[[], float]
     range_j: float = 0.0
@@ -64,7 +64,7 @@ class Meter:
                 self._counters, self.source = _packages(rapl or RAPL), "RAPL, the whole CPU package"
 
     def joules(self) -> float | None:
-        """Since the meter was made; None without a counter. To be read at least every half hour: RAPL's
+        """Joules since the meter was made; None without a counter. Read it at least every half hour: RAPL's
         registers wrap around."""
         if not self._counters:
             return None

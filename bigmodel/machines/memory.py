@@ -1,4 +1,4 @@
-"""The memory that this host still has for a run: its own, its cgroup's, and what `ulimit` leaves."""
+"""Free memory of this host for a run, within the limits of its cgroup and `ulimit`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CGROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 class Room(NamedTuple):
-    """Bytes that are free, of so many, and whose they are."""
+    """Free bytes, total bytes, and the limit that they count against."""
 
     free_bytes: float
     total_bytes: float
@@ -25,12 +25,12 @@ class Room(NamedTuple):
 
 
 def room() -> Room | None:
-    """The narrowest limit on what this process may still take; None where the system tells of none."""
+    """The narrowest limit on the memory that this process may still take; None where there is none."""
     return min([*_host(), *_cgroup(), *_ulimit()], default=None)
 
 
 def is_granted(size: float) -> bool:
-    """Whether the system maps so many bytes now. They are given back untouched, so this takes no memory."""
+    """True if the system maps so many bytes now. They are returned untouched, so this takes no memory."""
     try:
         mmap.mmap(-1, max(int(size), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except (OSError, ValueError, OverflowError):
@@ -54,7 +54,7 @@ def _host() -> Iterator[Room]:
 
 
 def _cgroup() -> Iterator[Room]:
-    """Of every group that this process is in, up to the root; files as in cgroup v2, or v1's."""
+    """Limits of every cgroup that this process is in, up to the root; files as in cgroup v2 or v1."""
     with contextlib.suppress(OSError):
         for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, name = line.split(":", 2)
@@ -81,7 +81,7 @@ def _group(folder: pathlib.Path) -> Iterator[Room]:
 
 
 def _ulimit() -> Iterator[Room]:
-    """Address space and data, which count what is mapped, touched or not."""
+    """Limits of address space and data, which count mapped memory whether touched or not."""
     kinds = ((resource.RLIMIT_AS, "VmSize", "ulimit -v"), (resource.RLIMIT_DATA, "VmData", "ulimit -d"))
     for kind, field, name in kinds:
         total, _ = resource.getrlimit(kind)
@@ -99,7 +99,7 @@ def _status(field: str) -> float:
 
 
 class ProcessMemory:
-    """By how much this process grows at most, for devices that share its memory and do not count it: CPUs.
+    """Peak growth of this process, for CPU devices, which share its memory and do not count it.
 
     Linux only: elsewhere it is always 0.
     """
@@ -109,17 +109,17 @@ class ProcessMemory:
     def __init__(self) -> None:
         self._base = self.peak_bytes = 0.0
 
-    def begin(self, held_bytes: float) -> None:
-        """Starts to count; `held_bytes` of what is to be counted are held already."""
+    def begin(self, allocated_bytes: float) -> None:
+        """Starts to count; `allocated_bytes` of what is to be counted are allocated already."""
         with contextlib.suppress(OSError):
-            time.sleep(0.1)  # buffers of the step before are freed just after its results are there
+            time.sleep(0.1)  # the last step's buffers are freed shortly after its results arrive
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-                libc.malloc_trim(0)  # what was freed must not serve again unseen
-            (self.PROC / "clear_refs").write_text("5")  # the peak starts anew: man proc_pid_clear_refs
-            self._base = self._field("VmRSS") - held_bytes
+                libc.malloc_trim(0)  # freed memory must not be reused without being counted
+            (self.PROC / "clear_refs").write_text("5")  # resets the peak: man proc_pid_clear_refs
+            self._base = self._field("VmRSS") - allocated_bytes
 
     def end(self) -> None:
-        """`peak_bytes` is what it was at most since `begin`."""
+        """Sets `peak_bytes` to the peak since `begin`."""
         with contextlib.suppress(OSError):
             self.peak_bytes = self._field("VmHWM") - self._base
 

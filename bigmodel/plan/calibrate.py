@@ -1,4 +1,4 @@
-"""How fast this machine's CPU is: a microbenchmark of under 30 s, kept for the next plan.
+"""Measures the speed of this machine's CPU: a microbenchmark of under 30 s, saved for the next plan.
 
 It times, as XLA compiles them here: matrix products by shape, layout and dtype, on all cores and on one;
 elementwise work by kind of operation; memory by size of the working set; transposed copies; what a thunk (a
@@ -23,6 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bigmodel import disk
+from bigmodel.config import InputError
 
 # (batch, m, k, n): squares, the tall and skinny ones of dense layers, batches of small ones as attention has;
 # a layout's letters say which of the two factors is stored transposed
@@ -65,7 +68,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, one kernel at a time. `*_s` are seconds; an element's are one thread's, in cache."""
+    """Measured speeds, one kernel at a time. `*_s` are seconds; per element: of one thread, in cache."""
 
     key: str
     products: tuple[Product, ...]
@@ -77,12 +80,12 @@ class Calibration:
     transpose_s: float  # an element's strided move by one core
     thunk_s: float  # launching one kernel
     call_s: float  # launching one program
-    collectives: dict[str, tuple[tuple[float, float], ...]]  # kind -> (bytes of the whole array, seconds)
+    collectives: dict[str, tuple[tuple[float, float], ...]]  # kind -> (bytes of the full array, seconds)
     took_s: float = 0.0
 
 
 def machine_key() -> str:
-    """What a calibration depends on: CPU, cores, jax, devices, and whether malloc keeps its memory."""
+    """Everything that a calibration depends on: CPU, cores, jax, devices, whether malloc keeps memory."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -128,11 +131,8 @@ def load(folder: pathlib.Path, fresh: bool = False) -> Calibration:
     key = machine_key()
     path = _path(folder, key)
     found = measure(key)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs only time
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(dataclasses.asdict(found)))
-        part.replace(path)
+    with contextlib.suppress(InputError):  # a cache that cannot be written costs only time
+        disk.write_json(path, dataclasses.asdict(found))
     return found
 
 
@@ -193,7 +193,7 @@ class _Stopwatch:
 
 
 def _shortest(program: Any, args: tuple[Any, ...], least_s: float) -> float:
-    """Of runs that take `least_s` in all, and of three at least; the first does not count."""
+    """The shortest of runs that take `least_s` in all, three at least; a first run does not count."""
     jax.block_until_ready(program(*args))
     best, spent, repeats = float("inf"), 0.0, 0
     while repeats < 3 or (spent < least_s and repeats < 200):
@@ -235,8 +235,8 @@ def _kernel_s(
     def each(xs: list[jax.Array]) -> list[jax.Array]:
         return [function(x) for x in xs]
 
-    more, less = (clock.both(each, [x + i for i in range(n)]) for n in (many, few))
-    all_s, one_s = (max((m - f) / (many - few), 1e-8) for m, f in zip(more, less, strict=True))
+    of_many, of_few = (clock.both(each, [x + i for i in range(n)]) for n in (many, few))
+    all_s, one_s = (max((m - f) / (many - few), 1e-8) for m, f in zip(of_many, of_few, strict=True))
     return all_s, max(one_s, all_s)
 
 
@@ -310,8 +310,8 @@ def _elements(clock: _Stopwatch, size: int = 32768, long: int = 24, short: int =
                 x = step(x)
             return x
 
-        more, less = (clock.seconds(lambda x, c=chain, n=n: c(x, n), x) for n in (long, short))
-        found[name] = max((more - less) / (long - short) / size, 1e-12) / (2 if name == "add" else 1)
+        long_s, short_s = (clock.seconds(lambda x, c=chain, n=n: c(x, n), x) for n in (long, short))
+        found[name] = max((long_s - short_s) / (long - short) / size, 1e-12) / (2 if name == "add" else 1)
     return found
 
 
@@ -339,14 +339,14 @@ def _collectives(clock: _Stopwatch, call_s: float) -> dict[str, tuple[tuple[floa
         return {}
     mesh = jax.sharding.Mesh(devices, ("d",))
     n, spec = len(devices), jax.sharding.PartitionSpec("d")
-    whole = jax.sharding.PartitionSpec()
+    full = jax.sharding.PartitionSpec()
     ring = [(i, (i + 1) % n) for i in range(n)]
     kinds: dict[str, tuple[Callable[[jax.Array], jax.Array], Any, Any]] = {
-        "all-reduce": (lambda x: jax.lax.psum(x, "d"), whole, whole),
-        "all-gather": (lambda x: jax.lax.all_gather(x, "d", tiled=True), spec, whole),
-        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "d", tiled=True), whole, spec),
-        "all-to-all": (lambda x: jax.lax.all_to_all(x, "d", 0, 0, tiled=True), whole, spec),
-        "collective-permute": (lambda x: jax.lax.ppermute(x, "d", ring), whole, whole),
+        "all-reduce": (lambda x: jax.lax.psum(x, "d"), full, full),
+        "all-gather": (lambda x: jax.lax.all_gather(x, "d", tiled=True), spec, full),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "d", tiled=True), full, spec),
+        "all-to-all": (lambda x: jax.lax.all_to_all(x, "d", 0, 0, tiled=True), full, spec),
+        "collective-permute": (lambda x: jax.lax.ppermute(x, "d", ring), full, full),
     }
     found = {}
     for kind in COLLECTIVES:

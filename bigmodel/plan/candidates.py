@@ -1,7 +1,7 @@
-"""Every legal way to run a config on a target, with its memory and time by a closed form.
+"""Every legal mesh, remat and number of microbatches for a target, with memory and time by a closed form.
 
-The closed form knows what must be held and what must be moved. It drops what cannot fit, says what would, and
-decides what is worth compiling; it does not rank.
+The closed form counts the bytes that must be in memory and those that must be moved. It drops what cannot
+fit, suggests what would, and decides what is worth compiling.
 
 """
 
@@ -30,17 +30,17 @@ from bigmodel.program import Program
 RECOMPUTED = {"none": 0.0, "dots": 0.02, "minimal": 0.05, "full": 1 / 3}
 GATHERS = {"none": 2, "dots": 2, "minimal": 2, "full": 3}
 MICROBATCHES = (1, 2, 4, 8, 16, 32)
-OVER = ("remat", "microbatches", "batch_size")  # what may be searched beside the mesh
+OVER = ("remat", "microbatches", "batch_size")  # keys that may be searched with the mesh
 BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of batch_size, where that is searched too
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run, by the closed form: bytes of one device, seconds of a step."""
+    """A config, with its bytes on one device and seconds a step by the closed form."""
 
     config: Config
-    least_bytes: float  # state and saved activations: less cannot do
-    likely_bytes: float  # with gradients and what is at work
+    least_bytes: float  # state and saved activations: the least possible
+    likely_bytes: float  # with gradients and temporaries
     step_s: float
 
     @property
@@ -49,7 +49,7 @@ class Candidate:
 
 
 def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[Candidate]:
-    """Every legal way to run `config` on the target that changes, beside the mesh, only what `over` names."""
+    """Every legal run of `config` on the target that changes only its mesh and the keys in `over`."""
     policies = tuple(RECOMPUTED) if config.model.remats and "remat" in over else (config.remat,)
     pieces_tried = MICROBATCHES if "microbatches" in over else (max(config.microbatches, 1),)
     shares = BATCHES if "batch_size" in over else (1.0,)
@@ -65,16 +65,16 @@ def candidates(config: Config, aim: Target, over: Collection[str]) -> Iterator[C
         costs = machine.costs(mesh, config.compute_dtype)
         speed = mesh.size * machine.flops_per_s(mesh, config.compute_dtype)
         state = program.place(one.state_spec, mesh, one.model.rules)
-        held = _Held(estimate.tree_bytes(state), estimate.tree_bytes(state["params"]))
+        resident = _Resident(estimate.tree_bytes(state), estimate.tree_bytes(state["params"]))
         ways = mesh_lib.batch_ways(mesh)
         for size in sizes:
             for pieces in pieces_tried:
                 if size < 1 or size % (pieces * ways):
                     continue
                 for remat in policies:
-                    way = meshed.replace(batch_size=size, microbatches=pieces, remat=remat)
+                    candidate = meshed.replace(batch_size=size, microbatches=pieces, remat=remat)
                     compute_s = pieces * step_flops(size / pieces) / speed
-                    yield _estimated(way, compute_s, mesh, costs, held)
+                    yield _estimated(candidate, compute_s, mesh, costs, resident)
 
 
 def _step_flops(config: Config, one: Program) -> Callable[[float], float]:
@@ -108,23 +108,23 @@ def _on_one_device(config: Config) -> Program:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """Bytes of one device."""
+class _Resident:
+    """Bytes of one device that a run occupies throughout."""
 
     state: float
     params: float
 
 
-def _estimated(config: Config, compute_s: float, mesh: Mesh, costs: Costs, held: _Held) -> Candidate:
-    """The closed form: what is held, what is computed, what is moved."""
+def _estimated(config: Config, compute_s: float, mesh: Mesh, costs: Costs, resident: _Resident) -> Candidate:
+    """The closed form: bytes in memory, FLOPs computed, bytes moved."""
     saved, working = _activations(config, mesh)
-    gradients = held.params * (2 if config.microbatches > 1 else 1)
+    gradients = resident.params * (2 if config.microbatches > 1 else 1)
     compute_s *= 1 + RECOMPUTED.get(config.remat, 0.2)
-    hidden_s, exposed_s = _moved(config, mesh, costs, held)
+    hidden_s, exposed_s = _moved(config, mesh, costs, resident)
     return Candidate(
         config,
-        held.state + saved,
-        held.state + saved + working + gradients,
+        resident.state + saved,
+        resident.state + saved + working + gradients,
         max(compute_s, hidden_s) + 0.2 * min(compute_s, hidden_s) + exposed_s,
     )
 
@@ -137,11 +137,11 @@ def _activations(config: Config, mesh: Mesh) -> tuple[float, float]:
     return tokens * saved / mesh.shape["tensor"], tokens * working / mesh.shape["tensor"]
 
 
-def _moved(config: Config, mesh: Mesh, costs: Costs, held: _Held) -> tuple[float, float]:
+def _moved(config: Config, mesh: Mesh, costs: Costs, resident: _Resident) -> tuple[float, float]:
     """-> (seconds of transfers that compute can hide, seconds of those that it waits for)."""
     shape, (layers, width) = mesh.shape, config.model.stream
     compute_size = 4 if config.compute_dtype == "float32" else 2
-    param_bytes = held.params * shape["fsdp"]  # gathered over fsdp, cut by the other axes
+    param_bytes = resident.params * shape["fsdp"]  # gathered over fsdp, cut by the other axes
     gathered_bytes = param_bytes * compute_size / (4 if config.param_dtype == "float32" else 2)
 
     def time_s(kind: str, axis: str, moved_bytes: float) -> float:
@@ -150,7 +150,7 @@ def _moved(config: Config, mesh: Mesh, costs: Costs, held: _Held) -> tuple[float
     gathers = GATHERS.get(config.remat, 3) * config.microbatches
     hidden = gathers * time_s("all-gather", "fsdp", gathered_bytes)
     hidden += config.microbatches * time_s("reduce-scatter", "fsdp", param_bytes)
-    hidden += time_s("all-reduce", "data", held.params)
+    hidden += time_s("all-reduce", "data", resident.params)
     tokens = config.batch_size * config.seq_len / mesh_lib.batch_ways(mesh)
     stream = tokens * width * compute_size
     passes = layers * (6 if config.remat == "full" else 4)
@@ -187,11 +187,11 @@ def nearest_that_fit(config: Config, aim: Target, peak_bytes: float = 0.0, count
 
 
 def overrides(config: Config) -> list[str]:
-    """The flags that make a run this way."""
+    """The flags that make a run of this mesh, batch, microbatches and remat."""
     sizes = {f"mesh.{axis}": size for axis, size in config.mesh.sizes().items()}
     keys = {"batch_size": config.batch_size, "microbatches": config.microbatches, "remat": config.remat}
-    shown = {k: v for k, v in sizes.items() if v != 1 or k == "mesh.data"}
-    return [f"--config.{key}={value}" for key, value in (shown | keys).items()]
+    changed = {k: v for k, v in sizes.items() if v != 1 or k == "mesh.data"}
+    return [f"--config.{key}={value}" for key, value in (changed | keys).items()]
 
 
 def mesh_name(config: Config) -> str:

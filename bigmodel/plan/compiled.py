@@ -1,7 +1,7 @@
-"""What a compiler made of a Program, as much of it as a plan needs, and where that is kept.
+"""A compiled Program, as much of it as a plan needs, and its cache on disk.
 
 Compiling for a large target takes minutes; reading what came out takes a second. So the scheduled text and
-the memory figures are kept on disk, by the hash of the lowered program, options, target and compiler.
+the memory figures are cached on disk, by the hash of the lowered program, options, target and compiler.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from bigmodel import disk
+from bigmodel.config import InputError
 from bigmodel.plan.target import Target
 from bigmodel.program import Program
 
@@ -40,7 +42,7 @@ class Compiled:
 
 
 def of(executable: Any, *, text: bool = True) -> Compiled:
-    """From what `jax.stages.Lowered.compile` gave. Args: text: False leaves it empty, for its bytes alone."""
+    """Reads a result of `jax.stages.Lowered.compile`. Args: text: False leaves the text empty."""
     analysis = executable.memory_analysis()
     return Compiled(
         executable.as_text() if text else "",
@@ -54,10 +56,10 @@ def of(executable: Any, *, text: bool = True) -> Compiled:
 
 
 def compile_for(program: Program, target: Target, folder: pathlib.Path | None) -> Compiled:
-    """The program, compiled for the target: from `folder` if it ever was, else now, and kept there.
+    """The program, compiled for the target: from `folder` if it ever was, else compiled now and cached there.
 
     Raises:
-        jax.errors.JaxRuntimeError: what the compiler says; kept and raised again where memory is short.
+        jax.errors.JaxRuntimeError: the compiler's error; cached and raised again where memory is short.
     """
     lowered = program.lower()
     path = folder and folder / "plans" / f"{_key(program, target, lowered.as_text())}.json.gz"
@@ -77,7 +79,7 @@ def compile_for(program: Program, target: Target, folder: pathlib.Path | None) -
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Whether a compiler's error says that the program needs more memory than there is."""
+    """True where a compiler's error says that the program needs more memory than there is."""
     return "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
 
 
@@ -99,7 +101,7 @@ def _key(program: Program, target: Target, text: str) -> str:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
-    """What was kept; None where nothing was, or it is damaged."""
+    """The cached values; None where there are none, or they are damaged."""
     with contextlib.suppress(OSError, ValueError, EOFError):
         found = json.loads(gzip.decompress(path.read_bytes()))
         if "refused" in found or found.keys() == {f.name for f in dataclasses.fields(Compiled)}:
@@ -108,8 +110,6 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs only time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(gzip.compress(json.dumps(values).encode(), 6))
-        part.replace(path)
+    with contextlib.suppress(InputError):  # a cache that cannot be written costs only time
+        packed = gzip.compress(json.dumps(values).encode(), 6)
+        disk.write_atomically(path, lambda file: file.write(packed))

@@ -1,8 +1,8 @@
-"""What instructions take on this machine's CPU: `schedule.Costs` from a `Calibration`.
+"""Seconds of instructions on this machine's CPU: `schedule.Costs` from a `Calibration`.
 
 A matrix product takes what a product of the nearest measured shapes took; a loop over elements the larger of
 its arithmetic and its memory traffic; each on all cores and on one, as kernels (thunks) that do not wait for
-each other share them (`thunks.py`). Forced CPU devices share the cores too.
+each other share them (`cpu_schedule.py`). Forced CPU devices share the cores too.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ NEAREST = 4  # measured products that a product's speed is interpolated from
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a kernel takes: alone on all cores, on one of them, and what its traffic takes of the memory's
-    whole bandwidth, which kernels at once share."""
+    """Seconds of a kernel: alone on all cores, on one core, and of its traffic at the memory's full
+    bandwidth, which concurrent kernels share."""
 
     alone: float
     one_core: float
@@ -69,7 +69,7 @@ class CpuCosts:
         return self.seconds(module, computation, i, kind).alone
 
     def seconds(self, module: Module, computation: str, i: Instruction, kind: str) -> Seconds:
-        """What an instruction that is neither a loop nor a call takes on the device's share of the cores."""
+        """Seconds of an instruction that is neither loop nor call, on the device's share of the cores."""
         if i.opcode == "custom-call" and not i.bytes:
             return Seconds(0.0, 0.0)
         moved = module.touched_bytes(computation, i) * (IN_PLACE if kind == "optimizer" else 1)
@@ -118,7 +118,7 @@ class CpuCosts:
         return min(parts, self.cores)
 
     def _arithmetic_s(self, module: Module, i: Instruction) -> float:
-        """Of one thread: every operation of a loop, on its own elements, no more than are wanted."""
+        """Seconds of one thread: every operation of a loop, on its own elements, no more than are used."""
         if i.opcode != "fusion":
             strided = i.opcode in ("transpose", "copy", "gather", "scatter")
             return _elements(i) * self.c.transpose_s if strided else 0.0

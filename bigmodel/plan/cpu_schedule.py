@@ -38,7 +38,7 @@ class _Thunk:
     share_s: float = 0.0  # of the time that passed while it ran, its part
 
     def placed(self) -> Iterable[Event]:
-        """Its events where they came to lie, with what they add to the step."""
+        """Its events at their times, with the seconds that each adds to the step."""
         stretched = (self.end_s - self.start_s) / self.seconds.alone
         share = self.share_s / self.seconds.alone
         for event in self.events:
@@ -91,7 +91,7 @@ def _thunks(module: Module, computation: str, costs: CpuCosts, times: int) -> li
 def _work(
     module: Module, computation: str, i: Instruction, costs: CpuCosts, times: int
 ) -> tuple[Seconds, tuple[Event, ...]]:
-    """What an instruction takes, and the events it is made of."""
+    """Seconds of an instruction, and its events."""
     if i.opcode in SILENT:
         return Seconds(0.0, 0.0), ()
     if i.opcode == "while":
@@ -100,8 +100,8 @@ def _work(
         once, events = _run(module, body, costs, times * count)
         return Seconds(count * once.alone, count * once.one_core, count * once.memory), events
     if i.opcode in ("call", "conditional"):  # a conditional takes its longest branch
-        ways = [_run(module, called, costs, times) for called in i.called]
-        return max(ways, key=lambda way: way[0].alone, default=(Seconds(0.0, 0.0), ()))
+        branches = [_run(module, called, costs, times) for called in i.called]
+        return max(branches, key=lambda branch: branch[0].alone, default=(Seconds(0.0, 0.0), ()))
     if moved := transfer_of(module, computation, i):
         took = costs.transfer_s(moved)
         event = Event(
@@ -182,8 +182,10 @@ class _Pool:
         return queue
 
     def _takes(self) -> dict[int, float]:
-        """Thunk -> seconds that its whole work would take as it is run now; others stand still. The pool
-        takes one kernel after another, with the cores that are free."""
+        """Thunk -> seconds that all of its work would take at its present share of the cores; others wait.
+
+        The pool takes one kernel after another, with the cores that are free.
+        """
         running = list(self.blocking)
         if len(running) + 1 <= self.cores:
             running += self.handed[:1]
@@ -197,7 +199,7 @@ class _Pool:
         return self._shared(takes)
 
     def _shared(self, takes: dict[int, float]) -> dict[int, float]:
-        """The memory's bandwidth goes to all alike, and what one does not want to the others."""
+        """Shares the memory's bandwidth equally; what one does not use goes to the others."""
         wanted = {index: self.thunks[index].seconds.memory / took for index, took in takes.items()}
         left, slowed = 1.0, dict(takes)
         for done, index in enumerate(sorted(wanted, key=wanted.__getitem__)):

@@ -1,4 +1,4 @@
-"""What a compiled Program holds and takes: parameters, bytes on a device, a step on a target's clock."""
+"""Parameters, bytes on a device and executed FLOPs of a compiled Program."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def tree_bytes(spec: Any) -> int:
 
 
 def parameters(spec: Any) -> int:
-    """How many numbers a tree of specs or arrays holds, over the whole mesh."""
+    """Number of elements in a tree of specs or arrays, over the full mesh."""
     return sum(math.prod(s.shape) for s in jax.tree.leaves(spec))
 
 
 def weights(program: Program) -> Any:
-    """Of the state's spec, what holds the parameters: where they are quantized, parts of `rest` too."""
+    """The part of the state's spec that stores parameters; of quantized ones also parts of `rest`."""
     spec = program.state_spec
     return spec["params"], program.model.divide(spec["rest"])[0]
 
@@ -40,11 +40,7 @@ def weights(program: Program) -> Any:
 def active_parameters(program: Program) -> int:
     """Parameters that one token passes through: of experts, its own share."""
     spec, share = program.model.plain_spec, program.config.model.expert_share
-    experts = sum(
-        math.prod(s.shape)
-        for path, s in jax.tree_util.tree_leaves_with_path(spec)
-        if "/experts/" in trees.path_str(path)
-    )
+    experts = sum(math.prod(s.shape) for path, s in trees.by_path(spec).items() if "/experts/" in path)
     return parameters(spec) - round(experts * (1 - share))
 
 
@@ -54,7 +50,7 @@ def trained_parameters(program: Program) -> int:
 
 
 def memory(program: Program, compiled: Compiled, machine: Machine) -> dict[str, Any]:
-    """Bytes on one device: what the state takes, and the compiler's own peak against the memory there is."""
+    """Bytes on one device: of the state, and the compiler's own peak against the memory there is."""
     spec = program.state_spec
     arguments, outputs = compiled.argument_bytes, compiled.output_bytes - compiled.alias_bytes
     peak, capacity = peak_bytes(compiled, machine.target.compiler), machine.capacity_bytes
@@ -101,5 +97,5 @@ class _OneFlopASecond:
 
 
 def steps_for_budget(program: Program) -> int:
-    """How many steps `config.budget` training FLOPs buy, at least one."""
+    """Number of steps that `config.budget` training FLOPs buy, at least one."""
     return max(int(program.config.budget // flops.model_flops(program)), 1)

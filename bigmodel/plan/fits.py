@@ -1,4 +1,4 @@
-"""Compares what a Program takes with the memory that is free here, before the first array is made."""
+"""Compares the memory that a Program takes with what is free here, before the first array is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bigmodel.plan import estimate
 from bigmodel.program import Program
 from bigmodel.units import size
 
-# Ways to a smaller state, by the least that each changes.
+# Keys that make the state smaller, the least change first.
 SMALLER = (
     {"optim.name": "adafactor"},
     {"param_dtype": "bfloat16"},
@@ -29,18 +29,20 @@ FORCE = "or start it all the same with --force"
 
 
 def check_state(built: Program) -> None:
-    """Raises InputError where the state alone is more than what is free: no need to compile, then."""
+    """Raises InputError where the state alone exceeds the free memory, before anything is compiled."""
     for room, sharers in _rooms(built):
         needed = estimate.tree_bytes(built.state_spec) * sharers
         if needed > room.free_bytes:
             tries = [
-                _flags(way) for way in SMALLER if _state_bytes(built, way) * sharers < 0.7 * room.free_bytes
+                _flags(keys)
+                for keys in SMALLER
+                if _state_bytes(built, keys) * sharers < 0.7 * room.free_bytes
             ]
             raise InputError(_refusal("the state alone", needed, room, tries[:2]))
 
 
 def check_step(built: Program, compiled: Any) -> None:
-    """Raises InputError where a step takes more than what is free. Args: compiled: the train step."""
+    """Raises InputError where a step exceeds the free memory. Args: compiled: the train step."""
     made = compiled_lib.of(compiled, text=False)
     platform = built.mesh.devices.flat[0].platform
     peak = estimate.peak_bytes(made, "libtpu" if platform == "tpu" else platform)
@@ -79,7 +81,7 @@ def reporting() -> Iterator[None]:
 
 
 def _rooms(built: Program) -> Iterator[tuple[Room, int]]:
-    """What is free, and among how many of this host's devices it is shared."""
+    """Free memory, and the number of this host's devices that share it."""
     if cpus := _cpus(built):
         if (room := memory.room()) is not None:
             yield room, cpus
@@ -103,18 +105,18 @@ def _refusal(what: str, needed: float, room: Room, tries: list[str]) -> str:
     )
 
 
-def _state_bytes(built: Program, way: dict[str, str]) -> float:
+def _state_bytes(built: Program, changes: dict[str, str]) -> float:
     """Bytes of a device's state with other settings; infinite where they make no run."""
     try:
-        config = override(built.config, way)
+        config = override(built.config, changes)
         return estimate.tree_bytes(program.build(config, built.mesh, tasks.batch_spec(config)).state_spec)
     except InputError:
         return float("inf")
 
 
 def _smaller_steps(built: Program, state: float, rest: float, free: float) -> Iterator[str]:
-    """Flags that are likely to fit, the least change first: what a step takes beside the state is about
-    gradients, and activations of a microbatch."""
+    """Flags that are likely to fit, the least change first: a step takes the state, gradients and
+    the activations of a microbatch."""
     config, ways = built.config, mesh_lib.batch_ways(built.mesh)
     gradients = min(estimate.tree_bytes(built.state_spec["params"]), rest)
     pieces = program.microbatches(config, built.mesh)
@@ -135,5 +137,5 @@ def _smaller_steps(built: Program, state: float, rest: float, free: float) -> It
             return
 
 
-def _flags(way: dict[str, str]) -> str:
-    return " ".join(f"--config.{key}={value}" for key, value in way.items())
+def _flags(changes: dict[str, str]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())

@@ -32,9 +32,9 @@ def forward_flops(program: Program) -> float:
 
 
 def teacher_flops(program: Program) -> float:
-    """FLOPs of the models that training runs forward beside its own, over one global batch."""
-    told = program.state_spec["rest"]
-    return sum(_forward(program, model, **told[part]) for part, model in program.model.frozen.items())
+    """FLOPs of the other models that training runs forward, over one global batch."""
+    rest = program.state_spec["rest"]
+    return sum(_forward(program, model, **rest[part]) for part, model in program.model.frozen.items())
 
 
 def _forward(program: Program, model: Definition, params: Any, rest: Any) -> float:
@@ -127,12 +127,12 @@ def _jaxpr_flops(jaxpr: Any, windowed: bool = False) -> float:
 
 
 def _needed_flops(jaxpr: Any) -> float:
-    """FLOPs of what the outputs need, in loops too: what is computed for nothing, no compiler keeps."""
+    """FLOPs that the outputs need, in loops too: no compiler keeps computations without a use."""
     return _jaxpr_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _equation_flops(equation: Any, windowed: bool = False) -> float:
-    """FLOPs of one call; of attention with a window those of the keys in it (`windowed`: seen to already)."""
+    """FLOPs of one call; of attention with a window, only those of its keys (`windowed`: counted already)."""
     window = None if windowed else SEES.search(str(equation.source_info.name_stack))
     if window:
         return _equation_flops(equation, True) * int(window.group(1)) / int(window.group(2))

@@ -36,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; what is not parsed stays in `text`."""
+    """One line of a computation; `text` has the parts that are not parsed."""
 
     name: str
     opcode: str
@@ -90,7 +90,7 @@ class Module:
         return {name: {i.name: i for i in body} for name, body in self.computations.items()}
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a while loop runs: what XLA says, or `bound / step` read from its condition and body.
+        """Number of rounds of a while loop: XLA's own, or `bound / step` read from its condition and body.
 
         Raises:
             ValueError: the loop's length is not a constant of the module.
@@ -110,7 +110,7 @@ class Module:
         return found + [i for j in list(found) for called in j.called for i in self._reachable(called)]
 
     def _counter(self, condition: str) -> int:
-        """Which of what a loop carries its condition compares: the one whole number that it takes out."""
+        """Index of the loop's variable that its condition compares: the one integer that it extracts."""
         taken = [
             i for i in self.computations.get(condition, ())
             if i.opcode == "get-tuple-element" and i.shapes[0].dims == () and i.shapes[0].dtype in WHOLE
@@ -133,7 +133,7 @@ class Module:
         return total
 
     def flops(self, name: str) -> float:
-        """FLOPs of the dots and convolutions in a computation and what it calls, loops not multiplied."""
+        """FLOPs of the dots and convolutions in a computation and its callees, each loop counted once."""
         return sum(self.instruction_flops(name, i) for i in self.computations.get(name, ()))
 
     def instruction_flops(self, computation: str, i: Instruction) -> float:

@@ -47,7 +47,7 @@ def plan(config: Config, spec: str = "", *, assume: dict[str, float] | None = No
 
 
 def on(config: Config, aim: Target, *, assume: dict[str, float] | None = None, advise: bool = True) -> Plan:
-    """As `plan`, on a target that is made already. Args: advise: a refusal names settings that fit."""
+    """Returns `plan` on a target that is made already. Args: advise: name settings that fit in a refusal."""
     began = time.perf_counter()
     built = build(config, aim)
     compiled = compile_for(built, aim, advise)

@@ -1,9 +1,9 @@
-"""Walks a scheduled HLO module as the chip would: what runs when, and what compute hides.
+"""Walks a scheduled HLO module as the chip would, and finds the transfers that compute hides.
 
 The compute stream takes instructions in the compiler's order. Collectives and copies between memories run
-beside it on streams of their own, from their start to their done; a done that comes too early is exposed
-time. A loop's body is walked twice (the second time in its steady state) and multiplied by its length, so the
-cost of a plan does not grow with depth. What an instruction costs is the business of `Costs`.
+at the same time on streams of their own, from their start to their done; a done that comes too early is
+exposed time. A loop's body is walked twice (the second time in its steady state) and multiplied by its
+length, so the cost of a plan does not grow with depth. `Costs` prices each instruction.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Schedule:
 
 
 class Costs(Protocol):
-    """What a chip takes for an instruction."""
+    """Seconds that hardware takes for instructions and transfers."""
 
     def compute_s(
         self, module: Module, computation: str, i: Instruction, kind: str, flops: float
@@ -80,7 +80,7 @@ class Costs(Protocol):
 
 @dataclass
 class _Clock:
-    """Where time stands: the compute stream, when every other stream is free, and what is under way."""
+    """The time on the compute stream, the time at which each other stream is free, and the events so far."""
 
     now_s: float = 0.0
     free_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -128,10 +128,10 @@ def _loop(module: Module, i: Instruction, costs: Costs, clock: _Clock, times: in
     began, first = clock.now_s, len(clock.events)
     _walk(module, body, costs, clock, times * count)
     if count > 1:
-        once, seen = clock.now_s, len(clock.events)
+        once, end = clock.now_s, len(clock.events)
         _walk(module, body, costs, clock, times * count)
         steady = clock.now_s - once
-        del clock.events[first:seen]  # keep the steady iteration, moved to the loop's beginning
+        del clock.events[first:end]  # keep the steady iteration, moved to the loop's beginning
         clock.events[first:] = [replace(e, start_s=e.start_s - (once - began)) for e in clock.events[first:]]
         clock.now_s = began + count * steady
         for stream in clock.free_s:
@@ -277,7 +277,7 @@ def _is_async(module: Module, i: Instruction) -> bool:
 
 
 def _priced(kind: str, i: Instruction, table: dict[str, Instruction]) -> Transfer:
-    """Bytes of what every device holds after (gather) or before (the others)."""
+    """Bytes of a device's array after (gather) or before (the others) a collective."""
     known = [table[o] for o in i.operands if o in table]
     if kind == "ragged-all-to-all":
         known = known[:1]  # then: where it goes, offsets and sizes

@@ -1,6 +1,6 @@
-"""Which mesh, remat and microbatches suit a target: a closed form orders all, the compiler ranks the best.
+"""Finds mesh, remat and microbatches for a target: a closed form orders all, the compiler ranks the best.
 
-Only what was compiled for the target, and fits, is ranked: what does not is never first.
+A candidate that does not fit when compiled is never first.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What was compiled, and how many ways it was chosen from."""
+    """Compiled candidates, the others, and their numbers."""
 
     rows: tuple[Row, ...]  # those that fit first, the fastest per example first
     others: tuple[Candidate, ...]  # not compiled: those that are likely to fit first, by the closed form
     considered: int
     dropped: int  # cannot fit, by the closed form
-    least_bytes: float  # of one device, the least that any way needs
+    least_bytes: float  # of one device, the least that any candidate needs
 
     @property
     def best(self) -> Row:
@@ -48,7 +48,7 @@ class Result:
             raise InputError("--search: no mesh divides batch_size and the model's heads; change batch_size")
         if not self.rows:
             raise InputError(
-                f"--search: nothing fits: the least of {self.considered:,} ways needs "
+                f"--search: nothing fits: the least of {self.considered:,} candidates needs "
                 f"{units.size(self.least_bytes)} a device; take a larger target or a smaller batch_size"
             )
         if self.rows[0].receipt is None:
@@ -65,12 +65,12 @@ def search(
     assume: dict[str, float] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
-    """Ranks the ways to run `config` on the target `spec` (as `planner.plan` takes it).
+    """Ranks meshes, remat and microbatches of `config` on the target `spec` (as `planner.plan` takes it).
 
     Args:
-        compile_best: so many that fit are compiled (at most three times as many are tried).
-        over: which of OVER may change beside the mesh; the ranking is by seconds an example.
-        say: told of each compilation before it starts.
+        compile_best: number of candidates that fit to compile (at most three times as many are tried).
+        over: which of OVER may change with the mesh; the ranking is by seconds an example.
+        say: called with a line before each compilation.
 
     Raises:
         InputError: no such target.
@@ -102,12 +102,12 @@ def _compile(candidate: Candidate, aim: Target, assume: dict[str, float] | None)
 
 
 def _thinned(order: list[Candidate], capacity: float) -> list[Candidate]:
-    """Of one mesh and remat only the best: where it is likely to fit, more microbatches only cost."""
-    seen, out = set(), []
+    """Keeps the best of each mesh and remat: where it is likely to fit, more microbatches only cost."""
+    done, out = set(), []
     for c in order:
         key = (c.config.mesh, c.config.remat, c.config.batch_size, c.likely_bytes <= capacity)
-        if key not in seen:
-            seen.add(key)
+        if key not in done:
+            done.add(key)
             out.append(c)
     return out
 

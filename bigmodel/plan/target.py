@@ -118,7 +118,7 @@ def make(spec: str, dtype: str = "float32") -> Target:
 
 
 def installed(package: str) -> bool:
-    """Whether a compiler's package is here; nothing of it is loaded."""
+    """True if a compiler's package is installed; nothing of it is loaded."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of a package's parent
