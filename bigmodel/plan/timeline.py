@@ -116,7 +116,7 @@ def _draw(steps: Schedule, path: pathlib.Path, title: str) -> None:
             [(per_s * at(start), per_s * (at(end) - at(start)))], (-0.4, 0.8), color=PHASES[found],
             linewidth=0,
         )  # fmt: skip
-    for found in {found for found, _, _ in _phases(steps)}:
+    for found in [found for found in PHASES if found in {each[0] for each in _phases(steps)}]:
         below.bar(0, 0, color=PHASES[found], label=found)
     for row, stream in enumerate(streams, 1):
         for kind in dict.fromkeys(e.kind for e in steps.events if e.stream == stream):
