@@ -22,6 +22,7 @@ from bigmodel import config as config_lib
 from bigmodel import data, huggingface, models, trees
 from bigmodel.checkpoint import transfer
 from bigmodel.config import Config, InputError
+from bigmodel.config.task import MLM
 from bigmodel.infer import loading
 from bigmodel.infer.predict import Predictor
 
@@ -355,7 +356,7 @@ def test_transformers_computes_the_same(oracle, tmp_path):
         given = {key: x.long() if x.dtype == torch.int32 else x for key, x in given.items()}
         wanted = model(**given)
     specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in ours.items()}
-    if config.task.next_sentence:
+    if isinstance(config.task, MLM) and config.task.next_sentence:
         specs["next_sentence"] = jax.ShapeDtypeStruct((3,), np.int32)
     definition = models.define(config, specs)
     params = trees.nest({path: arrays[path] for path in by_path(definition.params_spec)})
