@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,12 @@ import optax
 from jax.sharding import Mesh
 
 from bigmodel import mesh as mesh_lib
-from bigmodel import models, optim, sparsity, tasks, trees
+from bigmodel import models, optim, sparsity, tasks, trees, workdir
 from bigmodel.config import Config, InputError
 from bigmodel.machines import chips
 from bigmodel.metrics import Metrics
 from bigmodel.models.module import Definition
+from bigmodel.tasks import distill
 
 State = dict[str, Any]  # step, key, params, rest, opt [, ema] [, loss_scale]: nested dicts of arrays
 Batch = Mapping[str, Any]
@@ -78,7 +80,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     chips.check_dtype(chips.chip(mesh.devices.flat[0]), config.compute_dtype)
     sharding = mesh_lib.batch_sharding(mesh)
     batch_spec = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in batch_spec.items()}
-    model = models.define(config, batch_spec)
+    model = define(config, batch_spec)
     task, tx = tasks.make(config), optimizer(config, model)
 
     init = _on_mesh(mesh, lambda key: init_state(config, model, tx, key))
@@ -118,6 +120,19 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         eval_step=jax.jit(_on_mesh(mesh, eval_step), in_shardings=(None, sharding), out_shardings=everywhere),
         predict=jax.jit(_on_mesh(mesh, predict), in_shardings=(None, sharding), out_shardings=everywhere),
     )
+
+
+def define(config: Config, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> Definition:
+    """Returns the model that a run trains, with its teacher if it has one, whose config is read.
+
+    Raises:
+        InputError: the teacher has no config, or does not predict what the run does.
+    """
+    if not config.distill.teacher:
+        return models.define(config, batch_spec)
+    taught = workdir.read_config(pathlib.Path(config.distill.teacher))
+    distill.check(config, taught)
+    return models.define(config, batch_spec, taught)
 
 
 def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,8 +41,9 @@ from bigmodel.compress import (
 )
 from bigmodel.config import InputError, Prune
 from bigmodel.infer import loading
-from bigmodel.models import attention, distilled, weights
+from bigmodel.models import attention, weights
 from bigmodel.plan import estimate, flops
+from bigmodel.tasks import distill
 
 DIGITS = {
     "data__data_dir": None, "steps": 6, "batch_size": 32, "log__tensorboard": False, "eval__batches": 2,
@@ -261,10 +262,10 @@ def test_a_teacher_costs_what_the_plan_says_and_evaluation_does_without(dense):
 def test_the_distance_from_a_teacher_is_zero_at_the_teacher_and_nowhere_below():
     config = tiny("cnn")
     logits = jax.random.normal(jax.random.key(0), (6, 10))
-    assert distilled.distance(config, logits, logits) == pytest.approx(np.zeros(6), abs=1e-6)
-    assert distilled.distance(config, logits + 3, logits) == pytest.approx(np.zeros(6), abs=1e-5)
-    assert (distilled.distance(config, logits[::-1], logits) > 0).all()
-    assert distilled.likeness(2 * logits, logits, (6,)) == pytest.approx(np.zeros(6), abs=1e-6)
+    assert distill.distance(config, logits, logits) == pytest.approx(np.zeros(6), abs=1e-6)
+    assert distill.distance(config, logits + 3, logits) == pytest.approx(np.zeros(6), abs=1e-5)
+    assert (distill.distance(config, logits[::-1], logits) > 0).all()
+    assert distill.likeness(2 * logits, logits, (6,)) == pytest.approx(np.zeros(6), abs=1e-6)
 
 
 def test_maps_are_no_way_from_themselves_and_learning_brings_them_near():
@@ -274,18 +275,18 @@ def test_maps_are_no_way_from_themselves_and_learning_brings_them_near():
     )
     mask = attention.visible(jnp.asarray([[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0]]), 6, 6, causal=True)
     told = told._replace(mask=mask)
-    np.testing.assert_allclose(distilled.maps_apart(told, told), np.zeros((2, 6)), atol=1e-6)
+    np.testing.assert_allclose(distill.maps_apart(told, told), np.zeros((2, 6)), atol=1e-6)
     own = [jax.random.normal(k, (2, 6, 3, 4)) for k in key[3:]]  # other heads, another width
 
     @jax.jit
     def far(own):
-        return distilled.maps_apart(attention.Attended(*own, mask), told).sum()
+        return distill.maps_apart(attention.Attended(*own, mask), told).sum()
 
     first, slope = jax.value_and_grad(far)(own)
     assert first > 0
     assert far(jax.tree.map(lambda x, g: x - 0.05 * g, own, slope)) < first
     later = told._replace(k_BSGK=told.k_BSGK.at[:, 5].set(9.0))  # nobody sees it in the first document
-    np.testing.assert_allclose(distilled.maps_apart(later, told)[:, :4], np.zeros((2, 4)), atol=1e-6)
+    np.testing.assert_allclose(distill.maps_apart(later, told)[:, :4], np.zeros((2, 4)), atol=1e-6)
 
 
 @pytest.mark.slow

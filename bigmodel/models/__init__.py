@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 
 import jax
 
-from bigmodel import mesh, workdir
+from bigmodel import mesh
 from bigmodel.config import Config
 from bigmodel.models import distilled, module, quantized
 from bigmodel.models.lora import wrap as with_adapters
 
 
-def define(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct]) -> module.Definition:
-    """The model of `config`, with its teacher if it has one, for batches of `spec`; no array exists yet."""
+def define(
+    config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], taught: Config | None = None
+) -> module.Definition:
+    """Returns the model of `config` for batches of `spec`; no array exists yet.
+
+    Args:
+        taught: the config of its teacher (`distill.teacher`); None: the model alone.
+    """
     rules = mesh.rules_of(config)
     definition = _alone(config, spec, rules)
-    if not config.distill.teacher:
-        return definition
-    taught = workdir.read_config(pathlib.Path(config.distill.teacher))
-    return distilled.wrap(definition, _alone(taught, spec, rules), config, taught)
+    return definition if taught is None else distilled.wrap(definition, _alone(taught, spec, rules), config)
 
 
 def _alone(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rules: mesh.Rules) -> module.Definition:

@@ -1,27 +1,21 @@
-"""A student and its teacher as one Definition: in training both see the batch, and the student also learns
-from the teacher's outputs.
+"""A student and its teacher as one Definition: in training both see the batch.
 
 The teacher's arrays are `rest["teacher"]`: nothing trains them, checkpoints and the mesh know them as any
-others, and a plan counts their bytes and FLOPs. Evaluation runs the student alone.
-
-Legend: B batch, L positions, S keys, H heads, V vocabulary or classes, D features.
+others, and a plan counts their bytes and FLOPs. Evaluation runs the student alone. The loss that compares the
+two is tasks/distill.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from bigmodel import trees
 from bigmodel.config import Config, InputError
-from bigmodel.config.families import Transformer
 from bigmodel.models import attention, weights
 from bigmodel.models.module import Definition, Tree
 
@@ -29,12 +23,20 @@ NAME = "teacher"
 OUTPUT = ("head/kernel", "classifier/head/kernel", "embed/table")  # the output layer: the first that is there
 
 
+class Compared(NamedTuple):
+    """`outputs["teacher"]` in training: pairs of the student's arrays and the teacher's."""
+
+    logits: tuple[jax.Array, jax.Array]
+    hidden: tuple[jax.Array, jax.Array] | None  # inputs of the output layers [..., N, D]
+    attention: tuple[tuple[attention.Attended, attention.Attended], ...]
+
+
 @dataclass(frozen=True)
 class Distilled(Definition):
     """Built by `wrap`; `frozen` is the teacher."""
 
     student: Any = None
-    config: Any = None
+    compares_hidden: bool = False
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest); the teacher's are random until `checkpoint/teachers.py` fills them."""
@@ -45,75 +47,38 @@ class Distilled(Definition):
     def apply(
         self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
     ) -> tuple[Any, Tree]:
-        """Runs the student; in training the outputs' `losses` hold its distance from the teacher."""
+        """Runs the student; in training the outputs' `teacher` is a `Compared`."""
         own = {part: value for part, value in rest.items() if part != NAME}
-        how, teacher = self.config.distill, jax.lax.stop_gradient(rest[NAME])
+        teacher = jax.lax.stop_gradient(rest[NAME])
         if not train:
             outputs, own = self.student.apply(params, own, batch, key=key, train=False)
             return outputs, {**own, NAME: rest[NAME]}
         features: list[list[jax.Array]] = [[], []]
-        if how.hidden:
+        if self.compares_hidden:
             params = _watched(params, features[0])
             teacher = {**teacher, "params": _watched(teacher["params"], features[1])}
         with attention.watched() as own_maps:
             outputs, own = self.student.apply(params, own, batch, key=key, train=True)
         with attention.watched() as teacher_maps:
             target, _ = self.frozen[NAME].apply(**teacher, batch=batch, key=None, train=False)
-        loss = how.weight * distance(self.config, outputs["logits"], jax.lax.stop_gradient(target["logits"]))
-        losses = {"distill": loss}
-        if how.hidden:
-            x, y = features[0][-1], jax.lax.stop_gradient(features[1][-1])
-            losses["hidden"] = how.hidden * likeness(x, y, loss.shape)
-        losses = {name: _for_task(self.config, value, batch) for name, value in losses.items()}
-        if how.attention:
-            shape = losses["distill"].shape
-            pairs = zip(own_maps, teacher_maps, strict=True)
-            far = [_of_shape(maps_apart(*pair), batch, shape) for pair in pairs]
-            losses["attention"] = how.attention * sum(far, jnp.zeros(shape, jnp.float32))
-        return {**outputs, "losses": {**outputs.get("losses", {}), **losses}}, {**own, NAME: rest[NAME]}
+        compared = Compared(
+            (outputs["logits"], jax.lax.stop_gradient(target["logits"])),
+            (features[0][-1], jax.lax.stop_gradient(features[1][-1])) if self.compares_hidden else None,
+            tuple(zip(own_maps, teacher_maps, strict=False)),
+        )
+        return {**outputs, NAME: compared}, {**own, NAME: rest[NAME]}
 
 
-def wrap(student: Definition, teacher: Definition, config: Config, taught: Config) -> Definition:
-    """The two as one.
-
-    Args:
-        config, taught: the student's and the teacher's.
+def wrap(student: Definition, teacher: Definition, config: Config) -> Definition:
+    """Returns the two as one.
 
     Raises:
-        InputError: they do not predict the same thing.
+        InputError: one of them has no output layer whose inputs `distill.hidden` could compare.
     """
-    where = config.distill.teacher
-    if not (config.task.one_output or config.task.predicts_tokens):
-        raise InputError(
-            f"distill.teacher: task.name={config.task.name} has no logits to learn; leave it out, or distil "
-            "a model that classifies, regresses or predicts tokens"
-        )
-    for key in ("vocab_size", "num_classes"):
-        own, other = (getattr(c.model, key, None) for c in (config, taught))
-        if own != other:
-            raise InputError(f"distill.teacher={where} has model.{key}={other}; set model.{key} so")
-    if taught.task.name != config.task.name:
-        raise InputError(
-            f"distill.teacher={where} does task.name={taught.task.name}, not {config.task.name}; "
-            "give a teacher of the same task"
-        )
-    if not config.task.one_output and taught.seq_len != config.seq_len:
-        raise InputError(f"distill.teacher={where} has seq_len={taught.seq_len}; set seq_len so")
-    for who, definition, c in (("model", student, config), ("teacher", teacher, taught)):
+    for who, definition in (("model", student), ("teacher", teacher)):
         if config.distill.hidden and _output(definition.params_spec) is None:
             raise InputError(
                 f"distill.hidden finds no plain output layer in the {who}; set distill.hidden to 0"
-            )
-        if config.distill.attention and not isinstance(c.model, Transformer):
-            raise InputError(
-                f"distill.attention finds no attention in the {who} ({c.model.name}); set it to 0"
-            )
-    for key in ("patch", "pool"):
-        own, other = (getattr(c.model, key, None) for c in (config, taught))
-        if config.distill.attention and own != other:
-            raise InputError(
-                f"distill.attention compares position by position, but distill.teacher={where} has "
-                f"model.{key}={other}; set model.{key} so"
             )
     spec = {"params": teacher.params_spec, "rest": teacher.rest_spec}
     fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(Definition)}
@@ -122,79 +87,9 @@ def wrap(student: Definition, teacher: Definition, config: Config, taught: Confi
         "weight_parts": (*student.weight_parts, NAME),
         "unpack": lambda params, parts: student.unpack(params, student.divide(parts)[0]),
     }
-    return Distilled(**fields | {"frozen": {NAME: teacher}}, student=student, config=config)
-
-
-def distance(config: Config, student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Distance of logits [..., V] from the teacher's -> [...].
-
-    T^2 KL(teacher || student) of the probabilities at temperature T (Hinton et al. 2015, section 2), label by
-    label where there are several; of values, squares.
-    """
-    t = config.distill.temperature
-    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    if config.task.label_kind == "numbers":
-        return jnp.square(student - teacher).mean(-1)
-    if config.task.label_kind == "classes":
-        soft = jax.nn.sigmoid(teacher / t)
-        return t * t * (optax.sigmoid_binary_cross_entropy(student / t, soft)).mean(-1)
-    log_p, log_q = jax.nn.log_softmax(teacher / t), jax.nn.log_softmax(student / t)
-    return t * t * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-
-
-def likeness(x: jax.Array, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Difference in how the student's features x [..., N, D] and the teacher's y [..., N, E] relate N rows to
-    each other (Tung and Mori 2019, eq. 2-4); of any widths -> `shape`."""
-
-    def related(x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        gram = jnp.einsum("...ND,...MD->...NM", x, x)
-        return gram / jnp.maximum(jnp.linalg.norm(gram, axis=-1, keepdims=True), 1e-6)
-
-    off = jnp.square(related(x) - related(y)).sum(-1)
-    return off if off.shape == shape else jnp.broadcast_to(off.mean(), shape)
-
-
-def maps_apart(own: attention.Attended, teacher: attention.Attended) -> jax.Array:
-    """Distance of a layer's self-attention from the teacher's -> [B, L], for each query.
-
-    KL(teacher || student) of what each position attends to, plus that of how its value relates to the others'
-    (MiniLM, Wang et al. 2020, eq. 3-6). Heads are compared one by one, or their means where the two have not
-    as many; widths may differ.
-    """
-    pair = (jax.lax.stop_gradient(teacher), own)
-    maps = [attention.log_maps(x.q_BLHK, x.k_BSGK, x.mask, x.bias_HLS) for x in pair]
-    values = [attention.log_maps(x.v_BSGK, x.v_BSGK, x.mask) for x in pair]
-    return _apart(*maps) + _apart(*values)
-
-
-def _apart(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q) of log probabilities [B, H, L, S], over the last axis, and the mean over heads -> [B, L]."""
-    if log_p.shape[1] != log_q.shape[1]:
-        means = (jax.nn.logsumexp(x, axis=1, keepdims=True) - math.log(x.shape[1]) for x in (log_p, log_q))
-        log_p, log_q = means
-    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean(1)
-
-
-def _of_shape(x_BL: jax.Array, batch: Mapping[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """Values of positions -> `shape`, [B] or [B, ...]: as they are where the task counts these positions,
-    else the mean over the real ones."""
-    if x_BL.shape == shape:
-        return x_BL
-    parts = [batch[name] for name in ("segments", "decoder_segments") if name in batch]
-    real_BL = next((part > 0 for part in parts if part.shape == x_BL.shape), jnp.ones(x_BL.shape, bool))
-    weight_BL = real_BL.astype(jnp.float32)
-    mean_B = (x_BL * weight_BL).sum(1) / jnp.maximum(weight_BL.sum(1), 1)
-    return jnp.broadcast_to(mean_B.reshape(-1, *(1,) * (len(shape) - 1)), shape)
-
-
-def _for_task(config: Config, loss: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """A masked-word model counts its losses by position of the text [B, L], not of the masks [B, M]."""
-    if "masked_real" not in batch:
-        return loss
-    real = batch["masked_real"]
-    mean_B1 = (loss * real).sum(1, keepdims=True) / jnp.maximum(real.sum(1, keepdims=True), 1)
-    return jnp.broadcast_to(mean_B1, batch["segments"].shape)
+    return Distilled(
+        **fields | {"frozen": {NAME: teacher}}, student=student, compares_hidden=config.distill.hidden > 0
+    )
 
 
 def _output(tree: Tree) -> str | None:

@@ -13,11 +13,11 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from bigmodel import mesh, models, optim, tasks
+from bigmodel import mesh, optim, tasks
 from bigmodel.config import Config
 from bigmodel.models.attention import SEES
 from bigmodel.models.module import Definition
-from bigmodel.program import Program, gradients, microbatches
+from bigmodel.program import Program, define, gradients, microbatches
 
 
 def count(function: Callable[..., Any], *specs: Any) -> float:
@@ -84,7 +84,7 @@ def loss_flops(program: Program) -> float:
 def gradient_flops(program: Program) -> float:
     """FLOPs of the loss and its gradient over one global batch, nothing computed again (remat)."""
     config, (pieces, batch_spec) = program.config.replace(remat="none"), _piece(program)
-    model, task = models.define(config, batch_spec), tasks.make(config)
+    model, task = define(config, batch_spec), tasks.make(config)
 
     def gradient(state: Any, batch: Any) -> Any:
         with mesh.plain():

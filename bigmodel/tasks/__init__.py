@@ -16,6 +16,7 @@ from bigmodel.config import Config
 from bigmodel.data import pipeline
 from bigmodel.data.facts import Facts
 from bigmodel.data.pipeline import Pipeline, Split
+from bigmodel.tasks import distill
 from bigmodel.tasks.base import Task
 from bigmodel.tasks.detect import Detect
 from bigmodel.tasks.gan import GAN
@@ -41,7 +42,7 @@ TASKS: dict[type[keys.TaskKeys], type[Task]] = {
 def make(config: Config) -> Task:
     """Returns the task that `config.task` names: one of these, or one of your own."""
     task = TASKS.get(type(config.task)) or config.task.task()
-    return task(config)
+    return distill.around(task)(config) if config.distill.teacher else task(config)
 
 
 def make_pipeline(
