@@ -4,8 +4,8 @@ collectives, the step's time, and the run's hours, energy, emissions and dollars
     python scripts/plan.py --config=configs/gpt.py:size=llama-7b --target=v5e:16x16 --config.mesh.fsdp=256 \\
         --json=plan.json
 
-With --mode=serve, the cost of serving the model: the largest batch and context that fit, the latency of a
-prompt and of a token, tokens a second and dollars a million tokens.
+With --mode=serve, the cost of serving the model: the largest batch that fits, the latency of a prompt,
+and over batch sizes the latency of a token, tokens a second and dollars a million tokens.
 
 Targets: TPU slices (v4, v5e, v5p, v6e, tpu7x, as v5e:16x16 or 2*v5e:16x16), NVIDIA hosts x GPUs (a100-80,
 h100, h200, b200, as h100:8x8), and this machine (cpu, cpu:8). TPUs and GPUs are planned with their own
@@ -14,6 +14,7 @@ compilers after `pip install -e '.[plan]'`.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -51,7 +52,10 @@ def main() -> int:
         help="print each parameter's shape, mesh axes and bytes a device, and compile nothing",
     )  # fmt: skip
     flags.add_argument(
-        "--timeline", type=pathlib.Path, metavar="DIR", help="a step's trace and picture go here"
+        "--timeline",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a step's trace and picture go here; with --mode=serve the picture of the curve",
     )
     flags.add_argument(
         "--mode", choices=("train", "serve"), default="train", help="serve: batch, latency, dollars a token"
@@ -67,7 +71,7 @@ def main() -> int:
     if args.show_sharding:
         return _show_sharding(config, args.target)
     if args.mode == "serve":
-        return _serve(config, args.target, args.prompt, assume, args.json)
+        return _serve(config, args, assume)
     from bigmodel.plan import planner, receipt
 
     ranking: list[dict[str, Any]] = []
@@ -107,16 +111,17 @@ def _show_sharding(config: config_lib.Config, spec: str) -> int:
     return 0
 
 
-def _serve(
-    config: config_lib.Config, spec: str, prompt: int, assume: dict[str, float], out: pathlib.Path | None
-) -> int:
+def _serve(config: config_lib.Config, args: argparse.Namespace, assume: dict[str, float]) -> int:
     from bigmodel.infer import serving_plan
 
     with cli.patience("planning"):
-        plan = serving_plan.plan(config, spec, prompt=prompt, assume=assume)
+        plan = serving_plan.plan(config, args.target, prompt=args.prompt, assume=assume)
     print("\n".join(serving_plan.table(plan)))
-    if out:
-        out.write_text(json.dumps(plan, indent=2) + "\n")
+    if args.timeline:
+        title = f"{args.config} on {plan['target'] or 'this machine'}"
+        print(f"wrote     {serving_plan.draw(plan, args.timeline, title)}")
+    if args.json:
+        args.json.write_text(json.dumps(plan, indent=2) + "\n")
     return 0
 
 

@@ -193,7 +193,7 @@ def test_what_the_compiler_refuses_is_one_line(monkeypatch):
     assert "check compiler_options" in str(refuse("INVALID_ARGUMENT: No such compile option: 'xla_nonsense'"))
 
 
-def test_a_plan_for_serving_fills_the_memory_and_names_its_price(monkeypatch):
+def test_a_plan_for_serving_fills_the_memory_and_names_its_price(monkeypatch, tmp_path):
     monkeypatch.setattr(target, "installed", lambda package: False)
     config = tiny("gpt", batch_size=8, model__position="rope")
     r = serving_plan.plan(config, "h100:1x1", prompt=5)
@@ -204,7 +204,15 @@ def test_a_plan_for_serving_fills_the_memory_and_names_its_price(monkeypatch):
     hour = r["tokens_per_s"] * 3600 / 1e6 * r["dollars_per_million_tokens"]
     twice = serving_plan.plan(config, "h100:1x1", prompt=5, assume={"dollars_per_chip_hour": 2 * hour})
     assert twice["dollars_per_million_tokens"] == pytest.approx(2 * r["dollars_per_million_tokens"])
-    assert "tokens/s" in "\n".join(serving_plan.table(r))
+    batches = [point["batch"] for point in r["curve"]]
+    assert batches[:3] == [1, 8, 64]
+    assert batches == sorted(batches)
+    assert batches[-1] == r["batch"]
+    assert all(point["peak_bytes"] <= r["capacity_bytes"] for point in r["curve"])
+    assert r["context_at_batch_1"] == r["context"] == 16 < r["room_at_batch_1"]
+    rows = [line.split()[0] for line in serving_plan.table(r)[-1 - len(batches) : -1]]
+    assert rows == [f"{n:,}" for n in batches]
+    assert serving_plan.draw(r, tmp_path, "tiny GPT").stat().st_size > 5_000
     with pytest.raises(InputError, match="--mode=serve is for Transformers"):
         serving_plan.plan(tiny("mlp"), "h100:1x1")
     with pytest.raises(InputError, match="--prompt=16: choose 1 to 15"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from bigmodel.program import Program
 
 Receipt = dict[str, Any]
 TRIES = 4  # batch sizes that are compiled until one fits
+STEP = 8  # factor between two batch sizes of the curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +67,34 @@ def plan(
     batch, many = _largest(compiler, one, capacity)
     read = compiler.prefill(prompt)
     row = compiler.row_bytes
-    tokens_per_s = batch / many.time_s
+    curve = [_point(compiler, rows, assume or {}) for rows in _batches(compiler, batch)]
     out: Receipt = {
         "mode": "serve", "target": aim.spec, "devices": built.mesh.size, "how": many.how, "context": context,
         "prompt": prompt, "weights_bytes": estimate.tree_bytes(compiler.weights),
         "cache_bytes_per_token": row / context, "capacity_bytes": capacity,
-        "batch": batch, "peak_bytes": many.peak_bytes,
-        "context_at_batch_1": _longest(capacity, one, row, context), "prefill_s": read.time_s,
-        "token_s_at_batch_1": one.time_s, "token_s": many.time_s, "tokens_per_s": tokens_per_s,
+        "context_at_batch_1": min(_room(capacity, one, row, context), context),
+        "room_at_batch_1": _room(capacity, one, row, context), "prefill_s": read.time_s,
+        "token_s_at_batch_1": one.time_s, "curve": curve,
     }  # fmt: skip
-    return {**out, **_price(aim, built, tokens_per_s, assume or {})}
+    return {**out, **curve[-1]}
+
+
+def _batches(compiler: Compiler, largest: int) -> list[int]:
+    """The smallest batch, times 8, times 64 and so on, and the largest."""
+    rows = [compiler.ways]
+    while rows[-1] * STEP < largest:
+        rows.append(rows[-1] * STEP)
+    return sorted({*rows, largest})
+
+
+def _point(compiler: Compiler, batch: int, assume: Mapping[str, float]) -> Receipt:
+    """Decoding at one batch size: a point of the curve."""
+    cost = compiler.decode(batch)
+    tokens_per_s = batch / cost.time_s
+    return {
+        "batch": batch, "peak_bytes": cost.peak_bytes, "token_s": cost.time_s, "tokens_per_s": tokens_per_s,
+        **_price(compiler.aim, compiler.built, tokens_per_s, assume),
+    }  # fmt: skip
 
 
 def table(r: Receipt) -> list[str]:
@@ -87,17 +107,40 @@ def table(r: Receipt) -> list[str]:
         f"serve     on {where}: {r['devices']} devices; times from {r['how']}",
         f"memory    a device: weights {size(r['weights_bytes'])}, cache {cache} an id",
         f"largest   {many}: {size(r['peak_bytes'])}{room} a device",
-        f"          context {r['context_at_batch_1']:,} at batch 1",
-        f"prefill   {1e3 * r['prefill_s']:,.4g} ms for a prompt of {r['prompt']:,}",
-        f"a token   {1e3 * r['token_s_at_batch_1']:,.4g} ms at the smallest batch, "
-        f"{1e3 * r['token_s']:,.4g} ms at the largest",
-        f"speed     {r['tokens_per_s']:,.5g} tokens/s at the largest batch",
+        f"          one row would have room for {r['room_at_batch_1']:,} ids; the model's context is "
+        f"{r['context']:,}",
+        f"prefill   {units.seconds(r['prefill_s'])} for a prompt of {r['prompt']:,}",
+        f"decode    {'batch':>9}  {'a token':>10}  {'tokens/s':>10}  {'a device':>9}  {'$/M tokens':>10}",
     ]  # fmt: skip
-    if "dollars_per_million_tokens" in r:
+    for point in r["curve"]:
+        price = f"{point['dollars_per_million_tokens']:.4g}" if "dollars_per_million_tokens" in point else "-"
         lines.append(
-            f"price     ${r['dollars_per_million_tokens']:,.4g} a million tokens ({r['price_note']})"
+            f"          {point['batch']:>9,}  {units.seconds(point['token_s']):>10}  "
+            f"{point['tokens_per_s']:>10,.4g}  {size(point['peak_bytes']):>9}  {price:>10}"
         )
-    return lines
+    return [*lines, *([f"price     {r['price_note']}"] if "price_note" in r else [])]
+
+
+def draw(r: Receipt, directory: pathlib.Path, title: str) -> pathlib.Path:
+    """Draws a token's latency and tokens a second over batch sizes. -> the path of `serve.png`."""
+    from matplotlib.figure import Figure
+
+    directory.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    batches = [point["batch"] for point in r["curve"]]
+    per_second, unit = units.time_unit(max(point["token_s"] for point in r["curve"]))
+    for axes, values, label in zip(
+        figure.subplots(1, 2),
+        ([per_second * p["token_s"] for p in r["curve"]], [p["tokens_per_s"] for p in r["curve"]]),
+        (f"{unit} a token", "tokens/s"),
+        strict=True,
+    ):
+        axes.plot(batches, values, "o-", color="#1f4e79")
+        axes.set(xscale="log", yscale="log", xlabel="batch", ylabel=label)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{title}, context {r['context']:,}")
+    figure.savefig(directory / "serve.png", dpi=120)
+    return directory / "serve.png"
 
 
 class Compiler:
@@ -109,6 +152,7 @@ class Compiler:
         self.ways = mesh.batch_ways(built.mesh)
         self.row_bytes: float = estimate.tree_bytes(decode.cache_spec(self.lm, self.ways))
         self._programs = decode.jitted(built, self.lm)
+        self._decoded: dict[int, Cost] = {}  # by rows
 
     def lower_prefill(self, prompt: int) -> Any:
         """Lowers reading one prompt for each part into which the mesh splits a batch."""
@@ -128,7 +172,9 @@ class Compiler:
 
     def decode(self, rows: int) -> Cost:
         """The cost of one id for every row: a turn of the loop."""
-        return self._cost(self.lower_decode(rows))
+        if rows not in self._decoded:
+            self._decoded[rows] = self._cost(self.lower_decode(rows))
+        return self._decoded[rows]
 
     def _cost(self, lowered: Any) -> Cost:
         aim = self.aim
@@ -179,7 +225,7 @@ def _largest(compiler: Compiler, one: Cost, capacity: float | None) -> tuple[int
     return ways, one
 
 
-def _longest(capacity: float | None, one: Cost, row: float, context: int) -> int:
+def _room(capacity: float | None, one: Cost, row: float, context: int) -> int:
     """Ids for which one row's cache has room on a device."""
     if capacity is None:
         return context
