@@ -82,7 +82,9 @@ def parse(
     """Returns the flags, and overrides such as "optim.lr=3e-4" from --config.KEY=VALUE or KEY VALUE."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv) and (spec := _config_of(argv)):
-        keys = config_lib.describe(spec, _overrides([item for item in argv if item.startswith("--config.")]))
+        keys = config_lib.describe(
+            spec, _overrides([item for item in argv if item.startswith("--config.") and "=" in item])
+        )
         flags.epilog = f"The config's keys; {spec} or a flag sets those with a star:\n" + "\n".join(keys)
     args, rest = flags.parse_known_args(argv)
     return args, _overrides(rest)
