@@ -126,15 +126,15 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
     with log.doing("plan      measuring this machine"):
         receipt = planner.of_run(run.program, compiled, left)
     log.say("\n".join(receipts.table(receipt)))
-    found = _check_gradient(run, state, receipt, first_step)
+    checked = _check_gradient(run, state, receipt, first_step)
     before = _write_start(run, receipt, first_step)
-    if found is not None:
-        selfcheck.refuse_wrong(found, config)
+    if checked is not None:
+        selfcheck.refuse_wrong(checked, config)
     writer = stack.enter_context(
         log.Writer(run.path, first_step=first_step, tensorboard=config.log.tensorboard)
     )
     loop = Loop(run, compiled, state, checkpoints, writer, receipt, before)
-    loop.ends_at, loop.checked, loop.best = first_step + left, found, best
+    loop.ends_at, loop.checked, loop.best = first_step + left, checked, best
     if first_step:
         loop.sums = Sums(checkpoints.meta(first_step).get("interval"))
     with disk.after(loop.write_ledger):

@@ -13,21 +13,20 @@ import fcntl
 import logging
 import os
 import pathlib
-import typing
 from collections.abc import Iterator
 from typing import IO, Any
 
 from bigmodel import config as config_lib
 from bigmodel import disk
-from bigmodel.config import Config, InputError, Task
-from bigmodel.config.task import keys_of
+from bigmodel.config import Config, InputError
+from bigmodel.config.task import TASKS, keys_of
 from bigmodel.disk import without_nan, write_json
 
 __all__ = ["claim", "local", "read_config", "read_json", "without_nan", "write_config", "write_json"]
 
 log = logging.getLogger("bigmodel")
 
-OF_ANY_TASK = set[str]().union(*(keys_of(cls.name) for cls in typing.get_args(Task)))
+OF_ANY_TASK = set[str]().union(*(keys_of(cls.name) for cls in TASKS))
 BEFORE_TRAINING = {".lock", "fitted.json", "tokenizer.json"}  # what is written before config.json
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from typing import Annotated
 
 import pytest
 from conftest import ROOT, run_script
@@ -266,7 +267,7 @@ class Line(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    shape: Dot | Line = Dot()
+    shape: Annotated[Shape, Dot | Line] = Dot()
 
 
 OWN = """

@@ -35,9 +35,9 @@ class UnknownKey(InputError):
 def build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     """Dataclass `cls` from a nested dict; text is parsed by the field's type.
 
-    A field typed as a union of dataclasses takes the one whose `name` the dict gives. A name such as
-    `path/to/file.py:Class` or `package.module:Class` is a class of one's own, which keeps that name: a frozen
-    dataclass derived from B where the type is `Annotated[B, union]`, else from the union's common base.
+    A field typed as `Annotated[B, union of dataclasses]` takes the one whose `name` the dict gives, or, by a
+    name such as `path/to/file.py:Class` or `package.module:Class`, a class of one's own: a frozen dataclass
+    derived from B, which keeps that name.
 
     Args:
         prefix: the dotted path before this level's keys, for messages.
@@ -64,10 +64,6 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     if typing.get_origin(hint) is typing.Annotated:
         base, classes = typing.get_args(hint)
         hint = _by_name(typing.get_args(classes), base, value, key)
-    elif isinstance(hint, types.UnionType) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
-        classes = typing.get_args(hint)
-        base = next(c for c in classes[0].__mro__ if all(issubclass(cls, c) for cls in classes))
-        hint = _by_name(classes, base, value, key)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise InputError(f"{key} is a group of keys, not a value; set one of them, e.g. {key}.name")

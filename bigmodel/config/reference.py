@@ -64,10 +64,10 @@ def _keys(group: Any, prefix: str, names: str = "") -> Iterator[Key]:
 
 
 def _names(hint: Any) -> list[str]:
-    """The names among which a group's `name` chooses, for a union of dataclasses."""
-    if typing.get_origin(hint) is typing.Annotated:
-        hint = typing.get_args(hint)[1]
-    return [cls.name for cls in typing.get_args(hint)] if isinstance(hint, types.UnionType) else []
+    """The names among which a group's `name` chooses, if it does."""
+    if typing.get_origin(hint) is not typing.Annotated:
+        return []
+    return [cls.name for cls in typing.get_args(typing.get_args(hint)[1])]
 
 
 def _type(hint: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from bigmodel.config.families.base import Family, at_least_0, positive, rate
 
@@ -249,9 +249,11 @@ def _share(keys: TaskKeys, key: str) -> Iterable[tuple[str, str]]:
         yield key, f"is {getattr(keys, key)}: choose 0 < {key} < 1"
 
 
+# One of these by its name, or a class of one's own (see parsing.build).
+Task = Annotated[TaskKeys, LM | MLM | Seq2Seq | Classify | Multilabel | Regress | GAN | Detect | Rank]
+TASKS: tuple[type[TaskKeys], ...] = get_args(get_args(Task)[1])
+
+
 def keys_of(name: str) -> set[str]:
     """Returns the keys of a task of the package; none for another name."""
-    return {field.name for cls in get_args(Task) if cls.name == name for field in dataclasses.fields(cls)}
-
-
-Task = LM | MLM | Seq2Seq | Classify | Multilabel | Regress | GAN | Detect | Rank
+    return {field.name for cls in TASKS if cls.name == name for field in dataclasses.fields(cls)}

@@ -35,6 +35,7 @@ import interleave
 
 from bigmodel import config as config_lib
 from bigmodel.config import Config
+from bigmodel.config.task import MLM
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # scripts/
 import cli
@@ -99,7 +100,7 @@ def random_batch(case: str, config: Config, seed: int) -> dict[str, Any]:
         "positions": np.tile(np.arange(length, dtype=np.int32), (b, 1)),
         "target_bytes": np.ones((b, length), np.uint8),
     }  # fmt: skip
-    if config.task.name == "mlm":
+    if isinstance(config.task, MLM):
         batch = objectives.mask_words(
             batch, np.arange(b), seed=seed, rate=config.task.mask_rate, mask_id=257, words=256, fixed=(),
             token_bytes=np.ones(264, np.uint8),
