@@ -1,4 +1,4 @@
-"""optax chains, schedules, path-regex masks, and loss scaling for float16."""
+"""Optimizers as optax chains, schedules, masks by path regex, and loss scaling for float16."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Tree = Any
 
 
 def make(config: Config) -> optax.GradientTransformation:
-    """The optimizer of all parameters, or one for each of `optim.groups` and one for the others.
+    """Returns the optimizer of all parameters, or one for each of `optim.groups` and one for the others.
 
-    Its `init` raises InputError for a group that takes no parameter, or one that another takes too.
+    Its `init` raises InputError for a group without parameters, or a parameter of two groups.
     """
     tx = _chain(config)
     if config.optim.groups:
@@ -32,7 +32,7 @@ def make(config: Config) -> optax.GradientTransformation:
 
 
 def _chain(config: Config) -> optax.GradientTransformation:
-    """Penalties, clipping, the optimizer, decoupled weight decay, the learning rate: in this order."""
+    """Chains penalties, clipping, the optimizer, decoupled weight decay and the learning rate."""
     o = config.optim
     decay_mask = _mask(o.weight_decay_on)
     parts = [
@@ -41,16 +41,15 @@ def _chain(config: Config) -> optax.GradientTransformation:
         _direction(o),
         *([optax.add_decayed_weights(o.weight_decay, decay_mask)] if o.weight_decay else []),
     ]
-    if o.every > 1:  # on the last of every so many steps
-        now_and_then = optax.conditionally_mask(optax.chain(*parts), lambda step: (step + 1) % o.every == 0)
-        parts = [now_and_then]
+    if o.every > 1:  # updates on the last of every `every` steps
+        parts = [optax.conditionally_mask(optax.chain(*parts), lambda step: (step + 1) % o.every == 0)]
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config)))
 
 
 def split(config: Config, params: Tree) -> tuple[Tree, Tree]:
-    """Parameters -> (those that are trained, those that are frozen): the same nesting, without the others.
+    """Splits parameters into trained and frozen ones, each with the same nesting and without the others.
 
-    With adapters (`lora.rank`), they and what `lora.train` finds are trained.
+    With adapters (`lora.rank`), only they and what `lora.train` matches are trained.
 
     Raises:
         InputError: `optim.freeze` or `lora.train` finds no parameter, or nothing is left to train.
@@ -79,17 +78,17 @@ def split(config: Config, params: Tree) -> tuple[Tree, Tree]:
 
 
 def join(a: Tree, b: Tree) -> Tree:
-    """The inverse of `split`: nested dicts, one inside the other; where both have a leaf, `a`'s."""
+    """Merges two nested dicts, the inverse of `split`; where both have a leaf, takes that of `a`."""
     if not isinstance(a, Mapping) or not isinstance(b, Mapping):
         return a
     return {**b, **{key: join(value, b[key]) if key in b else value for key, value in a.items()}}
 
 
 def group_names(patterns: Mapping[str, str], params: Tree) -> Tree:
-    """params -> a tree of the name of the group that each belongs to.
+    """Returns a tree like `params` with the name of each parameter's group.
 
     Args:
-        patterns: group -> the regex that its parameters' "/path" holds.
+        patterns: group -> regex on its parameters' "/path".
 
     Raises:
         InputError: a group without parameters, or a parameter of two groups.
@@ -114,7 +113,7 @@ def group_names(patterns: Mapping[str, str], params: Tree) -> Tree:
 
 
 def _standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
-    """optax mixes dtypes (`decay ** count`), which the strict promotion of our own code forbids."""
+    """Wraps a function of optax, which mixes dtypes (`decay ** count`), for strict dtype promotion."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> Any:
@@ -124,14 +123,14 @@ def _standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-norm = _standard_promotion(optax.tree.norm)  # of all gradients, whose dtypes may differ
+norm = _standard_promotion(optax.tree.norm)  # the gradients' dtypes may differ
 
 
 def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
-    """Step -> learning rate: linear warm-up from 0, then the named shape down to lr * end_lr.
+    """Returns a function from step to learning rate: linear warm-up from 0, then a decay to lr * end_lr.
 
-    `rsqrt` is lr * sqrt(warmup / step) (Vaswani et al. 2017, eq. 3); `wsd`, warmup-stable-decay, holds lr
-    and falls linearly over the last `decay_steps` (Hu et al. 2024).
+    `rsqrt` is lr * sqrt(warmup / step) (Vaswani et al. 2017, eq. 3); `wsd`, warmup-stable-decay, stays at lr
+    and decays linearly over the last `decay_steps` (Hu et al. 2024).
     """
     o, steps = config.optim, config.steps
     warmup, end = o.warmup_steps, o.lr * o.end_lr
@@ -154,14 +153,14 @@ def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
             "constant": optax.constant_schedule(o.lr),
         }[o.schedule]
     if warmup:
-        # From one step past zero, so that the first update is not thrown away.
+        # Starts one step past zero, so that the first update is not wasted.
         rise = optax.linear_schedule(o.lr / warmup, o.lr, max(warmup - 1, 1))
         main = optax.join_schedules([rise, main], [warmup])
     return _standard_promotion(main)
 
 
 def learning_rates(config: Config, count: jax.Array) -> dict[str, jax.Array]:
-    """`lr`, and `lr_<group>` of each of `optim.groups`, after `count` updates."""
+    """Returns `lr`, and `lr_<group>` for each of `optim.groups`, after `count` updates."""
     rates = {"lr": schedule(config)(count)}
     for name, group in config.optim.every_group.items():
         rates[f"lr_{name}"] = schedule(config.replace(optim=group))(count)
@@ -169,18 +168,18 @@ def learning_rates(config: Config, count: jax.Array) -> dict[str, jax.Array]:
 
 
 def updates(state: Tree) -> jax.Array:
-    """How many updates an optimizer's state has seen: what its schedules, its bias corrections, `every` and
-    pruning count. A step that float16's loss scale skips is not among them."""
+    """Returns the number of updates that an optimizer's state counts, for schedules, bias corrections,
+    `every` and pruning. Steps that float16's loss scale skips do not count."""
 
     def counts(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
 
     found = [x.count for x in jax.tree.leaves(state, is_leaf=counts) if counts(x)]
-    return found[0]  # those of all groups are equal
+    return found[0]  # all groups have the same
 
 
 def _direction(o: Optim) -> optax.GradientTransformation:
-    """The optimizer without learning rate, decay or sign: gradients -> the direction to step against."""
+    """Returns the optimizer without learning rate, decay or sign: maps gradients to directions."""
     if o.name in ("adamw", "adam"):
         return optax.scale_by_adam(o.b1, o.b2, o.eps, nesterov=o.nesterov)
     if o.name == "sgd":
@@ -204,11 +203,11 @@ def _direction(o: Optim) -> optax.GradientTransformation:
 
 
 def _matrices(params: Tree) -> Tree:
-    """The axes of each matrix that Muon makes orthogonal, (those a layer sums over, those of its outputs).
+    """Returns the axes of each matrix that Muon makes orthogonal: (contracted axes, output axes).
 
-    Kernels [..., inputs, outputs], of which a stack or experts have many; a convolution's window goes with
-    its inputs, a recurrent cell's gates with its outputs; adapters are two matrices. None, and so Adam's:
-    tables, the output layer and whatever is no matrix.
+    These are kernels [..., inputs, outputs], possibly stacked; a convolution's window counts as inputs, a
+    recurrent cell's gates as outputs; adapters are two matrices. Tables, the output layer and all that is no
+    matrix have None, and so use Adam.
     """
 
     def numbers(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
@@ -234,7 +233,7 @@ def _penalty(o: Optim) -> optax.GradientTransformation:
 
 
 def _mask(pattern: str) -> Any:
-    """params -> tree of bool: whose "/path" the regex finds."""
+    """Returns a function that maps parameters to a tree of bool: true where the regex matches "/path"."""
 
     def mask(params: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(
@@ -246,7 +245,7 @@ def _mask(pattern: str) -> Any:
 
 # ------------------------------------------------------------------------------------ float16 scaling
 
-LEAST_SCALE = 1.0  # an overflow at which no scale can help
+LEAST_SCALE = 1.0  # if this overflows, no scale can help
 GROWTH_STEPS = 2000  # steps without overflow before the scale doubles (Micikevicius et al. 2018, 3.2)
 
 
@@ -255,7 +254,7 @@ def loss_scale_init() -> dict[str, jax.Array]:
 
 
 def loss_scale_update(state: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
-    """Halves the scale when a gradient overflowed, doubles it after `GROWTH_STEPS` that did not."""
+    """Halves the scale after an overflow, doubles it after `GROWTH_STEPS` steps without one."""
     grow = state["good_steps"] + 1 >= GROWTH_STEPS
     grown = jnp.where(grow, jnp.minimum(state["scale"] * 2, 2.0**24), state["scale"])
     return {

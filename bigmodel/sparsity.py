@@ -1,7 +1,7 @@
-"""Which weights are zero: masks from scores, and an optimizer that keeps them, or makes more of them, zero.
+"""Pruning while training: masks from scores, and an optimizer that keeps masked weights at zero.
 
-`hold` is an optax transformation around another one, with the masks in its state. So they are saved with it,
-lie on the mesh as their weights do, and a step needs to know nothing of them.
+`hold` wraps an optax transformation and has the masks in its state. So they are saved with it, are sharded as
+their weights are, and the train step needs to know nothing of them.
 
 Legend: I inputs, O outputs, N of M consecutive inputs that stay.
 """
@@ -21,22 +21,20 @@ from bigmodel import trees
 from bigmodel.config import InputError, Prune
 
 Tree = Any
-Sums = Mapping[
-    str, tuple[int, ...]
-]  # path of a product's weight -> the axes, from the end, that it sums over
+Sums = Mapping[str, tuple[int, ...]]  # path of a product's weight -> contracted axes, from the end
 
 
 def chosen(how: Prune, sums: Sums, params: Tree) -> dict[str, tuple[int, ...]]:
-    """Path -> summed axes, of the weights that are pruned.
+    """Returns the weights that are pruned, by path, with their contracted axes.
 
     Raises:
-        InputError: `prune.on` finds none, or the pattern does not divide one's inputs.
+        InputError: `prune.on` matches none, or the pattern does not divide a weight's inputs.
     """
     shapes = {name: x.shape for name, x in trees.by_path(params).items()}
     found = {name: sums[name] for name in sums if name in shapes and re.search(how.on, "/" + name)}
     if not found:
         raise InputError(
-            f"prune.on={how.on!r} finds no weight of this model; it has {', '.join(sorted(sums)) or 'none'}"
+            f"prune.on={how.on!r} matches no weight of this model; it has {', '.join(sorted(sums)) or 'none'}"
         )
     if how.pattern:
         _, m = pattern(how)
@@ -50,17 +48,17 @@ def chosen(how: Prune, sums: Sums, params: Tree) -> dict[str, tuple[int, ...]]:
 
 
 def pattern(how: Prune) -> tuple[int, int]:
-    """`2:4` -> (2, 4): of 4 consecutive inputs, 2 stay."""
+    """Parses `2:4` as (2, 4): of 4 consecutive inputs, 2 stay."""
     n, _, m = how.pattern.partition(":")
     return int(n), int(m)
 
 
 def masks(how: Prune, sums: Sums, scores: Mapping[str, jax.Array], share: Any) -> dict[str, jax.Array]:
-    """Which weights stay: those of the largest scores.
+    """Returns masks of the weights with the largest scores, which stay.
 
     Args:
-        sums: of each score's weight.
-        share: of the weights, to be pruned; a pattern's own where it has one.
+        sums: the contracted axes of each score's weight.
+        share: the share of the weights to prune; ignored if there is a pattern.
     """
     if how.pattern:
         n, m = pattern(how)
@@ -70,14 +68,14 @@ def masks(how: Prune, sums: Sums, scores: Mapping[str, jax.Array], share: Any) -
         level = _level(list(keys.values()), share, ())
         return {name: x >= level for name, x in keys.items()}
     out = {}
-    for name, x in keys.items():  # a stack's layers, and experts, have levels of their own
+    for name, x in keys.items():  # each layer of a stack, and each expert, has its own level
         inner = tuple(range(x.ndim + min(sums[name]), x.ndim))
         out[name] = x >= _level([x], share, inner)
     return out
 
 
 def _best_of_group(x: jax.Array, sums: Sequence[int], n: int, m: int) -> jax.Array:
-    """The N largest of every M along the last summed axis; of equal ones the first."""
+    """Marks the N largest of every M along the last contracted axis; among equal ones the first."""
     axis = x.ndim + max(sums)
     groups = x.reshape(*x.shape[:axis], -1, m, *x.shape[axis + 1 :])
     rank = jnp.argsort(jnp.argsort(-groups, axis + 1, stable=True), axis + 1, stable=True)
@@ -85,15 +83,16 @@ def _best_of_group(x: jax.Array, sums: Sequence[int], n: int, m: int) -> jax.Arr
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """float32 -> uint32 in the same order."""
+    """Maps float32 to uint32 in the same order."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     top = jnp.uint32(1 << 31)
     return jnp.where(bits >= top, ~bits, bits | top)
 
 
 def _level(keys: list[jax.Array], share: Any, inner: tuple[int, ...]) -> jax.Array:
-    """The largest level with at most `share` of the keys below it, bit by bit: a sort without sorting, whose
-    sums are all that crosses devices.
+    """Returns the largest level with at most `share` of the keys below it.
+
+    Finds it bit by bit instead of sorting, so that only sums cross devices.
 
     Args:
         inner: the axes that share a level; (): all axes of all keys.
@@ -118,7 +117,7 @@ def _level(keys: list[jax.Array], share: Any, inner: tuple[int, ...]) -> jax.Arr
 
 
 def share_at(how: Prune, step: jax.Array) -> jax.Array:
-    """Zhu and Gupta 2017, eq. 1, from 0: the share that is pruned at a step, fast first, then slower."""
+    """Returns the share pruned at a step (Zhu and Gupta 2017, eq. 1, from 0): fast first, then slow."""
     length = max(how.end_step - how.begin_step, 1)
     done = (step - how.begin_step).astype(jnp.float32) / length
     return how.sparsity * (1 - (1 - jnp.clip(done, 0, 1)) ** 3)
@@ -127,8 +126,8 @@ def share_at(how: Prune, step: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------------- training
 
 
-class Held(NamedTuple):
-    """The state of `hold`: which weights are not zero, and (movement) how training moves them."""
+class Masked(NamedTuple):
+    """The state of `hold`: masks of the weights that are not zero, and (movement) their scores."""
 
     inner: Any
     step: jax.Array
@@ -137,56 +136,56 @@ class Held(NamedTuple):
 
 
 def hold(tx: optax.GradientTransformation, how: Prune, sums: Sums) -> optax.GradientTransformation:
-    """`tx`, after whose updates the pruned weights are zero.
+    """Wraps `tx` so that pruned weights are zero after each update.
 
-    Without `end_step` these are the weights that are zero at the start. With it, more of them every
-    `every_steps` until `sparsity` of them are: those of the smallest magnitude (Zhu and Gupta 2017), or those
-    that training moves towards zero (Sanh et al. 2020, eq. 6: the score is the sum of -gradient x weight;
-    here a weight that was pruned stays so, since it is zero itself).
+    Without `end_step` these are the weights that are zero at the start. With it, their share grows every
+    `every_steps` up to `sparsity`: the weights of smallest magnitude (Zhu and Gupta 2017), or those that
+    training moves towards zero (Sanh et al. 2020, eq. 6: the score is the sum of -gradient x weight). A
+    pruned weight stays pruned.
     """
     if not (how.sparsity or how.pattern):
         return tx
     gradual, movement = how.end_step > 0, how.end_step > 0 and how.method == "movement"
 
-    def init(params: Tree) -> Held:
+    def init(params: Tree) -> Masked:
         flat = trees.by_path(params)
         found = {name: flat[name] for name in chosen(how, sums, params)}
         start = {name: jnp.ones(p.shape, bool) if gradual else p != 0 for name, p in found.items()}
         scores = {name: jnp.zeros(p.shape, jnp.float32) for name, p in found.items() if movement}
-        return Held(tx.init(params), jnp.int32(0), trees.nest(start), trees.nest(scores))
+        return Masked(tx.init(params), jnp.int32(0), trees.nest(start), trees.nest(scores))
 
-    def update(grads: Tree, state: Held, params: Tree) -> tuple[Tree, Held]:
+    def update(grads: Tree, state: Masked, params: Tree) -> tuple[Tree, Masked]:
         updates, inner = tx.update(grads, state.inner, params)
-        flat, kept, moved = (trees.by_path(tree) for tree in (params, state.masks, state.scores))
+        flat, alive, moved = (trees.by_path(tree) for tree in (params, state.masks, state.scores))
         if movement:
             slope = trees.by_path(grads)
             moved = {name: s - (slope[name] * flat[name]).astype(jnp.float32) for name, s in moved.items()}
         if gradual:
-            scores = moved or {name: jnp.abs(flat[name]) for name in kept}
-            kept = _fewer(how, {name: sums[name] for name in kept}, scores, kept, state.step)
+            scores = moved or {name: jnp.abs(flat[name]) for name in alive}
+            alive = _fewer(how, {name: sums[name] for name in alive}, scores, alive, state.step)
 
         def masked(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-            mask = kept.get(trees.path_str(path))
+            mask = alive.get(trees.path_str(path))
             return u if mask is None else jnp.where(mask, u, -p.astype(u.dtype))
 
         updates = jax.tree_util.tree_map_with_path(masked, updates, params)
-        return updates, Held(inner, state.step + 1, trees.nest(kept), trees.nest(moved))
+        return updates, Masked(inner, state.step + 1, trees.nest(alive), trees.nest(moved))
 
     return optax.GradientTransformation(init, update)
 
 
 def _fewer(
-    how: Prune, sums: Sums, scores: dict[str, jax.Array], kept: dict[str, jax.Array], step: jax.Array
+    how: Prune, sums: Sums, scores: dict[str, jax.Array], alive: dict[str, jax.Array], step: jax.Array
 ) -> dict[str, jax.Array]:
-    """The masks of a step: new ones on the schedule's steps, on which what is pruned stays so."""
+    """Returns the masks of a step: smaller ones on the schedule's steps, else `alive`."""
     last = step == how.end_step - 1
     on_schedule = (step - how.begin_step) % how.every_steps == 0
     due = last | (on_schedule & (step >= how.begin_step) & (step < how.end_step))
 
     def fewer() -> dict[str, jax.Array]:
-        alive = {name: jnp.where(kept[name], x.astype(jnp.float32), -jnp.inf) for name, x in scores.items()}
+        left = {name: jnp.where(alive[name], x.astype(jnp.float32), -jnp.inf) for name, x in scores.items()}
         share = share_at(how, jnp.where(last, how.end_step, step))
-        best = masks(how, sums, alive, share)
-        return {name: best[name] & kept[name] for name in kept}
+        best = masks(how, sums, left, share)
+        return {name: best[name] & alive[name] for name in alive}
 
-    return jax.lax.cond(due, fewer, lambda: kept)
+    return jax.lax.cond(due, fewer, lambda: alive)
