@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """{"blocks/attention/q/kernel": leaf, ...}."""
-    return {path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """{"blocks/attention/q/kernel": leaf, ...}; `is_leaf` as in `jax.tree.map`."""
+    return {path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
 
 
 def with_leaves(tree: Any, changes: Mapping[str, Any]) -> Any:

@@ -311,9 +311,7 @@ def mean(pair: np.ndarray) -> np.float32:
     return pair[0] / pair[1] if pair[1] else np.float32(np.nan)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """{"blocks/mlp/up/kernel": leaf}."""
-    return {trees.path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+by_path = trees.by_path
 
 
 def saved(directory: pathlib.Path, config: Config) -> pathlib.Path:

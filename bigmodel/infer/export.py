@@ -12,7 +12,6 @@ import hashlib
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,28 +52,20 @@ def stablehlo(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     if built.config.task.generates:
         lm = LanguageModel.of(built)
         functions |= text_functions(lm) if lm.caches and lm.continues else {}
-    with disk.writing(target):
-        scratch = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name))
-    try:
-        with disk.writing(target):
-            for name, (function, inputs) in functions.items():
-                exported = _export(function, tree, weights, inputs)
-                (scratch / f"{name}.stablehlo").write_bytes(exported.serialize())
-            _write_weights(scratch / "weights.safetensors", dict(zip(names, weights, strict=True)))
-            about: dict[str, Any] = {"functions": list(functions), "weights": names}
-            about["fitted"] = dict(fitted.read(directory))  # how inputs are encoded, and the classes' names
-            if (tokenizer := pathlib.Path(directory) / "tokenizer.json").is_file():
-                shutil.copyfile(tokenizer, scratch / "tokenizer.json")
-            about["sha256"] = {
-                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(scratch.iterdir())
-            }
-            disk.write_json(scratch / "model.json", about | {"config": config_lib.to_dict(built.config)})
-            shutil.copy(saved_model.__file__, scratch / "saved_model.py")
-            os.chmod(scratch, 0o755)
-            scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with disk.writing(target), disk.new_directory(target, "--out") as made:
+        for name, (function, inputs) in functions.items():
+            exported = _export(function, tree, weights, inputs)
+            (made / f"{name}.stablehlo").write_bytes(exported.serialize())
+        _write_weights(made / "weights.safetensors", dict(zip(names, weights, strict=True)))
+        about: dict[str, Any] = {"functions": list(functions), "weights": names}
+        about["fitted"] = dict(fitted.read(directory))  # how inputs are encoded, and the classes' names
+        if (tokenizer := pathlib.Path(directory) / "tokenizer.json").is_file():
+            shutil.copyfile(tokenizer, made / "tokenizer.json")
+        about["sha256"] = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(made.iterdir())
+        }
+        disk.write_json(made / "model.json", about | {"config": config_lib.to_dict(built.config)})
+        shutil.copy(saved_model.__file__, made / "saved_model.py")
     return sorted(path.name for path in target.iterdir())
 
 

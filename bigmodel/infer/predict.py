@@ -244,7 +244,7 @@ class Answerer:
 
 
 def _flat(outputs: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    return [(trees.path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(dict(outputs))]
+    return list(trees.by_path(dict(outputs)).items())
 
 
 # ------------------------------------------------------------------------------------------------ reading

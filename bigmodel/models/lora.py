@@ -73,11 +73,7 @@ def wrap(definition: Definition, how: Lora) -> Definition:
         raise InputError(
             f"lora.on={how.on!r} finds no weight of this model; it has {', '.join(sorted(known))}"
         )
-    shapes = {
-        trees.path_str(path): w.shape
-        for path, w in jax.tree_util.tree_leaves_with_path(definition.plain_spec)
-        if trees.path_str(path) in chosen
-    }
+    shapes = {name: w.shape for name, w in trees.by_path(definition.plain_spec).items() if name in chosen}
 
     def extra(key: jax.Array) -> Tree:
         adapters: dict[Any, Any] = {}

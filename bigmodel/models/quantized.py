@@ -81,8 +81,7 @@ def chosen(definition: Definition, how: Quantize) -> dict[str, tuple[int, ...]]:
             f"quantize.on={how.on!r} finds no weight of this model; it has {', '.join(sorted(known))}"
         )
     if how.group:
-        for path, w in jax.tree_util.tree_leaves_with_path(definition.plain_spec):
-            name = trees.path_str(path)
+        for name, w in trees.by_path(definition.plain_spec).items():
             inputs = w.shape[max(sums[name])] if name in sums else 0
             if inputs > how.group and inputs % how.group:
                 raise InputError(
@@ -94,8 +93,7 @@ def chosen(definition: Definition, how: Quantize) -> dict[str, tuple[int, ...]]:
 
 def split(params: Tree, how: Quantize) -> tuple[Tree, Tree]:
     """Parameters, some of them `weights.Quantized` -> (the plain ones, {"codes", "scale", ...})."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_quantized)
-    flat = {trees.path_str(path): w for path, w in leaves}
+    flat = trees.by_path(params, _is_quantized)
     plain = {name: w for name, w in flat.items() if not _is_quantized(w)}
     used = PARTS[: 2 + (how.activations != "none")]
     parts = {

@@ -115,10 +115,19 @@ def _thinned(order: list[Candidate], capacity: float) -> list[Candidate]:
 def table(result: Result) -> list[str]:
     """The ranking as lines: what was compiled, the flags of the first, and the closed form of the others."""
     best = result.best
+    made = best.receipt or {}
+    size = made["tokens_per_step"] / best.candidate.config.batch_size  # of an example
+
+    def line(mark: object, config: Config, step_s: float, mfu: str, peak_bytes: float) -> str:
+        return (
+            f"  {mark:<3}{units.seconds(step_s):>10}  {size * config.batch_size / step_s:>10,.4g}  {mfu:>6}  "
+            f"{units.size(peak_bytes):>9}  {name(config)}"
+        )
+
     lines = [
         f"search    {result.considered:,} candidates, {result.dropped:,} cannot fit; "
         f"{len(result.rows)} compiled:",
-        f"  {'':3}{'step':>10}  {'examples/s':>10}  {'MFU':>6}  {'memory':>9}",
+        f"  {'':3}{'step':>10}  {made['unit'] + '/s':>10}  {'MFU':>6}  {'memory':>9}",
     ]
     for rank, row in enumerate(result.rows, 1):
         r = row.receipt
@@ -126,21 +135,14 @@ def table(result: Result) -> list[str]:
             lines.append(f"  -  does not fit: {name(row.candidate.config)}")
             continue
         mfu = f"{r['mfu_full_attention']:.1%}" if "mfu_full_attention" in r else "-"
-        lines.append(_line(rank, row.candidate.config, r["step_s"], mfu, r["peak_bytes"]))
+        lines.append(line(rank, row.candidate.config, r["step_s"], mfu, r["peak_bytes"]))
     lines.append(f"  take    {' '.join(overrides(best.candidate.config))}")
     if result.others:
         lines.append(f"  {len(result.others):,} not compiled, by the closed form (a rough one):")
-    lines += [_line("~", c.config, c.step_s, "-", c.likely_bytes) for c in result.others[:MOST_LISTED]]
+    lines += [line("~", c.config, c.step_s, "-", c.likely_bytes) for c in result.others[:MOST_LISTED]]
     if (rest := len(result.others) - MOST_LISTED) > 0:
         lines.append(f"  and {rest:,} slower or larger ones, which --json lists")
     return lines
-
-
-def _line(mark: object, config: Config, step_s: float, mfu: str, peak_bytes: float) -> str:
-    return (
-        f"  {mark:<3}{units.seconds(step_s):>10}  {config.batch_size / step_s:>10.4g}  {mfu:>6}  "
-        f"{units.size(peak_bytes):>9}  {name(config)}"
-    )
 
 
 def ranking(result: Result) -> list[dict[str, Any]]:
