@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from bigmodel import config as config_lib
-from bigmodel.config import Config, InputError, load, parsing
+from bigmodel.config import Config, InputError, load, parsing, reference
 from bigmodel.config.families import CNN, GPT
 
 FILE, CONV = ROOT / "configs" / "gpt.py", ROOT / "configs" / "cnn.py"
@@ -343,6 +343,13 @@ def test_every_key_is_described_once_and_those_that_are_set_have_a_star(name):
     assert re.search(r"^\* optim\.lr +0\.5 +float, default 0\.001$", found["optim.lr"])
     assert found["optim.clip_norm"].endswith("float  # by global norm; 0: off")
     assert "gpt|bert|" in found["model.name"]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), reference.ELSEWHERE.items())
+def test_names_of_other_codebases_are_answered_with_ours(theirs, ours):
+    for key in (theirs, f"optim.{theirs}"):
+        with pytest.raises(InputError, match=re.escape(f"did you mean {ours!r}?")):
+            load(FILE, {key: 1})
 
 
 def test_help_of_a_script_lists_the_keys_of_its_config():

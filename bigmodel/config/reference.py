@@ -30,6 +30,10 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "microbatches", "grad_accum_steps": "microbatches",
     "dtype": "compute_dtype", "dataset": "data.name", "eval_interval": "eval.every_steps",
     "log_interval": "log.every_steps", "save_interval": "checkpoint.every_steps",
+    "base_num_decoder_layers": "model.depth", "base_emb_dim": "model.width", "remat_policy": "remat",
+    "max_target_length": "seq_len", "dataset_name": "data.name", "load_parameters_path": "init.from",
+    "init_from": "init.from", "grad_clip_norm": "optim.clip_norm", "adam_weight_decay": "optim.weight_decay",
+    "ici_fsdp_parallelism": "mesh.fsdp", "ici_tensor_parallelism": "mesh.tensor", "pp": "data.augment",
 }  # fmt: skip
 
 
