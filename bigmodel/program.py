@@ -1,6 +1,6 @@
 """The Program: everything a run is, known before any array exists.
 
-`plan` compiles it for a cluster that need not be there; `train` runs the very same compiled object;
+`plan` compiles it for a cluster that need not be there, `train` runs the same compiled object, and
 `checkpoint` restores into its `state_spec`. There is no second path, so a plan cannot drift from the run.
 """
 
@@ -30,7 +30,7 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Program:
-    """What a run computes. Specs are trees of `jax.ShapeDtypeStruct` with shape, dtype AND sharding."""
+    """A run's computation. Specs are trees of `jax.ShapeDtypeStruct` with shape, dtype AND sharding."""
 
     config: Config
     mesh: Mesh
@@ -40,29 +40,32 @@ class Program:
     init: Callable[[jax.Array], State]  # jitted straight into its sharding
     train_step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
     eval_step: Any  # jitted (state, batch) -> Metrics; reads only params (or ema) and rest
-    predict: Any  # jitted (state, batch) -> what the task keeps of each example, [B, ...] on every device
+    predict: Any  # jitted (state, batch) -> the task's predictions, [B, ...] on every device
 
     def evaluated(self, state: State) -> Any:
-        """The parameters that evaluation, serving, export, compression and students see, in their own dtypes:
-        the moving average of those that have one, the others as they are."""
+        """Returns the parameters that evaluation, serving, export, compression and students use.
+
+        These are moving averages where the state has them, in the parameters' own dtypes.
+        """
         return evaluated(state)
 
     def on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose `shard` and `attend` see the mesh wherever it is traced from."""
+        """Wraps a function so that `shard` and `attend` see the mesh wherever it is traced."""
         return _on_mesh(self.mesh, function)
 
     def lower(self) -> jax.stages.Lowered:
-        """The train step, traced and lowered for the mesh's devices, not compiled yet."""
+        """Traces and lowers the train step for the mesh's devices, without compiling it."""
         return self.train_step.trace(self.state_spec, self.batch_spec).lower()
 
     def compile(self) -> Any:
-        """The train step, compiled: call it, or read its `cost_analysis`, `memory_analysis`, `as_text`."""
+        """Compiles the train step: call it, or read its `cost_analysis`, `memory_analysis`, `as_text`."""
         return self.lower().compile(dict(self.config.compiler_options))
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
-        """This host's rows of a batch (numpy) -> the global batch on the mesh.
+        """Puts this host's rows of a batch (numpy) on the mesh and returns the global batch.
 
-        A batch of evaluation may hold more than `batch_spec` says."""
+        A batch for evaluation may have arrays that `batch_spec` lacks.
+        """
         sharding, size = mesh_lib.batch_sharding(self.mesh), self.config.batch_size
         return {
             name: jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
@@ -71,7 +74,7 @@ class Program:
 
 
 def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> Program:
-    """Config, mesh and the batch's shapes -> the Program. Makes no array and compiles nothing.
+    """Builds the Program of a config, a mesh and the batch's shapes. Makes no array and compiles nothing.
 
     Raises:
         InputError: a rule of `mesh.rules` matches no parameter, `microbatches` does not divide what each
@@ -145,8 +148,9 @@ def _on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def microbatches(config: Config, mesh: Mesh) -> int:
-    """`config.microbatches`, or the default: on a CPU, pieces of about 1,024 tokens, which halve the memory;
-    elsewhere, and where there are no tokens, 1.
+    """Returns `config.microbatches` or its default.
+
+    The default is 1, but on a CPU pieces of about 1,024 tokens, which halve the memory.
 
     Raises:
         InputError: the pieces do not divide over the mesh.
@@ -168,13 +172,13 @@ def microbatches(config: Config, mesh: Mesh) -> int:
 
 
 def init_state(config: Config, model: Definition, tx: optax.GradientTransformation, key: jax.Array) -> State:
-    """The state at step 0."""
+    """Initializes the state at step 0."""
     init_key, step_key = jax.random.split(key)
     return state_of(config, tx, *model.init(init_key), step_key)
 
 
 def start(program: Program, params: Any, rest: Any, key: jax.Array) -> State:
-    """The state at step 0 of a run that starts from these parameters."""
+    """Returns the state at step 0 of a run that starts from these parameters."""
     sharding = jax.tree.map(lambda s: s.sharding, program.state_spec)
     tx = optimizer(program.config, program.model)
     make = jax.jit(
@@ -184,14 +188,14 @@ def start(program: Program, params: Any, rest: Any, key: jax.Array) -> State:
 
 
 def optimizer(config: Config, model: Definition) -> optax.GradientTransformation:
-    """The config's optimizer, which keeps pruned weights at zero."""
+    """Returns the config's optimizer, which keeps pruned weights at zero."""
     return sparsity.hold(optim.make(config), config.prune, model.products)
 
 
 def state_of(
     config: Config, tx: optax.GradientTransformation, params: Any, rest: Any, step_key: jax.Array
 ) -> State:
-    """The state at step 0 with these parameters. What is frozen has no optimizer state and no average."""
+    """Returns the state at step 0. Frozen parameters have neither optimizer state nor moving average."""
     trained, _ = optim.split(config, params)
     state = {
         "step": jnp.int32(0),
@@ -208,14 +212,17 @@ def state_of(
 
 
 def steps_left(config: Config, state: State) -> int:
-    """Steps that are left of `config.steps`. Those whose update float16's loss scale skipped are made up for,
-    so that schedules end where they should; only of a budget they are spent."""
+    """Returns how many of `config.steps` are left.
+
+    Steps that float16's loss scale skipped are repeated, so that schedules reach their end, unless a budget
+    of FLOPs decides the steps.
+    """
     skips = "loss_scale" in state and not config.budget
     return max(config.steps - int(optim.updates(state["opt"]) if skips else state["step"]), 0)
 
 
 def evaluated(state: State) -> Any:
-    """As `Program.evaluated`; of what is averaged, `params` may hold specs alone."""
+    """Returns the parameters of `Program.evaluated`. Averaged parameters may be specs in `params`."""
     params = state["params"]
     if "ema" not in state:
         return params
@@ -231,12 +238,14 @@ def update(
     state: State,
     batch: Batch,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One training step. -> (the next state, metrics: loss, grad_norm, lr and the task's own, each a float32
-    [2] of its sum and its weight, so that those of many steps add up as those of an evaluation do)."""
+    """Runs one training step and returns the next state and metrics: loss, grad_norm, lr and the task's own.
+
+    Each metric is a float32 [2], sum and weight, so that steps add up as the batches of an evaluation do.
+    """
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
     trained, frozen = optim.split(config, state["params"])
     grads, rest, terms = gradients(model, task, pieces, scale, state, batch, trained, frozen)
-    with jax.named_scope("optimizer"):  # so that a plan can tell its time apart
+    with jax.named_scope("optimizer"):  # a plan reports its time separately
         updates, opt = tx.update(grads, state["opt"], trained)
         trained = optax.apply_updates(trained, updates)
         new = dict(state, rest=rest, opt=opt, params=optim.join(trained, frozen))
@@ -265,11 +274,10 @@ def gradients(
     trained: Any,
     frozen: Any,
 ) -> tuple[Any, Any, Metrics]:
-    """-> (gradients of the batch's mean loss, rest, metric sums), over `pieces` microbatches.
+    """Returns gradients of the batch's mean loss, rest, and metric sums, over `pieces` microbatches.
 
-    The gradients are of the `trained` parameters alone; nothing is computed for the `frozen` ones.
-
-    The loss is divided by the whole batch's weight, so that cutting it into pieces changes only rounding.
+    Differentiates by the `trained` parameters alone; the `frozen` ones cost nothing. The loss is divided by
+    the entire batch's weight, so that cutting it into pieces changes only rounding.
     """
     grad = jax.grad(objective(model, task, scale, batch, frozen), has_aux=True)
     if pieces == 1:
@@ -282,9 +290,10 @@ def gradients(
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), xs)
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        sums, rest, terms, x = carry  # x is sliced a round before: in a loop's carry it cannot be fused, and
-        grads, (rest, more) = grad(trained, rest, *x)  # XLA:CPU vectorizes no loop that slices as it goes
-        sums, terms = jax.tree.map(jnp.add, (sums, terms), (grads, more))
+        # x was sliced a round ahead: a carry cannot be fused, and XLA:CPU vectorizes no loop that slices.
+        sums, rest, terms, x = carry
+        grads, (rest, new_terms) = grad(trained, rest, *x)
+        sums, terms = jax.tree.map(jnp.add, (sums, terms), (grads, new_terms))
         return (sums, rest, terms, piece((index + 1) % pieces)), None
 
     grads, (_, terms) = jax.eval_shape(grad, trained, state["rest"], *piece(0))
@@ -300,8 +309,11 @@ Objective = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[Any, M
 def objective(
     model: Definition, task: tasks.Task, scale: jax.Array | None, batch: Batch, frozen: Any
 ) -> Objective:
-    """What training minimizes: (trained parameters, rest, a microbatch, key) -> (its part of the mean loss of
-    `batch`, times `scale` if there is one; (rest, metric sums))."""
+    """Returns the function that training minimizes.
+
+    It maps (trained parameters, rest, a microbatch, key) to (the microbatch's part of the mean loss of
+    `batch`, times `scale` if given; (rest, metric sums)).
+    """
     total = jnp.maximum(task.weight(batch), 1e-9)
 
     def loss(trained: Any, rest: Any, piece: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
@@ -314,17 +326,17 @@ def objective(
 
 
 def step_key(state: State) -> jax.Array:
-    """The key of what is random in this state's next step."""
+    """Returns the random key of this state's next step."""
     return jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
 
 
 def cut(state: State, batch: Batch, pieces: int) -> tuple[Batch, jax.Array]:
-    """A batch -> its microbatches and their keys, stacked: [pieces, B / pieces, ...]."""
+    """Splits a batch into stacked microbatches [pieces, B / pieces, ...] and their keys."""
     return jax.tree.map(lambda x: _cut(x, pieces), dict(batch)), jax.random.split(step_key(state), pieces)
 
 
 def _cut(x: jax.Array, pieces: int) -> jax.Array:
-    """[B, ...] -> [pieces, B / pieces, ...], strided so that every device keeps its own examples."""
+    """Reshapes [B, ...] to [pieces, B / pieces, ...], strided so that every device keeps its own examples."""
     x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
     return mesh_lib.shard(x, None, "batch", *(None,) * (x.ndim - 2))
 
@@ -336,8 +348,10 @@ def _unscale(grads: Any, scale: jax.Array | None) -> Any:
 
 
 def place(spec: State, mesh: Mesh, rules: mesh_lib.Rules) -> State:
-    """A state's shapes with their shardings on a mesh. Optimizer state and moving averages follow the rule of
-    their parameter."""
+    """Returns a state's shapes with their shardings on a mesh.
+
+    Optimizer state and moving averages follow the rule of their parameter.
+    """
     names = trees.by_path(spec["params"]).keys()
 
     def placed(path: Any, s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
