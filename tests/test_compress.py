@@ -41,7 +41,7 @@ from bigmodel.compress import (
 )
 from bigmodel.config import InputError, Prune
 from bigmodel.infer import loading
-from bigmodel.models import attention, weights
+from bigmodel.models import attention, rounding, weights
 from bigmodel.plan import estimate, flops
 from bigmodel.tasks import distill
 
@@ -108,9 +108,9 @@ def test_a_bad_recipe_names_its_step_and_the_fix(text, said):
 
 def test_packing_is_exact_for_every_code():
     codes = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (3, 4, 7)), jnp.int8)
-    packed = weights.pack(codes)
+    packed = rounding.pack(codes)
     assert packed.nbytes == 3 * 4 * 4
-    assert (weights.unpack(packed, 7) == codes).all()
+    assert (rounding.unpack(packed, 7) == codes).all()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
@@ -121,7 +121,7 @@ def test_rounding_is_off_by_half_a_step_of_its_own_group(kind, shape, sums):
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def error(group, search):
         held = weights.quantize(w, sums, kind, group, search)
-        return jnp.abs(held.astype(jnp.float32) - w), weights.spread(held.scale, w.shape), held.scale
+        return jnp.abs(held.astype(jnp.float32) - w), rounding.spread(held.scale, w.shape), held.scale
 
     for group in (0, 4):
         off, step, scale = error(group, False)
@@ -221,7 +221,7 @@ def test_other_ways_to_quantize_stay_near_the_dense_model(family, recipe_text, m
 def test_float8_multiplies_float8_where_there_is_a_chip_and_is_refused_elsewhere(monkeypatch):
     x, w = jax.random.normal(jax.random.key(0), (5, 16)), jax.random.normal(jax.random.key(1), (16, 8))
     held = weights.quantize(w, (-2,), "fp8")
-    held = dataclasses.replace(held, activation=jnp.abs(x).max() / weights.LARGEST["fp8"])
+    held = dataclasses.replace(held, activation=jnp.abs(x).max() / rounding.LARGEST["fp8"])
     np.testing.assert_allclose(jax.jit(held.product)(x), x @ w, atol=0.6)
     with pytest.raises(InputError, match="float8; use int8"):
         quantize.apply(model_of("cnn", monkeypatch), recipe.QuantizeStep("fp8"))

@@ -43,10 +43,10 @@ def readme_order() -> list[str]:
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 420, 60, 6
 # What is over a limit still, and by how much. These only shrink: an entry that is within the limit goes.
-OVER_LINES = {"models/attention": 448, "models/weights": 448}
+OVER_LINES: dict[str, int] = {}
 OVER_FUNCTION_LINES = {"data/pipeline.open_pipeline": 61}
 OVER_PARAMETERS = {
-    "models/attention.attend_blocks": 7, "models/attention.attend_splash": 8, "models/transformer._run": 7,
+    "models/attention.attend_splash": 8, "models/transformer._run": 7,
     "models/vision.__init__": 7, "plan/hlo._taps": 7, "program.gradients": 8, "program.update": 7,
     "training/loop.__init__": 7,
 }  # fmt: skip

@@ -19,6 +19,7 @@ from bigmodel import config as config_lib
 from bigmodel import models
 from bigmodel.config import Config
 from bigmodel.models import attention, layers, products
+from bigmodel.models.attention_blocks import attend_blocks
 from bigmodel.plan import estimate, flops, planner
 
 LLAMA = {
@@ -262,7 +263,10 @@ def test_attention_in_blocks_is_plain_attention(groups, causal, window):
         assert (seen.sum(1) == np.minimum(np.arange(24) + 1, window)).all()
     plain = out_and_grads(lambda *qkv: attention.attend_xla(*qkv, mask), q, k, v)
     blocks = out_and_grads(
-        lambda *qkv: attention.attend_blocks(*qkv, jnp.asarray(segments), causal, window, block=10), q, k, v
+        lambda *qkv: attend_blocks(*qkv, jnp.asarray(segments), causal, window, block=10),
+        q,
+        k,
+        v,
     )
     for a, b in zip(blocks, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

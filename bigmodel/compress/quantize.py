@@ -14,7 +14,7 @@ from bigmodel.compress import observe, recipe, solve
 from bigmodel.compress.trained import Trained, changed
 from bigmodel.config import InputError, Prune, Quantize
 from bigmodel.machines import chips
-from bigmodel.models import quantized, weights
+from bigmodel.models import quantized, rounding, weights
 
 GROUP = {"int4": 64}  # inputs that share a scale, unless the recipe says otherwise: 0.5 bit a weight
 WEIGHTS = {"w8a8": "int8"}  # by kind, where config.quantize.weights has another name
@@ -47,7 +47,7 @@ def apply(model: Trained, step: recipe.QuantizeStep) -> Trained:
         else:
             w = _nearest(axes, how.weights, how.group, search)(flat[name])
         if name in rounded:
-            scale = largest.get(name, jnp.float32(1)) / weights.LARGEST[how.weights]
+            scale = largest.get(name, jnp.float32(1)) / rounding.LARGEST[how.weights]
             w = quantized.with_activation(w, axes, jnp.where(scale > 0, scale, 1.0))
         new[name] = w
     params, codes = quantized.split(trees.with_leaves(model.params, new), how)

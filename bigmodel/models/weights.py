@@ -5,8 +5,8 @@ quantized model is dequantized where it is used, inside the scanned block, and n
 
 `lay_out` tells each over which mesh axes it is stored, and so how its products are laid out.
 
-int4 is packed here, two codes a byte: `jnp.int4` (and with it qwix's QArray, whose way of giving a scale to
-a group of inputs this follows) takes a byte for each number, in memory and on disk.
+int4 is packed by `rounding`, two codes a byte: `jnp.int4` (and with it qwix's QArray, whose way of giving a
+scale to a group of inputs this follows) takes a byte for each number, in memory and on disk.
 
 Legend: I inputs, O outputs, G groups of inputs that share a scale.
 """
@@ -23,11 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from bigmodel import mesh, trees
-from bigmodel.models import ops, products
+from bigmodel.models import ops, products, rounding
 
-# By kind: the largest code (they are symmetric, so zero stays zero), and the dtype that is stored.
-LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-STORED = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
 SHRINKS = tuple(1 - 0.04 * step for step in range(16))  # of the largest weight: where clipping is tried
 
 
@@ -112,11 +109,11 @@ class Quantized(Weight):
 
     def stored(self, dtype: Any) -> jax.Array:
         codes = self._numbers(jnp.float32)
-        return (codes * spread(self.scale, codes.shape)).astype(dtype)
+        return (codes * rounding.spread(self.scale, codes.shape)).astype(dtype)
 
     def _numbers(self, dtype: Any) -> jax.Array:
         """The codes, each exact in any dtype of floats that a product takes."""
-        return (unpack(self.codes, self.size) if self.kind == "int4" else self.codes).astype(dtype)
+        return (rounding.unpack(self.codes, self.size) if self.kind == "int4" else self.codes).astype(dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
         """x [..., I] @ w [I, O]; of int8 or float8 operands where the inputs have a scale."""
@@ -124,7 +121,7 @@ class Quantized(Weight):
             if self.scale.shape[-2] > 1:
                 return super().product(x)
             return _scaled(products.dense(x, self._numbers(x.dtype), self.axes), self.scale[0], x.dtype)
-        x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
+        x_q = rounding.round_to(x.astype(jnp.float32) / self.activation, self.kind)
         y = products.dense_exact(x_q, self.codes, self.axes)
         return _scaled(y, self.activation * self.scale[0], x.dtype)
 
@@ -139,7 +136,7 @@ class Quantized(Weight):
         """Convolution of x, quantized as in `product`."""
         if self.activation is None:
             return super().conv(x, strides, padding)
-        x_q = round_to(x.astype(jnp.float32) / self.activation, self.kind)
+        x_q = rounding.round_to(x.astype(jnp.float32) / self.activation, self.kind)
         exact = jnp.int32 if self.kind == "int8" else jnp.float32
         y = jax.lax.conv_general_dilated(
             x_q, _kernel(self.codes), strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -174,10 +171,10 @@ class InBlocks(Weight):
             return w
         if w.scale.shape[-2] == w.codes.shape[-2]:
             return cls(w, True)
-        codes = unpack(w.codes, w.size) if w.kind == "int4" else w.codes
+        codes = rounding.unpack(w.codes, w.size) if w.kind == "int4" else w.codes
         codes = codes.swapaxes(-1, -2)
         inputs = codes.shape[-1]
-        codes = pack(codes) if w.kind == "int4" else codes
+        codes = rounding.pack(codes) if w.kind == "int4" else codes
         return cls(replace(w, codes=codes, scale=w.scale.swapaxes(-1, -2), size=inputs), False)
 
     @property
@@ -368,8 +365,8 @@ def quantize(w: jax.Array, sums: Sequence[int], kind: str, group: int = 0, searc
         search: try scales that clip the largest weights, and keep each group's of the least squared error.
     """
     wide = w.astype(jnp.float32)
-    largest = spans(jnp.abs(wide), sums, group).max(_reduced(w.ndim, sums))
-    scale = _scale_shape(largest, w.ndim, sums) / LARGEST[kind]
+    largest = rounding.spans(jnp.abs(wide), sums, group).max(rounding.reduced(w.ndim, sums))
+    scale = rounding.scale_shape(largest, w.ndim, sums) / rounding.LARGEST[kind]
     if search:
         scale = _least_error(wide, scale, sums, kind, group)
     return encode(wide, scale, kind)
@@ -377,67 +374,17 @@ def quantize(w: jax.Array, sums: Sequence[int], kind: str, group: int = 0, searc
 
 def encode(w: jax.Array, scale: jax.Array, kind: str) -> Quantized:
     """w and scales as `quantize` shapes them -> the nearest codes. A scale of 0 has only zeros to hold."""
-    wide = spread(scale, w.shape)
-    codes = round_to(jnp.where(wide > 0, w.astype(jnp.float32) / jnp.where(wide > 0, wide, 1.0), 0.0), kind)
-    return Quantized(pack(codes) if kind == "int4" else codes, scale, None, kind, w.shape[-1])
-
-
-def round_to(x: jax.Array, kind: str) -> jax.Array:
-    """Numbers in units of the scale -> codes, one each (int4: as int8)."""
-    x = jnp.clip(x, -LARGEST[kind], LARGEST[kind])
-    return x.astype(STORED["fp8"]) if kind == "fp8" else jnp.round(x).astype(jnp.int8)
-
-
-def pack(codes: jax.Array) -> jax.Array:
-    """int8 codes in -8..7 [..., O] -> uint8 [..., O / 2 up], the even ones in the low halves."""
-    odd = codes.shape[-1] % 2
-    if odd:
-        codes = jnp.concatenate([codes, jnp.zeros((*codes.shape[:-1], 1), codes.dtype)], -1)
-    pairs = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
-    low = pairs[..., 0] & jnp.uint8(15)
-    return low | (pairs[..., 1] << jnp.uint8(4))
-
-
-def unpack(packed: jax.Array, size: int) -> jax.Array:
-    """The inverse of `pack`: uint8 [..., O / 2 up] -> int8 [..., O]."""
-    signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
-    low = (signed << jnp.int8(4)) >> jnp.int8(4)
-    both = jnp.stack([low, signed >> jnp.int8(4)], -1)
-    return both.reshape(*packed.shape[:-1], -1)[..., :size]
-
-
-def spans(w: jax.Array, sums: Sequence[int], group: int) -> jax.Array:
-    """w with its last summed axis [I] cut into [G, I / G]."""
-    axis = w.ndim + max(sums)
-    size = w.shape[axis]
-    group = min(group or size, size)
-    return w.reshape(*w.shape[:axis], size // group, group, *w.shape[axis + 1 :])
-
-
-def _reduced(ndim: int, sums: Sequence[int]) -> tuple[int, ...]:
-    """The axes of what `spans` gave over which a scale is shared."""
-    last = ndim + max(sums)
-    return (*(axis for axis in (ndim + s for s in sums) if axis != last), last + 1)
-
-
-def _scale_shape(x: jax.Array, ndim: int, sums: Sequence[int]) -> jax.Array:
-    """A result of a reduction over `_reduced` -> ndim axes again, of size 1 where they were summed."""
-    last = ndim + max(sums)
-    return jnp.expand_dims(x, tuple(axis for axis in (ndim + s for s in sums) if axis != last))
-
-
-def spread(scale: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """A scale of `quantize` -> one that multiplies codes of `shape`, its groups repeated."""
-    for axis, size in enumerate(shape):
-        if scale.shape[axis] not in (1, size):
-            scale = jnp.repeat(scale, size // scale.shape[axis], axis, total_repeat_length=size)
-    return scale
+    wide = rounding.spread(scale, w.shape)
+    ratio = jnp.where(wide > 0, w.astype(jnp.float32) / jnp.where(wide > 0, wide, 1.0), 0.0)
+    codes = rounding.round_to(ratio, kind)
+    return Quantized(rounding.pack(codes) if kind == "int4" else codes, scale, None, kind, w.shape[-1])
 
 
 def _least_error(w: jax.Array, scale: jax.Array, sums: Sequence[int], kind: str, group: int) -> jax.Array:
     def error(scale: jax.Array) -> jax.Array:
         off = jnp.square(encode(w, scale, kind).astype(jnp.float32) - w)
-        return _scale_shape(spans(off, sums, group).sum(_reduced(w.ndim, sums)), w.ndim, sums)
+        total = rounding.spans(off, sums, group).sum(rounding.reduced(w.ndim, sums))
+        return rounding.scale_shape(total, w.ndim, sums)
 
     def step(best: tuple[jax.Array, jax.Array], shrink: jax.Array) -> tuple[Any, None]:
         found = error(scale * shrink)
