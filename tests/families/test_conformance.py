@@ -49,7 +49,7 @@ class Row:
     half: float = 0.02  # in bfloat16, relative: of losses
     data: dict[str, Any] = field(default_factory=lambda: {"data__name": "digits", "model__dropout": 0.1})
     products: bool = True  # has matrix products, whose weights can be quantized
-    heavy: bool = False  # takes long to compile: several of its tests are slow
+    heavy: int = 0  # takes long to compile. 1: by default its mesh, resume and plan alone; 2: all are slow
 
 
 TRANSFORMER = Row({"optim__lr": 1e-2, "model__width": 64}, count=150, data=TEXT)
@@ -68,15 +68,15 @@ ROWS = {
     "cnn": Row(data={"data__name": "digits"}),
     "mlp": Row(),
     "own_model": Row(data={"data__name": "digits"}),
-    "alexnet": Row(heavy=True),
-    "vgg": Row(**STATISTICS, alike=1, heavy=True),
+    "alexnet": Row(heavy=1),
+    "vgg": Row(**STATISTICS, alike=1, heavy=1),
     "resnet": Row(**STATISTICS, data={"data__name": "digits"}),
-    "inception": Row(**STATISTICS, heavy=True),
+    "inception": Row(**STATISTICS, heavy=2),
     # Its own tests measure which boxes it finds again.
-    "detector": Row({"optim__lr": 5e-3}, 100, 0.6, **STATISTICS, data={"data__name": "shapes"}, heavy=True),
+    "detector": Row({"optim__lr": 5e-3}, 100, 0.6, **STATISTICS, data={"data__name": "shapes"}, heavy=1),
     "gan": GAN,
-    "sngan": GAN,
-    "wgan": GAN,
+    "sngan": dataclasses.replace(GAN, heavy=2),
+    "wgan": dataclasses.replace(GAN, heavy=1),
     "recommender": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS, products=False),
     "ncf": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS),
     "two_tower": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS),
@@ -85,15 +85,15 @@ THREE = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERTS = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "data": 2}]
 
 
-def every(*meshes: dict[str, int], heavy: bool = True) -> list[Any]:
+def every(*meshes: dict[str, int], heavy: int = 1) -> list[Any]:
     """A parameter set a family (and mesh); a family's go to one process.
 
-    Without `heavy`, heavy families are slow. Of meshes, default is the one of all three axes; the CNN, which
+    Families heavier than `heavy` are slow. Of meshes, default is the one of all three axes; the CNN, which
     compiles fast, goes over all.
     """
     found = []
     for name, row in ROWS.items():
-        marks = [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (row.heavy and not heavy)
+        marks = [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (row.heavy > heavy)
         if not meshes:
             found.append(pytest.param(name, marks=marks, id=name))
         for axes in [*meshes, *(EXPERTS if name == "moe" else [])] if meshes else []:
@@ -158,7 +158,7 @@ def test_a_restored_state_goes_on_as_if_it_had_never_stopped(family, tmp_path):
     assert digest(state) == trained_on_one(family).digest
 
 
-@pytest.mark.parametrize("family", every(heavy=False))
+@pytest.mark.parametrize("family", every(heavy=0))
 def test_bfloat16_is_close_to_float32(family):
     half = compiled(family, **SGD, compute_dtype="bfloat16")
     _, rows = steps(half, start(half), 1)
@@ -168,7 +168,7 @@ def test_bfloat16_is_close_to_float32(family):
     assert rows["loss"][0] != exact["loss"][0]
 
 
-@pytest.mark.parametrize("family", every(heavy=False))
+@pytest.mark.parametrize("family", every(heavy=0))
 def test_ten_examples_are_learned_by_heart(family):
     row = ROWS[family]
     if row.learns is None:
@@ -209,7 +209,7 @@ def test_it_plans_for_chips_that_are_not_here(family):
     assert receipt["step_s"] > 0
 
 
-@pytest.mark.parametrize("family", every(heavy=False))
+@pytest.mark.parametrize("family", every(heavy=0))
 def test_it_quantizes(family):
     """int8 weights take a quarter of the bytes, and the held-out loss stays."""
     dense = compiled(family, **SGD)
