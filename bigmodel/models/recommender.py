@@ -99,7 +99,7 @@ class Pairs(nnx.Module):
 
 def dot(user_B1D: jax.Array, item_BCD: jax.Array) -> jax.Array:
     """float32 [B, C]; one matrix product where all users meet the same items."""
-    if len(item_BCD) == 1:
+    if item_BCD.shape[0] == 1:  # of an exported function any number
         return jnp.einsum("bd,cd->bc", user_B1D[:, 0], item_BCD[0], preferred_element_type=jnp.float32)
     return jnp.einsum("bd,bcd->bc", user_B1D[:, 0], item_BCD, preferred_element_type=jnp.float32)
 
