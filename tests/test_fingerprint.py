@@ -37,6 +37,7 @@ ALLOWED = [
     {"check.gradient": "always"},
     {"steps": 99}, {"optim.lr": 0.5}, {"optim.schedule": "linear"}, {"optim.weight_decay": 0.3},
     {"optim.groups.head.lr": 0.25}, {"mesh.fsdp": 2}, {"remat": "full"}, {"microbatches": 2},
+    {"mesh.rules": "/q/kernel$ -> fsdp"},
     {"eval.batches": 3}, {"log.every_steps": 7}, {"checkpoint.keep": 9}, {"optim.clip_norm": 0.0},
 ]  # fmt: skip
 

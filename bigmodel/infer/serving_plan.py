@@ -114,9 +114,10 @@ def table(r: Receipt) -> list[str]:
     ]  # fmt: skip
     for point in r["curve"]:
         price = f"{point['dollars_per_million_tokens']:.4g}" if "dollars_per_million_tokens" in point else "-"
+        per_s = units.quantity(point["tokens_per_s"]).strip()
         lines.append(
-            f"          {point['batch']:>9,}  {units.seconds(point['token_s']):>10}  "
-            f"{point['tokens_per_s']:>10,.4g}  {size(point['peak_bytes']):>9}  {price:>10}"
+            f"          {point['batch']:>9,}  {units.seconds(point['token_s']):>10}  {per_s:>10}  "
+            f"{size(point['peak_bytes']):>9}  {price:>10}"
         )
     return [*lines, *([f"price     {r['price_note']}"] if "price_note" in r else [])]
 

@@ -119,8 +119,9 @@ def table(result: Result) -> list[str]:
     size = made["tokens_per_step"] / best.candidate.config.batch_size  # of an example
 
     def line(mark: object, config: Config, step_s: float, mfu: str, peak_bytes: float) -> str:
+        per_s = units.quantity(size * config.batch_size / step_s).strip()
         return (
-            f"  {mark:<3}{units.seconds(step_s):>10}  {size * config.batch_size / step_s:>10,.4g}  {mfu:>6}  "
+            f"  {mark:<3}{units.seconds(step_s):>10}  {per_s:>10}  {mfu:>6}  "
             f"{units.size(peak_bytes):>9}  {name(config)}"
         )
 
