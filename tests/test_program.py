@@ -17,8 +17,8 @@ from conftest import build, built, by_path, mesh_keys, random_batch, sized, star
 from bigmodel import config as config_lib
 from bigmodel import mesh, train, units
 from bigmodel.config import Config, InputError
+from bigmodel.plan import calibrate, estimate, flops, layout, planner
 from bigmodel.plan import compiled as compiled_lib
-from bigmodel.plan import estimate, flops, layout, planner
 
 # Momentum, decay and clipping, but no Adam: its first steps are near lr * sign(g), which turns a rounding
 # error in a gradient that is almost zero into a full step. Without that amplification, ten float32 steps
@@ -267,7 +267,7 @@ def planned(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         patch.setattr(planner, "compile_for", seen)
         # Private: what an earlier plan left in the cache would be another process's program.
         patch.setattr(compiled_lib, "_read", lambda path: None)
-        patch.setattr(estimate.calibrate, "load", lambda folder: None)  # no minute of measuring
+        patch.setattr(calibrate, "load", lambda folder: None)  # no minute of measuring
         planner.plan(config)
     (only,) = found
     return instructions(only.text)
