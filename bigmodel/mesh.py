@@ -217,9 +217,15 @@ def spec(*dimensions: Dimension) -> PartitionSpec:
     return PartitionSpec(*map(_entry, dimensions))
 
 
+def used_by_experts(layout: Layout) -> Layout:
+    """The layout in which the weights [experts, inputs, outputs] of experts are multiplied; only the experts
+    are split by the axis that splits the batch elsewhere."""
+    return used(layout[:1], "group") + used(layout[1:])
+
+
 def used(layout: Layout, batch: str = "batch") -> Layout:
     """The layout in which a weight stored over `layout` is multiplied: gathered over the axes that split the
-    batch, which in an expert layer is `group`."""
+    batch, a logical axis."""
     return tuple(tuple(axis for axis in axes if axis not in LOGICAL[batch]) for axes in layout)
 
 

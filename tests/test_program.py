@@ -88,6 +88,27 @@ def test_own_rules_lay_out_parameters_and_change_no_value():
     assert_same_run(steps(many, start(many), 10), steps(one, start(one), 10))
 
 
+ODD = [
+    ("cnn", {"data": 2, "fsdp": 2, "tensor": 2}, "/kernel$ -> none,data+tensor"),
+    ("gpt", {"data": 2, "fsdp": 2, "tensor": 2}, "/kernel$ -> data+fsdp+tensor,none; /table$ -> data,tensor"),
+    ("gpt", {"fsdp": 4, "tensor": 2}, "/kernel$ -> none,fsdp+tensor; /scale$ -> tensor; /bias$ -> fsdp"),
+    ("moe", {"expert": 2, "fsdp": 2, "tensor": 2}, "/up/kernel$ -> none,tensor,fsdp+expert; /q/ -> expert"),
+    (
+        "moe",
+        {"expert": 2, "fsdp": 2, "tensor": 2},
+        "/experts/ -> tensor,expert,fsdp; /router/ -> none,expert",
+    ),
+    ("rnn", {"data": 2, "fsdp": 2, "tensor": 2}, "/kernel$ -> tensor,none,fsdp"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "axes", "rules"), ODD, ids=str)
+def test_odd_rules_change_no_value_either(family, axes, rules):
+    one, many = built(family, **SGD), built(family, **SGD, **mesh_keys(axes), mesh__rules=rules)
+    assert_same_run(steps(many, start(many), 4), steps(one, start(one), 4))
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -153,17 +153,17 @@ def _by_expert(layout: Layout, x: Array, inner: mesh.Axes) -> Array:
 
 
 def _dense_of_experts_fwd(layout: Layout, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    _, inner, outer = ((),) * 3 if layout is None else mesh.used(layout, "group")
-    w_used = w if layout is None else mesh.shard(w, *mesh.used(layout, "group"))
+    _, inner, outer = ((),) * 3 if layout is None else mesh.used_by_experts(layout)
+    w_used = w if layout is None else mesh.shard(w, *mesh.used_by_experts(layout))
     y = lax.dot_general(_by_expert(layout, x, inner), w_used, (((3,), (1,)), ((1,), (0,))))
     return _by_expert(layout, jnp.moveaxis(y, 0, 1), outer or inner), (x, w)
 
 
 def _dense_of_experts_bwd(layout: Layout, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
-    _, inner, outer = ((),) * 3 if layout is None else mesh.used(layout, "group")
+    _, inner, outer = ((),) * 3 if layout is None else mesh.used_by_experts(layout)
     x, g = _by_expert(layout, x, inner), _by_expert(layout, g, outer)
-    w = w if layout is None else mesh.shard(w, *mesh.used(layout, "group"))
+    w = w if layout is None else mesh.shard(w, *mesh.used_by_experts(layout))
     dx = jnp.moveaxis(lax.dot_general(g, w, (((3,), (2,)), ((1,), (0,)))), 0, 1)
     dw = lax.dot_general(x, g, (((0, 2), (0, 2)), ((1,), (1,))))
     return _by_expert(layout, dx, inner or outer), dw if layout is None else mesh.shard(dw, *layout)
