@@ -48,7 +48,7 @@ class Sums:
         return {name: total / (weight or 1.0) for name, (total, weight) in weighed.items()}
 
     def values(self) -> dict[str, float]:
-        """As `means`.
+        """See `means`.
 
         Raises:
             InputError: no example counts towards the loss.
@@ -153,7 +153,7 @@ def reliability(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = 15) -
 
 
 def group_gaps(label_NK: np.ndarray, predicted_NK: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
-    """How differently groups are treated, the largest difference between two groups over all classes.
+    """Fairness gaps: the largest difference between two groups over all classes.
 
     `demographic_parity` (Dwork et al. 2012): of the rate of being predicted; `equalised_odds` (Hardt et al.
     2016): of that rate among those who are of the class, and among those who are not.

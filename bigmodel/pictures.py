@@ -164,7 +164,7 @@ Batch = Mapping[str, np.ndarray]
 
 
 def pixels(config: Config, image_NHWC: np.ndarray) -> np.ndarray:
-    """What the model sees -> uint8 [N, H, W, 3] as people do: `data.mean` and `data.std` undone."""
+    """Model inputs -> uint8 [N, H, W, 3] for people: undoes `data.mean` and `data.std`."""
     mean, std = (np.asarray(x or (0.5,), np.float32) for x in (config.data.mean, config.data.std))
     out = np.clip(np.rint((image_NHWC * std + mean) * 255), 0, 255).astype(np.uint8)
     return np.repeat(out, 3, -1) if out.shape[-1] == 1 else out[..., :3]

@@ -154,7 +154,7 @@ def _as_then(tree: Any, workdir: pathlib.Path) -> Any:
 
 
 def last_config(workdir: pathlib.Path) -> Config | None:
-    """As `read_config`, for a run that knows its config already: one that is missing or damaged is None."""
+    """Returns `read_config`, or None where config.json is missing or damaged."""
     try:
         return read_config(workdir) if (workdir / "config.json").exists() else None
     except InputError:

@@ -357,7 +357,7 @@ def test_ids_out_of_range_never_reach_the_model(corpus, data_dir, monkeypatch):
     with pytest.raises(InputError, match=r"token id 300.*data\.tokenizer"):
         broken[0]
     bad_labels = make_pipeline(images(data_dir), "train")
-    bad_labels._examples.source._kept["label"][:] = -1
+    bad_labels._examples.source._cached["label"][:] = -1
     bad_labels._examples.source._have[:] = True
     with pytest.raises(InputError, match="label -1"):
         bad_labels[0]

@@ -210,8 +210,8 @@ def _text(token: Any) -> str:
 def _named(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """bos_token and so on, and names that the model alone has -> a text or an AddedToken."""
     found = DEFAULTS.get(kind, {}) | {key: settings[key] for key in NAMED if settings.get(key) is not None}
-    more = settings.get("extra_special_tokens")
-    found |= more if isinstance(more, Mapping) else {}
+    other = settings.get("extra_special_tokens")
+    found |= other if isinstance(other, Mapping) else {}
     found |= {
         key: value for key, value in settings.items()
         if key.endswith("_token") and key not in NAMED and isinstance(value, str | Mapping)

@@ -1,4 +1,4 @@
-"""How often each class is drawn, and how much it weighs: the same for images, text and tables."""
+"""Class balance: how often each class is drawn and how much it weighs, for images, text and tables."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ class Records(labels.Records):
                     f"label {label} at box {number}, not one of 0..{self._classes - 1}; set "
                     "model.num_classes, or skip it by data.max_skipped"
                 )
-            shown = ", ".join(f"{x:.4g}" for x in box)
+            corners = ", ".join(f"{x:.4g}" for x in box)
             if not np.isfinite(box).all() or box.min() < -OUTSIDE or box.max() > 1 + OUTSIDE:
-                return f"box {number} outside the image: ({shown}), not within 0..1; {skip}"
+                return f"box {number} outside the image: ({corners}), not within 0..1; {skip}"
             if box[2] <= box[0] or box[3] <= box[1]:
-                return f"box {number} without an inside: ({shown}); {skip}"
+                return f"box {number} without an inside: ({corners}); {skip}"
         return ""
 
 
@@ -98,8 +98,8 @@ class Prepare:
             image, boxes = letterbox(image, boxes, size)
         rng, keep = transforms.generator(self._config.seed, position, 1), np.ones(len(boxes), bool)
         for name, numbers in self._parts:
-            image, boxes, kept = augment(name, image, boxes, rng, numbers, size)
-            keep &= kept
+            image, boxes, inside = augment(name, image, boxes, rng, numbers, size)
+            keep &= inside
         if crowds is not None and self._train:
             keep &= crowds == 0
         crowds = crowds if crowds is None else crowds[keep]
@@ -151,8 +151,10 @@ class Places(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def places(strides: tuple[int, ...], size: tuple[int, int]) -> Places:
-    """Of images of a size. A grid takes boxes whose farthest edge is 4 to 8 strides away, the finest smaller,
-    the coarsest larger ones too (Tian et al. 2019, section 3.2).
+    """Returns the places for images of a size (Tian et al. 2019, section 3.2).
+
+    A grid takes boxes whose farthest edge is 4 to 8 strides away, the finest smaller ones too, the coarsest
+    larger ones.
 
     Raises:
         InputError: a size that the strides do not divide.
@@ -218,7 +220,7 @@ def targets(
 
 
 def shapes(config: Config, facts: Facts) -> Shapes:
-    """What a batch holds beside `mask`. Reads no data.
+    """Returns the arrays of a batch but `mask`. Reads no data.
 
     Raises:
         InputError: as `check`.
@@ -251,8 +253,8 @@ def check(config: Config, features: Mapping[str, Feature]) -> tuple[int, int, in
     classes = features["objects/label"].num_classes or 0
     if classes > labels.classes_of(config):
         raise InputError(f"model.num_classes is too small for data.name={d.name!r}: set it to {classes}")
-    asked = {"mixup": d.mixup, "cutmix": d.cutmix, "balance": d.balance != "none", "group": d.group}
-    for key in [key for key, value in asked.items() if value]:
+    refused = {"mixup": d.mixup, "cutmix": d.cutmix, "balance": d.balance != "none", "group": d.group}
+    for key in [key for key, value in refused.items() if value]:
         raise InputError(f"data.{key} is nothing for task.name=detect; leave it out")
     height, width, channels = images.image_shape(config, features["image"])
     return height, width, channels

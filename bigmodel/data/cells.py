@@ -52,7 +52,7 @@ def number(cell: str, decimal: Decimal = ".") -> float | int | None:
 
 @dataclass
 class Look:
-    """What a column's cells look like: the first cell that says so, or None."""
+    """Evidence from a column's cells: for each kind the first cell that shows it, or None."""
 
     floats: np.ndarray  # float64 (n,): of the cells that are plain numbers; NaN for the others
     point: int | None = None  # can only have a decimal point
@@ -95,7 +95,7 @@ def _plain(cell: str) -> float | None:
 
 
 def _note(out: Look, index: int, text: str) -> bool:
-    """Whether a cell is a number by a point or a comma, and in `out` by which."""
+    """True if a cell is a number with a point or a comma; `out` notes which."""
     point, comma = (bool(_NUMBER[sign].fullmatch(text)) for sign in (".", ","))
     if point and comma:
         for sign in {",", "."} & set(text):
@@ -111,7 +111,7 @@ def _note(out: Look, index: int, text: str) -> bool:
 
 
 def styles(looks: Mapping[str, Look], commas: bool) -> tuple[dict[str, Decimal], dict[str, str]]:
-    """How each column of a table writes its numbers -> ({column: sign}, {column: its problem}).
+    """Returns the decimal sign of each column -> ({column: sign}, {column: its problem}).
 
     A column's own cells decide. Where they leave it open, the other columns of the table do.
 

@@ -148,7 +148,7 @@ def _environment() -> Any:
 
 
 def _literals(environment: Any, template: str) -> str:
-    """What the template itself writes or compares with, parted by NUL."""
+    """Strings that the template itself writes or compares with, separated by NUL."""
     from jinja2 import nodes
 
     tree = environment.parse(template)

@@ -172,15 +172,15 @@ def token_stream(source: Source, tokenizer: Tokenizer, *, cache: bool = True) ->
 def _encoded(source: Source, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Pieces of the stream, in order; one piece of text is in memory at a time."""
     separator = np.array([tokenizer.separator])
-    done, told = 0, time.monotonic()
+    done, reported = 0, time.monotonic()
     log.info("encoding %s with %s", source.fingerprint, tokenizer.fingerprint)
     yield separator
     for texts in _chunks(source):
         parts = [part for ids in tokenizer.encode_all(texts) for part in (ids, separator)]
         yield np.concatenate(parts)
         done += len(texts)
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
+        if time.monotonic() - reported > 5:
+            reported = time.monotonic()
             log.info("encoding: %d of %d documents", done, len(source))
 
 
@@ -272,7 +272,7 @@ def _digest(*parts: object) -> str:
 
 
 def is_byte_level(tokenizer: object) -> bool:
-    """Whether ids are strings of bytes, of which each is read without regard to the others'."""
+    """True if each id is a string of bytes, whatever the ids next to it."""
     return isinstance(tokenizer, Bytes | BPE) or (isinstance(tokenizer, Pretrained) and tokenizer.byte_level)
 
 

@@ -56,14 +56,14 @@ class _Skips:
 
     def bad(self, where: str, problem: str) -> None:
         if self._count >= self._most:
-            told = f"; data.max_skipped={self._most} are skipped already" if self._most else ""
-            raise InputError(f"{where} {problem}; {self._fix}{told}")
+            reported = f"; data.max_skipped={self._most} are skipped already" if self._most else ""
+            raise InputError(f"{where} {problem}; {self._fix}{reported}")
         self._count += 1
         log.warning("skipped %d of at most %d: %s %s", self._count, self._most, where, problem)
 
 
 class Reading(TypedDict, total=False):
-    """How columns are read. Where nearly all cells are numbers the column is one of numbers, by default."""
+    """Settings of reading columns. By default a column is numeric where nearly all its cells are numbers."""
 
     text: Collection[str]  # columns that are text, whatever their cells look like
     numbers: Collection[str]  # and that are numbers
@@ -334,11 +334,11 @@ def features(name: str, **how: Unpack[Reading]) -> Mapping[str, Feature]:
     """The columns of `table:GLOB`: text, whole numbers (int64), or numbers (float64). Reads the files."""
     out = {}
     for key, column in read(name, **how).columns.items():
-        whole = column.dtype == np.int64 or (
+        digits = column.dtype == np.int64 or (
             column.dtype != object
             and bool((np.floor(column) == column).all() and np.abs(column).max() < 2**63)
         )
-        dtype = "text" if column.dtype == object else "int64" if whole else "float64"
+        dtype = "text" if column.dtype == object else "int64" if digits else "float64"
         if key != SPLIT:
             out[key] = Feature((), dtype)
     return out

@@ -1,4 +1,4 @@
-"""What is known of a config's data beside its records: as a workdir keeps it, else as the data say.
+"""Facts about a config's data other than its records: as a workdir keeps them, else as the data say.
 
     features        {column: {shape, dtype, num_classes, names}} of the dataset
     names of KEY    the values of a text column (label, group): a value's id is its place
@@ -36,7 +36,7 @@ class Facts:
         """Args: training: what the workdir keeps is compared with the data. Raises as `fitted.read`."""
         self.config, self._training = config, training
         self.workdir = pathlib.Path(workdir) if workdir else None
-        self._kept, self._new = fitted.read(workdir), dict[str, Any]()
+        self._stored, self._new = fitted.read(workdir), dict[str, Any]()
 
     def get(self, name: str, make: Callable[[], Any], *, compare: bool = True) -> Any:
         """A fact (JSON) as it is kept, or made now.
@@ -48,29 +48,29 @@ class Facts:
         Raises:
             InputError: they differ; the message names the first difference.
         """
-        if name in self._kept:
+        if name in self._stored:
             if self._training and compare and name not in self._new:
                 self._new[name] = make()
-                self._refuse(fitted.difference(self._kept[name], self._new[name], name))
-            return self._kept[name]
+                self._refuse(fitted.difference(self._stored[name], self._new[name], name))
+            return self._stored[name]
         if name not in self._new:
             self._new[name] = make()
         return self._new[name]
 
     @property
     def is_late(self) -> bool:
-        """Whether the workdir was trained in, but keeps no facts yet."""
+        """True if a run was trained in the workdir before facts were kept."""
         steps = self.workdir / "checkpoints" if self.workdir else None
-        return not self._kept and steps is not None and steps.is_dir() and any(steps.iterdir())
+        return not self._stored and steps is not None and steps.is_dir() and any(steps.iterdir())
 
     def stored(self, name: str) -> Any:
         """A fact (JSON) as the workdir keeps it; None if it keeps none."""
-        return self._kept.get(name)
+        return self._stored.get(name)
 
     def keep(self) -> None:
         """Writes the facts that were made, for those who read this workdir later."""
         if self.workdir:
-            fitted.write(self.workdir, {k: v for k, v in self._new.items() if k not in self._kept})
+            fitted.write(self.workdir, {k: v for k, v in self._new.items() if k not in self._stored})
 
     def _refuse(self, difference: str) -> None:
         if difference:
@@ -89,7 +89,7 @@ class Facts:
             key: Feature(tuple(one["shape"]), one["dtype"], one["num_classes"], tuple(one["names"]))
             for key, one in tree.items()
         }
-        if self._training and "features" in self._kept:
+        if self._training and "features" in self._stored:
             self.check(labels.features(self.config), found)
         return found
 
@@ -104,14 +104,14 @@ class Facts:
         Raises:
             InputError: it lacks one that training used, or has it in another kind, or other classes.
         """
-        kept = self.features if "features" in self._kept else {}
-        text = [key for key, feature in kept.items() if feature.dtype == "text"]
-        numbers = [key for key, feature in kept.items() if feature.dtype != "text"]
+        stored = self.features if "features" in self._stored else {}
+        text = [key for key, feature in stored.items() if feature.dtype == "text"]
+        numbers = [key for key, feature in stored.items() if feature.dtype != "text"]
         source = labels.open_split(self.config, split, keys, text=text, numbers=numbers)
-        if kept:
+        if stored:
             was, now = (
                 {key: x for key, x in features.items() if keys is None or key in keys}
-                for features in (kept, source.features)
+                for features in (stored, source.features)
             )
             self.check(now, was)
         return source

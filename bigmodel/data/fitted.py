@@ -1,4 +1,4 @@
-"""What training fitted to its data, in a run's directory: so predictions need no training data.
+"""Values that training fitted to its data, kept in the workdir so that predictions need no training data.
 
 fitted.json holds facts by name, each with the SHA-256 of its JSON; `data/facts.py` says which there are. An
 imported model's directory holds what its files say, under the same names.
@@ -72,7 +72,7 @@ def digest(value: Any) -> str:
 
 
 def disagreement(a: Values, b: Values) -> str:
-    """What two models' facts say otherwise about one thing, such as class 1; "" for nothing.
+    """Returns the first difference between two models' facts, such as the name of class 1; "" for none.
 
     What only one of them keeps is not compared, nor what the datasets hold beside classes.
     """
@@ -107,6 +107,6 @@ def difference(was: Any, now: Any, what: str = "") -> str:
         gone, new = sorted(before - after), sorted(after - before)
         parts = [f"{json.loads(gone[0])!r} is missing"] if gone else []
         parts += [f"{json.loads(new[0])!r} is new"] if new else []
-        more = len(gone) + len(new) - len(parts)
-        return prefix + (", ".join(parts) + (f" and {more} more" if more else "") or "in another order")
+        added = len(gone) + len(new) - len(parts)
+        return prefix + (", ".join(parts) + (f" and {added} more" if added else "") or "in another order")
     return f"{prefix}was {was!r}, now {now!r}"

@@ -60,7 +60,7 @@ class Prepare:
 
 
 def mixes(config: Config) -> bool:
-    """Whether a training example is made of two."""
+    """True if a training example is made of two."""
     return config.data.mixup > 0 or config.data.cutmix > 0
 
 
@@ -84,7 +84,7 @@ def mixer(config: Config) -> Any:
 
 
 def shapes(config: Config, facts: Facts) -> Shapes:
-    """What a batch holds beside `mask`. Reads no data.
+    """Returns the arrays of a batch but `mask`. Reads no data.
 
     Raises:
         InputError: an unknown dataset, or features that do not suit the task or the model.

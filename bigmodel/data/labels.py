@@ -107,7 +107,7 @@ class Records:
 
 
 def shapes(config: Config) -> Shapes:
-    """What `finish` gives."""
+    """Returns the arrays that `finish` makes."""
     one = config.task.label_kind == "class"
     label: Shapes = {"label": ((), np.int32) if one else ((classes_of(config),), np.float32)}
     out = label if name_of(config) else {}
@@ -215,7 +215,7 @@ def open_split(
 
 
 def _reading(config: Config) -> Reading:
-    """How a table is read: no column is minded that the model does not read."""
+    """Settings of reading a table; problems in columns that the model does not read are ignored."""
     d, name = config.data, name_of(config)
     return {
         "text": {d.text, *d.categorical} | (set(d.ignore) - {name, d.group}),

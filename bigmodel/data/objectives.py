@@ -1,4 +1,4 @@
-"""What a model learns from text by: masked words, corrupted spans, sentence pairs; pure functions on batches.
+"""Learning objectives on text: masked words, corrupted spans, sentence pairs; pure functions on batches.
 
 What is drawn depends on the seed and a row's serial number alone (its place in the endless order of training;
 in evaluation the example's index), so a run resumes exactly, on any number of hosts.
@@ -112,7 +112,7 @@ def sentence_pairs(
 
 
 def span_counts(length: int, rate: float, mean_span: float) -> tuple[int, int]:
-    """How many of `length` tokens are noise, in how many spans."""
+    """Returns how many of `length` tokens are noise, and in how many spans."""
     noise = min(max(round(length * rate), 1), length - 1)
     return noise, min(max(round(noise / mean_span), 1), noise, length - noise)
 

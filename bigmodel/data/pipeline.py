@@ -46,7 +46,7 @@ class Order(Protocol):
 
 
 class Parts(NamedTuple):
-    """What the examples of a task are, and how a batch is made of them."""
+    """The examples of a task, and how a batch is made of them."""
 
     examples: Examples
     finish: transforms.Transform
@@ -150,7 +150,7 @@ class Pipeline:
             self._fitted.keep()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the order and the content of the batches, for JSON; not the number of hosts."""
+        """Returns what decides the order and content of batches, for JSON; not the number of hosts."""
         return {**self._facts, "batch_size": self._batch_size, "num_examples": self.num_examples}
 
 
@@ -226,8 +226,8 @@ def open_pipeline(
 
 
 def _eval_batches(config: Config, num_examples: int) -> int:
-    whole = -(-num_examples // config.batch_size)
-    return whole if config.eval.batches < 0 else min(whole, config.eval.batches)
+    all_batches = -(-num_examples // config.batch_size)
+    return all_batches if config.eval.batches < 0 else min(all_batches, config.eval.batches)
 
 
 def _shuffle_seed(seed: int) -> int:

@@ -27,8 +27,10 @@ CONTEXT = 8  # ids before an answer that its first characters may depend on
 
 
 class Pretrained:
-    """As `text.Tokenizer`. Inside a document a special token's name is text like any other; prompts and a
-    classifier's texts are read as transformers reads them.
+    """A tokenizer from Hugging Face's files.
+
+    Inside a document a special token's name is plain text; prompts and a classifier's texts are read as
+    transformers reads them.
 
     Bytes of text are counted token by token: exactly for byte-level BPE and sentencepiece; for WordPiece,
     which drops spaces and may drop case, the letters'.
@@ -207,7 +209,7 @@ class Pretrained:
         return np.array(ids or [self._start_of_nothing()], np.int32)
 
     def _start_of_nothing(self) -> int:
-        """What transformers' generate starts an empty prompt with: bos, else the separator."""
+        """The id with which transformers' generate starts an empty prompt: bos, else the separator."""
         sources = (self.files.generation, self.files.model)
         ids = [source["bos_token_id"] for source in sources if isinstance(source.get("bos_token_id"), int)]
         return ids[0] if ids else self.separator
@@ -257,7 +259,7 @@ class Pretrained:
         return np.array(chat.encode_marked(self._reader, _checked(text)), np.int32)
 
     def drawing(self) -> dict[str, Any]:
-        """How the model's authors draw answers: see generation.py; {} if it did not come with the model."""
+        """Returns the authors' settings of sampling (generation.py); {} if the model came without them."""
         return generation.defaults(self.files.generation, self.files.where) if self.imported else {}
 
     # ---------------------------------------------------------------------------------------------- decoding
@@ -283,11 +285,11 @@ class Pretrained:
 
     @property
     def byte_level(self) -> bool:
-        """Whether its tokens are written in the characters that stand for bytes."""
+        """True if its tokens are written in the characters that stand for bytes."""
         return "ByteLevel" in self._decoders
 
     def bytes_at(self, index: int) -> bytes | None:
-        """As `text.bytes_of`."""
+        """See `corpus.bytes_of`."""
         name = self.model.id_to_token(index) if 0 <= index < self.vocab_size else None
         if name is None or index in self._unwritten:
             return None
@@ -299,11 +301,11 @@ class Pretrained:
         """An answer's text without its special tokens, as it goes on after the ids `before`."""
         numbers = [i for i in np.asarray(ids, np.int64).tolist() if 0 <= i < self.vocab_size]
         lead = [i for i in np.asarray(before, np.int64).tolist()[-CONTEXT:] if 0 <= i < self.vocab_size]
-        head = self._shown(lead).rstrip("\ufffd") if lead else ""
-        text = self._shown([*lead, *numbers])
-        return text[len(head) :] if text.startswith(head) else self._shown(numbers)
+        head = self._display(lead).rstrip("\ufffd") if lead else ""
+        text = self._display([*lead, *numbers])
+        return text[len(head) :] if text.startswith(head) else self._display(numbers)
 
-    def _shown(self, ids: list[int]) -> str:
+    def _display(self, ids: list[int]) -> str:
         text = str(self.model.decode(ids, skip_special_tokens=True))
         config = self.files.config
         forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")

@@ -195,7 +195,7 @@ def finisher(config: Config, ratings: Ratings, train: bool) -> Callable[..., Bat
     draws = count if loss == "binary" or not train else 0
     pairs = ratings.pairs(train)
     _check_room(config, ratings, pairs, draws, distinct=not train)
-    starts, seen, widest = _seen(ratings)
+    starts, rated, widest = _rated_before(ratings)
 
     def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> Batch:
         known = np.where(batch["user"] > ratings.users, 0, batch["user"])
@@ -210,15 +210,15 @@ def finisher(config: Config, ratings: Ratings, train: bool) -> Callable[..., Bat
         if not train and not draws:
             at = starts[batch["user"]][:, None] + np.arange(widest)
             inside = at < starts[batch["user"] + 1][:, None]
-            out["seen"] = np.where(inside, seen[np.minimum(at, len(seen) - 1)], 0).astype(np.int32)
+            out["seen"] = np.where(inside, rated[np.minimum(at, len(rated) - 1)], 0).astype(np.int32)
             out["known"] = np.full(len(serials), ratings.items + 1, np.int32)
         return out
 
     return finish
 
 
-def _seen(ratings: Ratings) -> tuple[np.ndarray, np.ndarray, int]:
-    """Training items by user: user u's are seen[starts[u] : starts[u + 1]]; and the most that one has."""
+def _rated_before(ratings: Ratings) -> tuple[np.ndarray, np.ndarray, int]:
+    """Training items by user: user u's are rated[starts[u] : starts[u + 1]]; and the most that one has."""
     train = ~ratings.is_test
     counts = np.bincount(ratings.user[train], minlength=int(np.max(ratings.user)) + 1)
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -294,12 +294,12 @@ def _mixed(seed: int, serial: np.ndarray, column: np.ndarray, attempt: int) -> n
 
 
 def shapes(config: Config, _: Facts) -> labels.Shapes:
-    """What a training batch holds beside `mask`."""
+    """Returns the arrays of a training batch but `mask`."""
     assert isinstance(config.task, Rank)
     out: labels.Shapes = {"user": ((), np.int32), "item": ((), np.int32)}
-    more: dict[str, labels.Shapes] = {
+    extra: dict[str, labels.Shapes] = {
         "binary": {"negatives": ((config.task.negatives,), np.int32)},
         "softmax": {"log_q": ((), np.float32)},
         "rating": {"rating": ((), np.float32)},
     }
-    return out | more[config.task.rank_loss]
+    return out | extra[config.task.rank_loss]

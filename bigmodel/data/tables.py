@@ -32,7 +32,7 @@ OLD_FILE = "columns.json"  # in the workdirs of older versions, in place of fitt
 
 @dataclass(frozen=True)
 class Columns:
-    """What training rows say about each column."""
+    """Statistics of each column over the training rows."""
 
     numeric: dict[
         str, list[float]
@@ -147,7 +147,7 @@ def _scale(values: np.ndarray) -> list[float]:
 
 
 def fitted(config: Config, workdir: pathlib.Path | None = None, facts: Facts | None = None) -> Columns:
-    """As the workdir keeps them, or fitted on the training split now.
+    """Returns the columns as the workdir keeps them, or fits them on the training split.
 
     Raises:
         InputError: more categories than the model has rows for.
@@ -220,7 +220,7 @@ def prepare(config: Config, columns: Columns, weights: np.ndarray | None) -> Any
 
 
 def shapes(config: Config, facts: Facts) -> labels.Shapes:
-    """What a batch holds beside `mask`."""
+    """Returns the arrays of a batch but `mask`."""
     features = facts.features
     labels.require(config, features)
     labels.check(config, labels.numbered(config, features, facts.names))

@@ -48,22 +48,22 @@ class TfdsSource:
         self.num_bytes = int(splits[split].num_bytes if split in splits else builder.info.dataset_size)
         self.fingerprint = f"{builder.info.full_name}/{split} records={len(self)} bytes={self.num_bytes}"
         self._threads: ThreadPoolExecutor | None = None
-        self._kept: dict[str, np.ndarray] = self._room_for_all() if cache else {}
-        self._have = np.zeros(len(self) if self._kept else 0, bool)
+        self._cached: dict[str, np.ndarray] = self._room_for_all() if cache else {}
+        self._have = np.zeros(len(self) if self._cached else 0, bool)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         indices = np.asarray(indices, np.int64)
-        if not self._kept:
+        if not self._cached:
             return self._decode(indices)
         missing = np.unique(indices[~self._have[indices]])
         if len(missing):
             for key, column in self._decode(missing).items():
-                self._kept[key][missing] = column
+                self._cached[key][missing] = column
             self._have[missing] = True  # after the data: another thread may be reading
-        return {key: column[indices] for key, column in self._kept.items()}
+        return {key: column[indices] for key, column in self._cached.items()}
 
     def _room_for_all(self) -> dict[str, np.ndarray]:
         """Empty columns for the whole split, or {} where sizes vary or memory is short."""

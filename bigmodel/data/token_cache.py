@@ -57,9 +57,9 @@ def write(path: pathlib.Path, chunks: Iterable[np.ndarray]) -> None:
             content = chunk.tobytes()
             file.write(content)
             rest += content
-            whole = len(rest) // BLOCK * BLOCK
-            crc.extend(zlib.crc32(rest[at : at + BLOCK]) for at in range(0, whole, BLOCK))
-            rest = rest[whole:]
+            complete = len(rest) // BLOCK * BLOCK
+            crc.extend(zlib.crc32(rest[at : at + BLOCK]) for at in range(0, complete, BLOCK))
+            rest = rest[complete:]
 
     _sums(path).unlink(missing_ok=True)  # first: those of another content are never beside this one
     write_atomically(path, put)

@@ -35,7 +35,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files beside a tokenizer.json say; a file that is not there is empty."""
+    """The files that accompany a tokenizer.json; a missing file is empty."""
 
     where: str = ""  # their directory, for messages
     config: Mapping[str, Any] = field(default_factory=dict)  # tokenizer_config.json
@@ -53,7 +53,7 @@ class TokenizerFiles:
         return bool(self.model)
 
 
-def beside(file: pathlib.Path) -> pathlib.Path:
+def directory(file: pathlib.Path) -> pathlib.Path:
     """Where the files are that belong to a tokenizer.json: in a workdir, its `huggingface/`."""
     origin = file.parent / ORIGIN
     in_workdir = origin.is_dir() or (file.parent / "checkpoints").is_dir()

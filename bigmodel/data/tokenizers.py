@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
 
     @property
     def first_bytes(self) -> np.ndarray:
-        """As `token_bytes`, of an id that is a document's first."""
+        """Returns `token_bytes` for the first id of a document."""
         ...
 
     @property
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
 
     @property
     def first(self) -> int:
-        """What a document's first id follows; mostly the separator."""
+        """The id before a document's first one; mostly the separator."""
         ...
 
     @property
@@ -70,7 +70,7 @@ class Tokenizer(Protocol):
 
 
 class Own:
-    """What tokenizers of this package share: one separator before, between and after documents."""
+    """Base of the tokenizers of this package: one separator before, between and after documents."""
 
     separator: int
     token_bytes: np.ndarray
@@ -169,7 +169,7 @@ class BPE(Own):
         return _join(_special(i, separator) if b is None else b for i, b in zip(numbers, plain, strict=True))
 
     def bytes_at(self, index: int) -> bytes | None:
-        """As `text.bytes_of`."""
+        """See `corpus.bytes_of`."""
         return self._bytes[index] if 0 <= index < self.vocab_size and index != self.separator else None
 
     def save(self, path: pathlib.Path) -> None:

@@ -120,7 +120,7 @@ class Window(NamedTuple):
 
 
 def take(image: np.ndarray, window: Window, size: int = 0) -> np.ndarray:
-    """What the window shows, zeros beyond the edges; resized to [size, size, C], if a size is given."""
+    """Cuts the window out, with zeros beyond the edges; resized to [size, size, C] if a size is given."""
     top, left, height, width, mirrored = window
     over = [max(-top, top + height - image.shape[0], 0), max(-left, left + width - image.shape[1], 0)]
     if any(over):
@@ -131,7 +131,7 @@ def take(image: np.ndarray, window: Window, size: int = 0) -> np.ndarray:
 
 
 def crop_window(shape: tuple[int, ...], rng: Random, pad: float) -> Window:
-    """Of the old size, up to `pad` pixels beyond the edges (He et al. 2015, 4.2)."""
+    """A window of the old size, up to `pad` pixels beyond the edges (He et al. 2015, 4.2)."""
     top, left = (int(n) - int(pad) for n in rng.integers(0, 2 * int(pad) + 1, 2))
     return Window(top, left, shape[0], shape[1])
 
@@ -229,7 +229,7 @@ def _usual(name: str) -> str:
 
 
 def augmentation(text: str, size: int) -> tuple[bool, Augment]:
-    """What `data.augment` asks for, in its order -> (whether it resizes to `size` itself, the function)."""
+    """Steps of `data.augment` as one function -> (True if it resizes to `size` itself, the function)."""
     parts = parse_augment(text)
     resizes = any(name == "resized_crop" for name, _ in parts)
     if resizes and (not size or parts[0][0] != "resized_crop"):

@@ -113,7 +113,7 @@ class Task:
         """
         raise InputError(f"task.name={self.config.task.name} has no report beyond its metrics")
 
-    def pictures(self, kept: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def pictures(self, predicted: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Returns pictures uint8 [H, W, 3] of one batch and its predictions, by name."""
         return {}
 

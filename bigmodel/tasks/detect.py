@@ -116,8 +116,8 @@ class Detect(Task):
             row["name"] = title(names, row["label"])
         return out
 
-    def pictures(self, kept: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
-        return pictures.detections(self.config, kept, batch, names)
+    def pictures(self, predicted: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+        return pictures.detections(self.config, predicted, batch, names)
 
     def answer(self, out: Mapping[str, Any], names: Sequence[str], columns: Any) -> Row:
         """Detections, the surest first; boxes (y0, x0, y1, x1) in pixels of the image as it was given."""

@@ -62,8 +62,8 @@ class GAN(Task):
 
     def shapes(self, facts: Facts) -> Shapes:
         d = self.config.data
-        asked = {"mixup": d.mixup, "cutmix": d.cutmix, "balance": d.balance != "none"}
-        for key in [key for key, value in (asked | {"mean": d.mean, "std": d.std}).items() if value]:
+        refused = {"mixup": d.mixup, "cutmix": d.cutmix, "balance": d.balance != "none"}
+        for key in [key for key, value in (refused | {"mean": d.mean, "std": d.std}).items() if value]:
             raise InputError(f"data.{key} is nothing for task.name=gan, which draws images in -1..1; drop it")
         return {**images.shapes(self.config, facts), "serial": ((), np.int32)}
 
@@ -122,8 +122,8 @@ class GAN(Task):
         real = pictures.grid(pictures.pixels(self.config, examples["image"]))
         return out | {"pictures": pictures.save(directory, {"real": real})}
 
-    def pictures(self, kept: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
-        return {"fakes": pictures.grid(pictures.pixels(self.config, kept["fake"]))}
+    def pictures(self, predicted: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
+        return {"fakes": pictures.grid(pictures.pixels(self.config, predicted["fake"]))}
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         """A generated image in -1..1 as base64 of a PNG."""

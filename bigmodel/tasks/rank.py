@@ -79,7 +79,7 @@ class Rank(Task):
         return {name: x for name, x in outputs.items() if name != "in_batch"}
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
-        """How much the user likes the item: a rating, or logits."""
+        """The user's score of the item: a rating, or a logit."""
         return {"score": float(out["scores"][0])}
 
 
@@ -115,7 +115,7 @@ def candidates(outputs: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Arra
 
 
 def at_k(own_B: jax.Array, other_BC: jax.Array, real_BC: jax.Array, k: int) -> dict[str, jax.Array]:
-    """Whether the item is among the first k, and 1 / log2(its place + 1) if so (He et al. 2015, section 4.1).
+    """HR@k: 1 if the item is among the first k. NDCG@k: then 1 / log2(its place + 1) (He et al. 2015, 4.1).
 
     Items of equal scores may come in any order: both are expected values over all of these orders (McSherry
     and Najork 2008, section 3), so a model whose scores are all equal does as well as chance. A NaN stands
