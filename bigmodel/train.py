@@ -120,8 +120,8 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
     if not left or enough:
         key = "steps" if not left else "eval.patience"
         log.say(f"done: {run.path} is at step {first_step:,} of {config.steps:,}; raise {key} to go on")
-        found = log.last_evaluation(run.path)
-        return Result(DONE, first_step, found, run.path, run.program, state, best.step)
+        values = log.last_evaluation(run.path)
+        return Result(DONE, first_step, values, run.path, run.program, state, best.step)
     compiled = compiled or _compile(run, force)
     with log.doing("plan      measuring this machine"):
         receipt = planner.of_run(run.program, compiled, left)

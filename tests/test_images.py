@@ -149,7 +149,7 @@ def test_the_mixed_loss_is_that_of_soft_labels():
         key: jnp.asarray(value, jnp.int32 if value.dtype == int else None) for key, value in batch.items()
     }
     task = tasks.make(config_lib.from_dict({"task": {"name": "classify"}, "model": {"name": "cnn"}}))
-    total, weight = task.terms(logits, batch, True)["loss"]
+    total, weight = task.terms({"logits": logits}, batch, True)["loss"]
     expected = optax.softmax_cross_entropy(logits, jnp.asarray(soft, jnp.float32)).mean()
     assert float(total / weight) == pytest.approx(float(expected), rel=1e-5)
 
@@ -199,18 +199,18 @@ def test_losses_by_formula():
     logits = jnp.asarray([[2.0, -1.0, 0.0], [0.5, 0.5, 3.0]])
     batch = {"label": jnp.asarray([0, 1]), "mask": jnp.ones(2), "weight": jnp.asarray([3.0, 1.0])}
     tree = {"model": {"name": "cnn"}, "task": {"name": "classify", "loss": "focal", "focal_gamma": 1.5}}
-    total, weight = tasks.make(config_lib.from_dict(tree)).terms(logits, batch, True)["loss"]
+    total, weight = tasks.make(config_lib.from_dict(tree)).terms({"logits": logits}, batch, True)["loss"]
     p = np.asarray(jax.nn.softmax(logits))[[0, 1], [0, 1]]
     assert float(total) == pytest.approx((np.array([3, 1]) * -np.log(p) * (1 - p) ** 1.5).sum(), rel=1e-4)
     assert float(weight) == 4
     values = {"label": jnp.asarray([[0.0, 1.0, 5.0], [0.0, 0.0, 0.0]]), "mask": jnp.asarray([1.0, 0.0])}
     tree["task"] = {"name": "regress", "huber_delta": 1.0}
-    terms = tasks.make(config_lib.from_dict(tree)).terms(logits, values, False)
+    terms = tasks.make(config_lib.from_dict(tree)).terms({"logits": logits}, values, False)
     assert float(terms["loss"][0]) == pytest.approx((1.5 + 1.5 + 4.5) / 3)
     assert float(terms["mse"][0]) == pytest.approx((4 + 4 + 25) / 3)
     tree["task"] = {"name": "multilabel"}
     binary = {"label": jnp.asarray([[1.0, 0.0, 1.0]] * 2), "mask": jnp.ones(2)}
-    terms = tasks.make(config_lib.from_dict(tree)).terms(logits, binary, False)
+    terms = tasks.make(config_lib.from_dict(tree)).terms({"logits": logits}, binary, False)
     expected = optax.sigmoid_binary_cross_entropy(logits, binary["label"]).mean(-1).sum()
     assert float(terms["loss"][0]) == pytest.approx(float(expected), rel=1e-5)
     assert float(terms["exact_match"][0]) == 0

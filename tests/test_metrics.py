@@ -119,7 +119,7 @@ def on_device(logits: np.ndarray, label: np.ndarray, **keys: int) -> dict[str, f
     batch = {"label": jnp.asarray(label), "mask": jnp.ones(len(label))}
     name = "classify" if label.ndim == 1 else "multilabel"
     task = tasks.make(config_lib.from_dict({"model": {"name": "cnn"}, "task": {"name": name, **keys}}))
-    terms = jax.jit(lambda x: task.terms(x, batch, False))
+    terms = jax.jit(lambda x: task.terms({"logits": x}, batch, False))
     return {key: float(total / weight) for key, (total, weight) in terms(jnp.asarray(logits)).items()}
 
 
@@ -144,7 +144,9 @@ def test_ties_are_broken_as_argmax_does(values):
 def test_words_and_next_sentences_break_ties_alike():
     batch = {"segments": jnp.ones((2, 5), int), "mask": jnp.ones(2), "targets": jnp.arange(10).reshape(2, 5)}
     batch["target_bytes"] = jnp.ones((2, 5), jnp.uint8)
-    total, count = tasks.make(config_lib.Config()).terms(jnp.zeros((2, 5, 10)), batch, False)["accuracy"]
+    total, count = tasks.make(config_lib.Config()).terms({"logits": jnp.zeros((2, 5, 10))}, batch, False)[
+        "accuracy"
+    ]
     assert (float(total), float(count)) == (1, 10)  # only token 0 is the argmax
 
 

@@ -254,7 +254,7 @@ def _keep_files(pretrained: Pretrained, config: Config, path: pathlib.Path) -> N
     if kind != "hf":
         return
     if pathlib.Path(there) != source.absolute():  # another's tokenizer was asked for
-        tokenizer_files.keep(tokenizer_files.beside(pathlib.Path(there) / TOKENIZER), origin)
+        tokenizer_files.keep(tokenizer_files.home(pathlib.Path(there) / TOKENIZER), origin)
     if not (origin / TOKENIZER).is_file() and (made := backends.from_vocabulary(origin)):
         (path / TOKENIZER).write_text(made, "utf-8")
     elif (origin / TOKENIZER).is_file():

@@ -100,7 +100,7 @@ def _pretrained(directory: pathlib.Path, saved: pathlib.Path | None) -> Pretrain
         )
     tokenizer = Pretrained.load(file, borrowed=True)
     if saved:
-        tokenizer_files.keep(tokenizer_files.beside(file), saved.parent / tokenizer_files.ORIGIN)
+        tokenizer_files.keep(tokenizer_files.home(file), saved.parent / tokenizer_files.ORIGIN)
         tokenizer.save(saved)
     return tokenizer
 

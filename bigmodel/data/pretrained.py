@@ -331,7 +331,7 @@ class Pretrained:
 
         Raises InputError if the file is missing, or as the class.
         """
-        files = tokenizer_files.read(tokenizer_files.beside(path), with_model=not borrowed)
+        files = tokenizer_files.read(tokenizer_files.home(path), with_model=not borrowed)
         try:
             return cls(path.read_text("utf-8"), str(path), files)
         except (OSError, UnicodeDecodeError) as error:

@@ -53,7 +53,7 @@ class TokenizerFiles:
         return bool(self.model)
 
 
-def directory(file: pathlib.Path) -> pathlib.Path:
+def home(file: pathlib.Path) -> pathlib.Path:
     """Where the files are that belong to a tokenizer.json: in a workdir, its `huggingface/`."""
     origin = file.parent / ORIGIN
     in_workdir = origin.is_dir() or (file.parent / "checkpoints").is_dir()
