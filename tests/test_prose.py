@@ -19,7 +19,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 @pytest.mark.parametrize(
-    "path", [*(FILES[name] for name in READ), *TESTS], ids=lambda path: str(path.relative_to(ROOT))
+    "path", [*(FILES[name] for name in FILES), *TESTS], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_docstrings_begin_with_what_a_thing_does_or_is(path):
     kinds = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
