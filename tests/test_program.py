@@ -96,7 +96,7 @@ ODD = [
     (
         "moe",
         {"expert": 2, "fsdp": 2, "tensor": 2},
-        "/experts/ -> tensor,expert,fsdp; /router/ -> none,expert",
+        "/experts/ -> tensor,expert,fsdp",
     ),
     ("rnn", {"data": 2, "fsdp": 2, "tensor": 2}, "/kernel$ -> tensor,none,fsdp"),
 ]
