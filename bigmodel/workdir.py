@@ -1,9 +1,9 @@
-"""A run's directory: who may write in it, and the config it was started with.
+"""A run's directory: its lock, its config, and its JSON files.
 
 config.json  plan.json  metrics.jsonl  tb/  checkpoints/<step>/  tokenizer.json  ledger.json
 loss.png  metrics.png  pictures/  samples/ (drawn and written while it trains)
-fitted.json (class names, columns, ids: what training fitted)
-init.json (what became of each array of init.from)  huggingface/ (of an imported model: what its export needs)
+fitted.json (class names, columns, ids, as training fitted them)
+init.json (what became of each array of init.from)  huggingface/ (files of an imported model, for its export)
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["claim", "local", "read_config", "read_json", "without_nan", "write_c
 log = logging.getLogger("bigmodel")
 
 OF_ANY_TASK = set[str]().union(*(keys_of(cls.name) for cls in TASKS))
-BEFORE_TRAINING = {".lock", "fitted.json", "tokenizer.json"}  # what is written before config.json
+BEFORE_TRAINING = {".lock", "fitted.json", "tokenizer.json"}  # files that are written before config.json
 
 
 def local(path: str | os.PathLike[str], flag: str = "--workdir") -> pathlib.Path:
-    """The path that a flag gives. Raises InputError for an empty one and for a URL."""
+    """Returns the path that a flag gives. Raises InputError for an empty one and for a URL."""
     given = f"{flag}={os.fspath(path)}" if flag.startswith("--") else f"{flag} {os.fspath(path)}"
     text = os.fspath(path)
     if not text.strip():
@@ -40,7 +40,7 @@ def local(path: str | os.PathLike[str], flag: str = "--workdir") -> pathlib.Path
         raise InputError(f"{given} is a URL; mount it (a bucket: with gcsfuse) and give the path it has here")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # what writes arrays takes UTF-8 alone
+    except UnicodeEncodeError as error:  # the writer of arrays takes only UTF-8
         raise InputError(
             f"{given} is not UTF-8 text in this locale; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or rename it"
         ) from error
@@ -49,12 +49,12 @@ def local(path: str | os.PathLike[str], flag: str = "--workdir") -> pathlib.Path
 
 @contextlib.contextmanager
 def claim(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Makes the directory and holds its lock until the end of the block, or of the process.
+    """Makes the directory and locks it until the end of the block, or of the process.
 
-    A directory that was made here is removed again when the block raises before config.json is written.
+    Removes a directory that it made if the block raises before config.json is written.
 
     Raises:
-        InputError: another run holds it, or it cannot be made or written.
+        InputError: another run has locked it, or it cannot be made or written.
     """
     workdir = local(path)
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
@@ -75,7 +75,7 @@ def _lock(workdir: pathlib.Path) -> Iterator[IO[bytes]]:
     while True:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            lock = open(path, "a+b", buffering=0)  # noqa: SIM115 -- held as long as the run
+            lock = open(path, "a+b", buffering=0)  # noqa: SIM115 -- open as long as the run
         except OSError as error:
             raise InputError(
                 f"--workdir={workdir}: {disk.cause(error)}; choose a directory you can write"
@@ -104,10 +104,10 @@ def _is_same(file: IO[bytes], path: pathlib.Path) -> bool:
 
 
 def _remove_empty(workdir: pathlib.Path, made: list[pathlib.Path]) -> None:
-    """Removes the folders of `made`, the innermost first, up to one that holds something."""
+    """Removes the folders of `made`, innermost first, up to one that is not empty."""
     if not made:
         return
-    with contextlib.suppress(OSError):  # what holds something stays
+    with contextlib.suppress(OSError):  # a folder that is not empty stays
         (workdir / "checkpoints").rmdir()
     with contextlib.suppress(OSError):
         if {entry.name for entry in workdir.iterdir()} <= BEFORE_TRAINING:
@@ -118,7 +118,7 @@ def _remove_empty(workdir: pathlib.Path, made: list[pathlib.Path]) -> None:
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-    """The config that the run in `workdir` was last started with.
+    """Reads the config that the run in `workdir` was last started with.
 
     Raises:
         InputError: there is none, or it cannot be read.
@@ -170,7 +170,7 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object that a run wrote, {} if there is none; a damaged file is set aside, with a warning."""
+    """Reads a JSON object that a run wrote, {} if there is none; sets a damaged file aside and warns."""
     try:
         return disk.read_json(path)
     except FileNotFoundError:
