@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from conftest import build, run_script, start, tiny
 
-from bigmodel import workdir
+from bigmodel import mesh, program, tasks, workdir
 from bigmodel.checkpoint.checkpoints import Checkpoints
-from bigmodel.config import InputError
+from bigmodel.config import Config, InputError
 from bigmodel.infer import decoder as decoder_lib
 from bigmodel.infer import export, generate, loading, saved_model
+from bigmodel.program import Program, State
 
 ALONE = """
 import json, sys
@@ -72,6 +73,56 @@ def test_an_export_runs_without_this_package(run_dir, tmp_path):
     assert said["ids"] == expected
     assert said["first"] == expected[0]
     assert said["shape"] == [1, 16, 264]
+
+
+def exported(directory: pathlib.Path, config: Config) -> tuple[Program, State, saved_model.Model]:
+    """A run at its random weights, and its export."""
+    workdir.write_config(directory, config)
+    place = mesh.make_mesh(config, jax.devices()[:1])
+    built = program.build(config, place, tasks.batch_spec(config, directory))
+    state = built.init(jax.random.key(0))
+    state["params"] = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, state["params"])
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(0, state, {})
+    export.stablehlo(directory, directory / "out")
+    return built, state, saved_model.load(directory / "out")
+
+
+def outputs(built: Program, state: State, batch: dict[str, np.ndarray]) -> np.ndarray:
+    apply = jax.jit(lambda *args: built.model.apply(*args, key=None, train=False)[0]["logits"])
+    return np.asarray(apply(state["params"], state["rest"], batch))
+
+
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+def test_a_quantized_language_model_is_exported(codes, tmp_path):
+    keys = {"quantize__weights": codes, "model__vocab_size": 264, "batch_size": 2, "mesh__data": 1}
+    built, state, model = exported(tmp_path, tiny("gpt", model__depth=1, **keys))
+    prompts, length = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 0]], np.int32), np.array([5, 4], np.int32)
+    tokens = np.pad(prompts, ((0, 0), (0, 11)))
+    batch = {"tokens": tokens, "segments": (np.arange(16) < length[:, None]).astype(np.int32)}
+    batch["positions"] = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
+    expected = outputs(built, state, batch)
+    np.testing.assert_allclose(model("forward", batch), expected, atol=1e-3, rtol=1e-3)
+    out = model("prefill", {"tokens": tokens, "lengths": length})
+    np.testing.assert_allclose(out["logits"], expected[[0, 1], length - 1], atol=1e-3, rtol=1e-3)
+    token = np.asarray(out["logits"]).argmax(-1).astype(np.int32)
+    out = model("decode", {"token": token, "at": length, "cache": out["cache"]})
+    made = decoder_lib.Decoder(built, state)
+    answers = generate.generate(made, [prompts[0], prompts[1, :4]], 2)
+    assert np.stack([token, np.asarray(out["logits"]).argmax(-1)], 1).tolist() == np.stack(answers).tolist()
+
+
+def test_a_model_of_a_table_is_exported(tmp_path):
+    rows = "".join(f"{'RBO'[i % 3]},{20 + i},{i % 2}\n" for i in range(64))
+    (tmp_path / "people.csv").write_text(f"town,age,bought\n{rows}")
+    name = f"table:{tmp_path / 'people.csv'}"
+    keys = {"data__name": name, "data__label": "bought", "model__rows": 8, "model__num_classes": 2}
+    (tmp_path / "run").mkdir()
+    built, state, model = exported(tmp_path / "run", tiny("mlp", batch_size=4, mesh__data=1, **keys))
+    batch = {key: np.ones(s.shape, s.dtype) for key, s in built.batch_spec.items()}
+    expected = outputs(built, state, batch)[:1]
+    got = model("forward", {key: batch[key][:1] for key in model.signatures["forward"]})
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_an_export_overwrites_nothing(run_dir, tmp_path):
