@@ -88,8 +88,8 @@ def exported(directory: pathlib.Path, config: Config) -> tuple[Program, State, s
     return built, state, saved_model.load(directory / "out")
 
 
-def outputs(built: Program, state: State, batch: dict[str, np.ndarray]) -> np.ndarray:
-    apply = jax.jit(lambda *args: built.model.apply(*args, key=None, train=False)[0]["logits"])
+def outputs(built: Program, state: State, batch: dict[str, np.ndarray], name: str = "logits") -> np.ndarray:
+    apply = jax.jit(lambda *args: built.model.apply(*args, key=None, train=False)[0][name])
     return np.asarray(apply(state["params"], state["rest"], batch))
 
 
@@ -122,7 +122,16 @@ def test_a_model_of_a_table_is_exported(tmp_path):
     batch = {key: np.ones(s.shape, s.dtype) for key, s in built.batch_spec.items()}
     expected = outputs(built, state, batch)[:1]
     got = model("forward", {key: batch[key][:1] for key in model.signatures["forward"]})
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_a_recommender_is_exported(tmp_path):
+    """For any number of users, one too: then all have the same items."""
+    built, state, model = exported(tmp_path, tiny("recommender", batch_size=2, mesh__data=1))
+    batch = {key: np.ones(s.shape, s.dtype) for key, s in built.batch_spec.items()}
+    expected = outputs(built, state, batch, "scores")
+    given = {key: batch[key][:1] for key in model.signatures["forward"]}
+    np.testing.assert_allclose(model("forward", given)["scores"], expected[:1], rtol=1e-4)
 
 
 def test_an_export_overwrites_nothing(run_dir, tmp_path):
