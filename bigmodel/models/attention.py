@@ -62,7 +62,7 @@ def attend(
     kernel = pick(q_BLHK.shape[1], q_BLHK.shape[-1], q_BLHK.dtype, mesh.platform())
     if kernel == "splash":
         with jax.named_scope("sees_past" if causal else "sees_all"):  # plan/costs.py looks for it
-            return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block, window)
+            return attend_splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, causal, block=block, window=window)
     if kernel == "cudnn":
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal=False)
         return jax.nn.dot_product_attention(
@@ -274,6 +274,7 @@ def attend_splash(
     v_BSGK: jax.Array,
     segments_BL: jax.Array | None,
     causal: bool,
+    *,
     block: int = 0,
     window: int = 0,
     interpret: bool = False,

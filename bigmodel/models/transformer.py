@@ -97,7 +97,7 @@ def run(
         blocks: a `module.stack` of `Block`.
         key: for dropout, of the input too; None: no dropout.
     """
-    return _run(config, blocks, last_norm, x_BLD, sight, key, None)[:2]
+    return _run(config, blocks, last_norm, x_BLD, sight, key)[:2]
 
 
 def run_cached(
@@ -108,13 +108,13 @@ def run_cached(
 
     With `sight.segments_BL` x is all that there is; without, x goes on from what the cache holds.
     """
-    y_BLD, _, cache = _run(config, blocks, last_norm, x_BLD, sight, None, cache)
+    y_BLD, _, cache = _run(config, blocks, last_norm, x_BLD, sight, None, cache=cache)
     return y_BLD, cache
 
 
 def _run(
     config: Config, blocks: nnx.Module, last_norm: nnx.Module | None, x_BLD: jax.Array, sight: Sight,
-    key: jax.Array | None, cache: Cache | None,
+    key: jax.Array | None, *, cache: Cache | None = None,
 ) -> tuple[jax.Array, moe.Losses, Any]:  # fmt: skip
     c = transformer(config)
     depth = module.depth(blocks)

@@ -72,6 +72,7 @@ class Classifier(nnx.Module):
         rate: float,
         dtype: str,
         rngs: nnx.Rngs,
+        *,
         first: bool = False,
     ):
         self.rate, self.first = rate, first
