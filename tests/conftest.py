@@ -398,14 +398,6 @@ def compiles() -> Iterator[list[str]]:
 # -------------------------------------------------------------------------------------------- fixtures
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sends the tests of a file, which share its fixtures, to one process, or those of a group they name."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(autouse=True)
 def _logger_as_it_was() -> Iterator[None]:
     """`train.run` sends the package's log to the console; caplog needs it to propagate."""

@@ -1,8 +1,7 @@
 """Every family through the same invariances: a new family is a row of conftest.TINY and of ROWS here.
 
 One device == eight, resume == a straight run bit for bit, bfloat16 close to float32, ten examples learned by
-heart, plans, exports, quantizes. A family's programs are compiled once and shared by its tests, which run in
-one process (`--dist=loadgroup`).
+heart, plans, exports, quantizes. A family's programs are compiled once and shared by its tests.
 """
 
 from __future__ import annotations
@@ -86,14 +85,14 @@ EXPERTS = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "data": 2}]
 
 
 def every(*meshes: dict[str, int], heavy: int = 1) -> list[Any]:
-    """A parameter set a family (and mesh); a family's go to one process.
+    """A parameter set for each family (and mesh).
 
     Families heavier than `heavy` are slow. Of meshes, default is the one of all three axes; the CNN, which
     compiles fast, goes over all.
     """
     found = []
     for name, row in ROWS.items():
-        marks = [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (row.heavy > heavy)
+        marks = [pytest.mark.slow] * (row.heavy > heavy)
         if not meshes:
             found.append(pytest.param(name, marks=marks, id=name))
         for axes in [*meshes, *(EXPERTS if name == "moe" else [])] if meshes else []:
