@@ -16,7 +16,7 @@ from bigmodel.infer import decode, export
 from bigmodel.infer.decode import LanguageModel
 from bigmodel.infer.decoder import Decoder
 from bigmodel.infer.sampling import GREEDY
-from bigmodel.infer.serving_plan import Compiler
+from bigmodel.infer.serving_plan import Compiler, greedy_turn
 from bigmodel.plan import hlo, planner, target
 from bigmodel.program import Program
 
@@ -110,3 +110,15 @@ def test_an_export_is_made_of_prefill_and_decode(name):
         return re.sub(r"@jit_\w+", "", jax.jit(function).lower(params, rest, inputs).as_text())
 
     assert text(functions["decode"][0]) == text(by_hand)
+
+
+def test_a_plan_prices_one_greedy_id():
+    """One turn of the loop over ids, and none of the work that only sampling takes."""
+    text = planned("dense").lower_decode(2).compile().as_text()
+    loops = [i for i in hlo.parse(text).computations[hlo.parse(text).entry] if i.opcode == "while"]
+    found = hlo.parse(greedy_turn(text))
+    branches = [i.called for body in found.computations.values() for i in body if i.opcode == "conditional"]
+    assert branches
+    assert all(len(called) == 1 for called in branches)
+    assert len(loops) == 1
+    assert [found.trip_count(i) for i in found.computations[found.entry] if i.opcode == "while"] == [1]

@@ -1,7 +1,7 @@
 """Plans serving a language model on a target: the largest batch and context, latencies, prices.
 
 The two programs that `decoder.Decoder` runs (`decode.jitted`: a prompt's prefill, and the loop that decodes,
-both with sampling) are compiled for the target and walked, as a training step is by `planner`.
+both with sampling) are compiled for the target and walked for greedy ids, as a training step is by `planner`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,7 +173,7 @@ class Compiler:
         return self._cost(self.lower_prefill(prompt))
 
     def decode(self, rows: int) -> Cost:
-        """The cost of one id for every row: a turn of the loop."""
+        """The cost of one greedy id for every row."""
         if rows not in self._decoded:
             self._decoded[rows] = self._cost(self.lower_decode(rows))
         return self._decoded[rows]
@@ -181,7 +182,7 @@ class Compiler:
         aim = self.aim
         try:
             made = compiled_lib.of(lowered.compile())
-            made = dataclasses.replace(made, text=once(made.text))
+            made = dataclasses.replace(made, text=greedy_turn(made.text))
         except jax.errors.JaxRuntimeError as error:
             if compiled_lib.is_out_of_memory(str(error)):
                 return Cost(math.inf, math.inf, aim.compiler)
@@ -193,14 +194,18 @@ class Compiler:
         return Cost(schedule.total_s, peak, source.name)
 
 
-def once(text: str) -> str:
-    """Marks a scheduled program's outermost loop of unknown length as one turn: how many ids
-    `decode.next_ids` decodes depends on the data."""
+def greedy_turn(text: str) -> str:
+    """Marks in a scheduled program what one greedy id takes.
+
+    The outermost loop of unknown length is one turn: how many ids `decode.next_ids` decodes depends on the
+    data. A conditional takes its first branch, which is that of a false predicate: nothing is sampled.
+    """
     start = text.index("\nENTRY ")
     lines = text[start:].splitlines()
     known = ', backend_config={"known_trip_count":{"n":"1"}}'
     marked = [f"{s}{known}" if " while(" in s and "known_trip_count" not in s else s for s in lines]
-    return text[:start] + "\n".join(marked)
+    text = text[:start] + "\n".join(marked)
+    return re.sub(r"branch_computations=\{(%[\w.\-]+), [^}]*\}", r"branch_computations={\1}", text)
 
 
 def _largest(compiler: Compiler, one: Cost, capacity: float | None) -> tuple[int, Cost]:
