@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pathlib
 from typing import Any
 
 import cv2
@@ -364,3 +365,72 @@ def test_a_prediction_sees_the_pixels_that_training_saw(tmp_path):
         pixels = tfds.pixels(content, 1)
         ours, theirs = predictor.predict([tmp_path / "image", pixels.tolist()])[0]
         assert ours == theirs, kind
+
+
+# ------------------------------------------------------------------------------------ images of one's own
+
+
+def draw(path: pathlib.Path, value: int, sides: tuple[int, int] = (10, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), np.full((*sides, 3), value, np.uint8))
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory):
+    """40 gray squares of two classes, darker and brighter ones, of three sizes."""
+    root = tmp_path_factory.mktemp("flowers")
+    for number in range(40):
+        kind = ("rose", "tulip")[number % 2]
+        draw(root / kind / f"{number}.png", 40 + 150 * (number % 2) + number, (10, 12 + number % 3))
+    return root
+
+
+def test_a_directory_for_each_class_is_a_dataset(flowers):
+    c = tiny("cnn", data__name=f"folder:{flowers}", data__image_size=8, model__num_classes=2, batch_size=8)
+    train, held_out = make_pipeline(c, "train"), make_pipeline(c, "eval")
+    assert train.num_examples + held_out.num_examples == 40
+    assert train.class_names == ("rose", "tulip")
+    assert train.spec() == batch_spec(c)
+    for batch in (train[0], train[3], held_out[0]):
+        bright, real = batch["image"].mean((1, 2, 3)) > 0, batch["mask"] > 0
+        np.testing.assert_array_equal(bright[real], batch["label"][real] == 1)
+    everything = open_source(f"folder:{flowers}", "all")
+    assert sorted(everything.read(np.arange(40))["label"]) == [0] * 20 + [1] * 20
+
+
+def test_directories_and_lists_may_say_the_split(flowers, tmp_path):
+    paths = sorted(flowers.rglob("*.png"))
+    for number, path in enumerate(paths):
+        draw(tmp_path / ("val" if number % 4 == 0 else "train") / path.parent.name / path.name, 9)
+    by_folder = [open_source(f"folder:{tmp_path}", split) for split in ("train", "test")]
+    assert [len(part) for part in by_folder] == [30, 10]
+    splits = ["test" if number % 5 == 0 else "train" for number in range(40)]
+    rows = [f"{path},{path.parent.name},{split}" for path, split in zip(paths, splits, strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    listed = [open_source(f"images:{tmp_path}/list.csv", split) for split in ("train", "test")]
+    assert [len(part) for part in listed] == [32, 8]
+    assert listed[0].features["label"].names == ("rose", "tulip")
+    assert listed[0].fingerprint != listed[1].fingerprint
+
+
+def test_what_is_wrong_with_ones_own_images_is_named(flowers, tmp_path):
+    def message(name: str) -> str:
+        with pytest.raises(InputError) as caught:
+            open_source(name, "all").read(np.arange(2))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert f"write folder:{flowers}" in message(str(flowers))
+    assert "write table:/nowhere/people.csv" in message("/nowhere/people.csv")
+    assert "is no directory" in message(f"folder:{tmp_path}/none")
+    assert "has no images" in message(f"folder:{tmp_path}")
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert "lies in no class's directory" in message(f"folder:{tmp_path}")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "bad" / "a.png")
+    draw(tmp_path / "bad" / "b.png", 1)
+    assert "a.png is no image that can be decoded" in message(f"folder:{tmp_path}")
+    (tmp_path / "list.csv").write_text("file,label\nbad/b.png,x\n")
+    assert "list.csv has no column 'path'" in message(f"images:{tmp_path}/list.csv")
+    (tmp_path / "list.csv").write_text("path,label\nbad/c.png,x\n")
+    assert "list.csv line 2: " in message(f"images:{tmp_path}/list.csv")

@@ -27,6 +27,7 @@ from bigmodel.data.facts import Facts
 from bigmodel.data.source import ALL
 
 Split = Literal["train", "eval"]
+FILES = ("text:", "pairs:", "table:", "folder:", "images:")  # sources whose split `all` holds every record
 EVAL_SEED = 0  # evaluation draws the same whatever the run's seed, so that runs can be compared
 
 
@@ -189,7 +190,11 @@ def open_pipeline(
     if config.batch_size % count:
         raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
     name = config.data.split if split == "train" else config.data.eval_split
-    if split == "train" and name == ALL and config.data.name.startswith(("text:", "pairs:", "table:")):
+    if (
+        split == "train"
+        and name == ALL
+        and config.data.name.startswith(("text:", "pairs:", "table:", "folder:", "images:"))
+    ):
         raise InputError("data.split=all would train on what is held out; set it to train")
     facts = Facts(config, workdir, training=split == "train")
     parts = reader.examples(name, facts, split == "train")
