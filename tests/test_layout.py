@@ -44,7 +44,7 @@ def readme_order() -> list[str]:
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 420, 60, 6
 # What is over a limit still, and by how much. These only shrink: an entry that is within the limit goes.
 OVER_LINES: dict[str, int] = {}
-OVER_FUNCTION_LINES = {"data/pipeline.open_pipeline": 61}
+OVER_FUNCTION_LINES: dict[str, int] = {}
 OVER_PARAMETERS = {
     "plan/hlo._taps": 7, "program.gradients": 8, "program.update": 7,
     "training/loop.__init__": 7,

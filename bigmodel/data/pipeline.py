@@ -190,22 +190,14 @@ def open_pipeline(
     if config.batch_size % count:
         raise InputError(f"batch_size is {config.batch_size}, which does not divide over {count} hosts")
     name = config.data.split if split == "train" else config.data.eval_split
-    if (
-        split == "train"
-        and name == ALL
-        and config.data.name.startswith(("text:", "pairs:", "table:", "folder:", "images:"))
-    ):
+    if split == "train" and name == ALL and config.data.name.startswith(FILES):
         raise InputError("data.split=all would train on what is held out; set it to train")
     facts = Facts(config, workdir, training=split == "train")
     parts = reader.examples(name, facts, split == "train")
     class_names = reader.class_names(facts)
     most = None if split == "train" else _eval_batches(config, len(parts.examples))
-    if split == "train" and len(parts.examples) < config.batch_size:
-        lower = "batch_size or seq_len" if "seq_len" in parts.facts else "batch_size"
-        raise InputError(
-            f"data.name={config.data.name!r} split {name!r} makes {len(parts.examples)} examples, fewer than "
-            f"batch_size={config.batch_size}; lower {lower}, or give more data"
-        )
+    if split == "train":
+        _check_enough(config, parts, name)
     shuffled = split == "train" and config.data.shuffle
     seed = _shuffle_seed(config.seed) if shuffled else None
     about = {
@@ -228,6 +220,16 @@ def open_pipeline(
     if not facts.is_late:
         made.keep_facts()
     return made
+
+
+def _check_enough(config: Config, parts: Parts, split: str) -> None:
+    """Raises InputError where the examples do not fill a batch."""
+    if len(parts.examples) < config.batch_size:
+        lower = "batch_size or seq_len" if "seq_len" in parts.facts else "batch_size"
+        raise InputError(
+            f"data.name={config.data.name!r} split {split!r} makes {len(parts.examples)} examples, fewer than "
+            f"batch_size={config.batch_size}; lower {lower}, or give more data"
+        )
 
 
 def _eval_batches(config: Config, num_examples: int) -> int:
