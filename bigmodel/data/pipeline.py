@@ -227,8 +227,8 @@ def _check_enough(config: Config, parts: Parts, split: str) -> None:
     if len(parts.examples) < config.batch_size:
         lower = "batch_size or seq_len" if "seq_len" in parts.facts else "batch_size"
         raise InputError(
-            f"data.name={config.data.name!r} split {split!r} makes {len(parts.examples)} examples, fewer than "
-            f"batch_size={config.batch_size}; lower {lower}, or give more data"
+            f"data.name={config.data.name!r} split {split!r} makes {len(parts.examples)} examples, fewer "
+            f"than batch_size={config.batch_size}; lower {lower}, or give more data"
         )
 
 
