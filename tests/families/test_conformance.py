@@ -55,7 +55,7 @@ TRANSFORMER = Row({"optim__lr": 1e-2, "model__width": 64}, count=150, data=TEXT)
 STATISTICS = {"rtol": 5e-5, "atol": 2e-5, "half": 0.05}  # a batch's own, which sum in another order
 # A GAN's loss need not fall: its own tests look at what it draws.
 GAN = Row(None, **STATISTICS, data={"data__name": "digits"})
-RATINGS: dict[str, Any] = {"data__name": "lowrank_ratings"}
+RATINGS = {"data__name": "lowrank_ratings", "model__users": 1024, "model__items": 512}
 ROWS = {
     "gpt": TRANSFORMER,
     "moe": TRANSFORMER,
