@@ -73,6 +73,7 @@ from bigmodel import mesh, program, tasks, trees, workdir  # noqa: E402
 from bigmodel.checkpoint.checkpoints import Checkpoints  # noqa: E402
 from bigmodel.config import Config  # noqa: E402
 from bigmodel.config.families import LABEL_TASKS  # noqa: E402
+from bigmodel.config.task import keys_of  # noqa: E402
 from bigmodel.data import boxes as box_data  # noqa: E402
 from bigmodel.data import objectives  # noqa: E402
 from bigmodel.program import Program, State  # noqa: E402
@@ -166,7 +167,13 @@ def tiny(family: str, **overrides: Any) -> Config:
     """configs/<family>.py, or what FILES says, made tiny; `__` stands for the dot in a key."""
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
     file = FILES.get(family, f"{family}.py")
-    return config_lib.load(f"{ROOT}/configs/{file}", {**FEW, **TINY[family], **changes})
+    return config_lib.load(f"{ROOT}/configs/{file}", {**FEW, **of_task(TINY[family], changes), **changes})
+
+
+def of_task(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out the keys of another task where `changes` name a task."""
+    other = changes.get("task.name", keys.get("task.name"))
+    return {k: v for k, v in keys.items() if not other or k[:5] != "task." or k[5:] in keys_of(other)}
 
 
 def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:

@@ -275,7 +275,7 @@ CLASSIFY = {"task__name": "classify", "model__num_classes": 3}
 
 
 def head_of(family: str, **keys: Any) -> Any:
-    return tiny(family, **CLASSIFY | ({"task__next_sentence": False} if family == "bert" else {}) | keys)
+    return tiny(family, **CLASSIFY | keys)
 
 
 @pytest.mark.parametrize("family", HEADS)

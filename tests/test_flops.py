@@ -124,7 +124,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "moe": ("moe", {}),
     "moe-one-expert": ("moe", {"model__experts_per_token": 1}),
     "bert-next-sentence": ("bert", {}),
-    "bert-classify": ("bert", CLASSES | {"task__next_sentence": False}),
+    "bert-classify": ("bert", CLASSES),
     "t5": ("t5", {}),
     "t5-classify": ("t5", CLASSES),
     "lstm": ("rnn", {}),

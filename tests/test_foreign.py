@@ -316,7 +316,6 @@ def test_transformers_classifies_our_texts(family, tmp_path):
 
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"a {n} film,{n}\n" for n in NAMES.values()))
     keys = {"task__name": "classify", "model__num_classes": 3, "model__vocab_size": 264, "seq_len": 48}
-    keys |= {"task__next_sentence": False} if family == "bert" else {}
     exported(tiny(family, data__name=f"table:{tmp_path}/t.csv", **keys), tmp_path)
     model = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -253,7 +253,9 @@ def test_scripts_say_it_in_one_line(tmp_path):
         run_script("export.py", f"--workdir={tmp_path}/run", f"--out={tmp_path}/out"), "does not exist"
     )
     write_pretrained(OURS["gpt2"], tmp_path / "in")
-    assert_refused(run_script("import_hf.py", source, f"--workdir={tmp_path}/taken"), "exists already")
+    assert_refused(
+        run_script("import_hf.py", source, f"--workdir={tmp_path}/taken"), "is not an empty directory"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "taken"]
 
 

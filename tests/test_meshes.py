@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import FEW, ROOT, TINY, by_path, random_batch
+from conftest import FEW, ROOT, TINY, by_path, of_task, random_batch
 from conftest import batch_spec as batch_spec_of
 
 from bigmodel import config as config_lib
@@ -74,7 +74,7 @@ VARIANTS: dict[str, Variant] = {
     "mixture": Variant("moe", LM, 64, tokens=True, decodes=True),
     "mixture of llamas": Variant("moe", LLAMA, 64, tokens=True),
     "bert": Variant("bert", LM, 64, tokens=True),
-    "bert, classifier": Variant("bert", {**CLASSES, "task.next_sentence": False}, 32),
+    "bert, classifier": Variant("bert", CLASSES, 32),
     "t5": Variant("t5", LM, 64, tokens=True, decodes=True),
     "vit": Variant("vit", {"model.heads": 8}, 32),
     "lstm": Variant("rnn", {"model.depth": 1, "model.width": 64}, 64, tokens=True),
@@ -187,7 +187,7 @@ def config_of(case: Case, alone: bool) -> Config:
     family, _, arg = variant.family.partition(":")
     file = f"{ROOT}/configs/{'gpt' if family == 'moe' else family}.py" + (f":{arg}" if arg else "")
     tiny = TINY.get(family, {})
-    return config_lib.load(file, {**SGD, **tiny, **keys, **sizes, "remat": remat})
+    return config_lib.load(file, {**SGD, **of_task(tiny, keys), **keys, **sizes, "remat": remat})
 
 
 def build(config: Config) -> Program:
