@@ -323,7 +323,7 @@ warnings.simplefilter("error")
 logging.basicConfig(level=logging.INFO)
 logging.getLogger("jax").setLevel(logging.WARNING)
 import jax.numpy as jnp
-from bigmodel.checkpoint import Checkpoints
+from bigmodel.checkpoint.checkpoints import Checkpoints
 for name in ("flax", "tensorflow", "torch"):
     assert name not in sys.modules, name
 with Checkpoints({str(tmp_path)!r}) as checkpoints:

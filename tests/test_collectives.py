@@ -149,8 +149,8 @@ def test_a_mixture_moves_every_token_to_each_of_its_experts():
         def transfer_s(self, transfer: Transfer) -> float:
             return transfer.bytes if transfer.kind == "all-to-all" else 0.0
 
-    held = candidates._Held(0.0, 0.0)
-    moved = [candidates._moved(c, devices, Seen(), held)[1] for c in (one, two)]
+    resident = candidates._Resident(0.0, 0.0)
+    moved = [candidates._moved(c, devices, Seen(), resident)[1] for c in (one, two)]
     tokens = one.batch_size * one.seq_len / 4
     assert moved == [4 * one.model.depth * tokens * one.model.width * 2 * k for k in (1, 2)]
 

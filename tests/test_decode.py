@@ -57,7 +57,7 @@ def planned(name: str) -> Compiler:
     return Compiler(planner.build(built(name).config, aim), aim)
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", ["dense", "int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_what_a_serving_plan_prices_is_what_the_decoder_runs(name):
     run, plan = decoder(name), planned(name)
     for rows, prompt in ((2, [3] * 5), (1, [3] * 32)):
@@ -70,7 +70,7 @@ def test_what_a_serving_plan_prices_is_what_the_decoder_runs(name):
         assert instructions(plan.lower_decode(rows).compile()) == instructions(more)
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", ["dense", "int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_weights_that_are_planned_are_those_that_are_run(name):
     run = decoder(name)
     spec = decode.weights_spec(built(name))

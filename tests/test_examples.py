@@ -50,6 +50,7 @@ def flags(file: pathlib.Path, *more: str) -> list[str]:
     return [f"--config=configs/own_model.py:model={file}:Mixer", *(f"--config.{key}" for key in keys)]
 
 
+@pytest.mark.slow
 def test_the_mixer_is_trained_resumed_evaluated_and_quantized_by_the_scripts(tmp_path):
     file, there, small = tmp_path / "net.py", tmp_path / "run", tmp_path / "small"
     shutil.copy(ROOT / "examples" / "mixer.py", file)

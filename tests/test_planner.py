@@ -193,6 +193,7 @@ def test_what_the_compiler_refuses_is_one_line(monkeypatch):
     assert "check compiler_options" in str(refuse("INVALID_ARGUMENT: No such compile option: 'xla_nonsense'"))
 
 
+@pytest.mark.slow
 def test_a_plan_for_serving_fills_the_memory_and_names_its_price(monkeypatch, tmp_path):
     monkeypatch.setattr(target, "installed", lambda package: False)
     config = tiny("gpt", batch_size=8, model__position="rope")

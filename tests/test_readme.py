@@ -59,6 +59,7 @@ def test_every_path_named_exists(page):
         assert ((ROOT / page).parent / link).exists(), link
 
 
+@pytest.mark.slow
 def test_the_sweep_of_the_readme_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tiny_keys = dict(word.removeprefix("--config.").split("=") for word in TINY)

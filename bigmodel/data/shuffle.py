@@ -8,6 +8,7 @@ record; this gives the same permutations, in numpy.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -51,19 +52,31 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     """
     if size == 1:
         return np.zeros_like(index)
+    if size <= 2**LEAST_BITS:
+        return _permutation(size, seed)[index]
     bits = int(np.ceil(np.log2(size - 1)))
-    half = max(bits + bits % 2, LEAST_BITS) // 2
-    word = np.uint16 if half <= 16 else np.uint32
-    keys = [word(key & ((1 << half) - 1)) for key in round_keys(seed)]
-    out = _enciphered(index.astype(np.int64), keys, half)
+    keys, half = round_keys(seed), (bits + bits % 2) // 2
+    out = _enciphered(index.astype(np.uint32 if half <= 16 else np.int64), keys, half)
     while (outside := np.flatnonzero(out >= size)).size:
         out[outside] = _enciphered(out[outside], keys, half)
+    return out.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(size: int, seed: int) -> np.ndarray:
+    """Returns all of a permutation of fewer numbers than a block has; walking from each would take long."""
+    block = np.arange(2**LEAST_BITS)
+    after = _enciphered(block, round_keys(seed), LEAST_BITS // 2)
+    out, reached = after[:size], np.where(block < size, block, after)
+    while (out >= size).any():  # twice as many steps at once each time
+        out, reached = reached[out], reached[reached]
     return out
 
 
-def _enciphered(x: np.ndarray, keys: list[Any], half: int) -> np.ndarray:
+def _enciphered(x: np.ndarray, keys: list[int], half: int) -> np.ndarray:
     """Two halves of the bits, each in turn changed by a function of the other and the round's key."""
-    word, mask = type(keys[0]), type(keys[0])((1 << half) - 1)
+    word: Any = np.uint16 if half <= 16 else np.uint32
+    mask = word((1 << half) - 1)
     fixed, changed = (x & int(mask)).astype(word), (x >> half).astype(word)
 
     def rotated(a: np.ndarray, by: int) -> np.ndarray:
@@ -71,8 +84,8 @@ def _enciphered(x: np.ndarray, keys: list[Any], half: int) -> np.ndarray:
 
     for key in keys:
         mixed = (rotated(fixed, 1) & rotated(fixed, 8)) ^ rotated(fixed, 2)
-        fixed, changed = changed ^ mixed ^ key, fixed
-    return (changed.astype(np.int64) << half) | fixed
+        fixed, changed = changed ^ mixed ^ word(key & int(mask)), fixed
+    return (changed.astype(x.dtype) << half) | fixed
 
 
 def round_keys(seed: int) -> list[int]:

@@ -72,7 +72,7 @@ ROWS = {
     "resnet": Row(**STATISTICS, data={"data__name": "digits"}),
     "inception": Row(**STATISTICS, heavy=2),
     # Its own tests measure which boxes it finds again.
-    "detector": Row({"optim__lr": 5e-3}, 100, 0.6, **STATISTICS, data={"data__name": "shapes"}, heavy=1),
+    "detector": Row({"optim__lr": 5e-3}, 100, 0.6, **STATISTICS, data={"data__name": "shapes"}, heavy=2),
     "gan": GAN,
     "sngan": dataclasses.replace(GAN, heavy=2),
     "wgan": dataclasses.replace(GAN, heavy=1),
