@@ -151,6 +151,20 @@ FEW = {
 }  # fmt: skip
 
 
+FIRST = (
+    "test_train",
+    "test_serve",
+    "test_readme",
+    "test_conformance",
+    "test_compress",
+)  # files that take longest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that no worker has one left when the others are done."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
 def pytest_unconfigure() -> None:
     _SCRATCH.cleanup()
 

@@ -306,6 +306,7 @@ def test_a_narrower_student_learns_its_teachers_maps(family, tmp_path):
     assert metrics["attention_loss"][-1] < 0.9 * metrics["attention_loss"][0]
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_maps_that_are_compared(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(tiny("gpt"))))
     programs = [

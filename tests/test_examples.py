@@ -106,6 +106,7 @@ def test_the_triplet_loss_is_that_of_a_loop_over_anchors():
     assert float(terms["nearest"][0]) == nearest
 
 
+@pytest.mark.slow
 def test_the_triplet_loss_goes_through_the_ordinary_commands(tmp_path):
     there, small, cnn = tmp_path / "run", tmp_path / "small", "--config=configs/cnn.py"
     axes = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]

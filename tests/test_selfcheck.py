@@ -47,6 +47,7 @@ def test_layouts_that_are_left_to_the_compiler_are_refused(family, keys, monkeyp
         selfcheck.refuse_wrong(wrong, tiny(family))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_bfloat16_does_not_trip_it(seed):
     built = program(compute_dtype="bfloat16", param_dtype="bfloat16", seq_len=8, seed=seed)

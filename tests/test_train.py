@@ -98,6 +98,7 @@ def test_a_run_learns_and_leaves_its_files(corpus, tmp_path):
         assert checkpoints.steps() == [20, 30]
 
 
+@pytest.mark.slow
 def test_the_cnn_learns_digits(tmp_path):
     config = cnn(steps=150, batch_size=32, optim__lr=0.01, eval__batches=-1, log__every_steps=50)
     result = train.run(config, tmp_path)

@@ -135,6 +135,7 @@ def test_every_config_builds(path):
     assert flops.model_flops(whole) > 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_with_augmentation_ends_as_a_straight_one(tmp_path):
     keys = {"data__augment": "crop:1,flip,randaugment:1:5,erase:0.3", "data__mixup": 0.3, "data__cutmix": 0.5}
     keys |= {"data__name": "digits", "data__balance": "sqrt", "task__class_weights": "balanced"}

@@ -58,27 +58,27 @@ GAN = Row(None, **STATISTICS, data={"data__name": "digits"})
 RATINGS = {"data__name": "lowrank_ratings", "model__users": 1024, "model__items": 512}
 ROWS = {
     "gpt": TRANSFORMER,
-    "moe": TRANSFORMER,
+    "moe": dataclasses.replace(TRANSFORMER, heavy=1),
     "bert": TRANSFORMER,
     "t5": TRANSFORMER,
-    "vit": dataclasses.replace(TRANSFORMER, data=Row().data),
+    "vit": dataclasses.replace(TRANSFORMER, data=Row().data, heavy=1),
     "rnn": TRANSFORMER,
-    "gru": TRANSFORMER,
+    "gru": dataclasses.replace(TRANSFORMER, heavy=1),
     "cnn": Row(data={"data__name": "digits"}),
     "mlp": Row(),
-    "own_model": Row(data={"data__name": "digits"}),
-    "alexnet": Row(heavy=1),
-    "vgg": Row(**STATISTICS, alike=1, heavy=1),
-    "resnet": Row(**STATISTICS, data={"data__name": "digits"}),
+    "own_model": Row(data={"data__name": "digits"}, heavy=1),
+    "alexnet": Row(heavy=2),
+    "vgg": Row(**STATISTICS, alike=1, heavy=2),
+    "resnet": Row(**STATISTICS, data={"data__name": "digits"}, heavy=1),
     "inception": Row(**STATISTICS, heavy=2),
     # Its own tests measure which boxes it finds again.
     "detector": Row({"optim__lr": 5e-3}, 100, 0.6, **STATISTICS, data={"data__name": "shapes"}, heavy=2),
     "gan": GAN,
     "sngan": dataclasses.replace(GAN, heavy=2),
-    "wgan": dataclasses.replace(GAN, heavy=1),
+    "wgan": dataclasses.replace(GAN, heavy=2),
     "recommender": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS, products=False),
-    "ncf": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS),
-    "two_tower": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS),
+    "ncf": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS, heavy=1),
+    "two_tower": Row({"optim__lr": 2e-2}, 300, 0.05, data=RATINGS, heavy=1),
 }
 THREE = {"data": 2, "fsdp": 2, "tensor": 2}
 EXPERTS = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "data": 2}]
