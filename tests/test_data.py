@@ -138,6 +138,7 @@ def test_large_images_are_decoded_by_threads_in_order(data_dir, monkeypatch):
     assert_equal(open_source("digits", "train", data_dir, cache=False).read(np.arange(100)), expected)
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_one_dataset(tmp_path):
     code = "import sys; from bigmodel.data import *; print(len(open_source('digits', 'train', sys.argv[1])))"
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "new")]

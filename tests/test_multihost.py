@@ -115,6 +115,7 @@ def test_two_processes_check_their_gradient_together(corpus, tmp_path):
     assert plan["outputs"] < 1e-4
 
 
+@pytest.mark.slow
 def test_bad_input_stops_both(corpus, tmp_path):
     results = finish_both(two_processes(config_of(corpus, mesh__data=4), tmp_path, tmp_path / "run"), 60)
     assert [code for code, _, _ in results] == [2, 2], results

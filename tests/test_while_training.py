@@ -118,6 +118,7 @@ def test_callbacks_get_what_is_logged_and_may_end_the_run(tmp_path):
 # ------------------------------------------------------------------------------------- sets, samples, starts
 
 
+@pytest.mark.slow
 def test_several_sets_are_evaluated_and_logged_by_name(tmp_path, capsys):
     sets = {"val": {"split": "test"}, "seen": {"split": "train"}}
     config = cnn(steps=2, eval__sets=sets, checkpoint__best="eval/val/accuracy")

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import optax
 
 from bigmodel.config import Config, InputError
-from bigmodel.config.families import Transformer
 from bigmodel.metrics import Metrics
 from bigmodel.models import attention
 from bigmodel.models.distilled import NAME, Compared
@@ -64,8 +63,10 @@ def check(config: Config, taught: Config) -> None:
             f"distill.teacher: task.name={config.task.name} has no logits to learn; leave it out, or distil "
             "a model that classifies, regresses or predicts tokens"
         )
-    for key in ("vocab_size", "num_classes"):
-        own, other = (getattr(c.model, key, None) for c in (config, taught))
+    model, teacher = config.model, taught.model
+    sizes = {"vocab_size": (model.vocab_size, teacher.vocab_size)}
+    sizes["num_classes"] = (model.num_classes, teacher.num_classes)
+    for key, (own, other) in sizes.items():
         if own != other:
             raise InputError(f"distill.teacher={where} has model.{key}={other}; set model.{key} so")
     if taught.task.name != config.task.name:
@@ -75,17 +76,17 @@ def check(config: Config, taught: Config) -> None:
         )
     if not config.task.one_output and taught.seq_len != config.seq_len:
         raise InputError(f"distill.teacher={where} has seq_len={taught.seq_len}; set seq_len so")
-    for who, c in (("model", config), ("teacher", taught)):
-        if config.distill.attention and not isinstance(c.model, Transformer):
-            raise InputError(
-                f"distill.attention finds no attention in the {who} ({c.model.name}); set it to 0"
-            )
-    for key in ("patch", "pool"):
-        own, other = (getattr(c.model, key, None) for c in (config, taught))
-        if config.distill.attention and own != other:
+    if not config.distill.attention:
+        return
+    for who, each in (("model", model), ("teacher", teacher)):
+        if each.attends is None:
+            raise InputError(f"distill.attention finds no attention in the {who} ({each.name}); set it to 0")
+    own_keys, other_keys = model.attends or {}, teacher.attends or {}
+    for key in own_keys.keys() | other_keys.keys():
+        if own_keys.get(key) != other_keys.get(key):
             raise InputError(
                 f"distill.attention compares position by position, but distill.teacher={where} has "
-                f"model.{key}={other}; set model.{key} so"
+                f"model.{key}={other_keys.get(key)}; set model.{key} so"
             )
 
 

@@ -68,6 +68,11 @@ class Family:
         return 0
 
     @property
+    def attends(self) -> Mapping[str, Any] | None:
+        """Keys, with their values, that decide which positions attend to each other; None: none do."""
+        return None
+
+    @property
     def stream(self) -> tuple[int, int]:
         """(layers, numbers of a token that each passes on), to be moved over mesh.tensor; zeros: none."""
         return 0, 0

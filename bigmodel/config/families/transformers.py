@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from bigmodel.config.families.base import LABEL_TASKS, Family, above_0, at_least_0, positive, rate
 
@@ -68,6 +68,10 @@ class Transformer(Family):
     @property
     def cached_layers(self) -> int:
         return self.depth
+
+    @property
+    def attends(self) -> Mapping[str, Any] | None:
+        return {}
 
     @property
     def stream(self) -> tuple[int, int]:
@@ -233,6 +237,10 @@ class ViT(Transformer):
     norm_eps: float = 1e-6
     position: Literal["learned"] = "learned"
     mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu_exact"
+
+    @property
+    def attends(self) -> Mapping[str, Any] | None:
+        return {"patch": self.patch, "pool": self.pool}
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from positive(self, "patch", "num_classes")
