@@ -37,6 +37,10 @@ SGD = {
     "optim.warmup_steps": 0, "optim.clip_norm": 0.0, "optim.weight_decay": 0.0,
 }  # fmt: skip
 LIMIT = 1e-4
+# Where a ReLU or a max-pool is at its kink, float32's rounding alone moves a gradient, on one device too. A
+# difference above LIMIT passes where it is no more than twice what changing each parameter by one part in 1e7
+# does on one device, and that is little.
+ROUNDING, LITTLE = 1e-7, 0.02
 SMALL = 1e-2  # a parameter's gradient counts as at least this share of the whole gradient; some are zero
 COUNTS = ("hr@", "ndcg@")  # metrics of a ranking that jump where two scores of an example change places
 
@@ -216,16 +220,21 @@ def batch_of(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
-def start(built: Program) -> State:
-    """A state at step 0 in which no parameter is zero, made without compiling anything."""
-    rng = np.random.default_rng(5)
+def start(built: Program, change: float = 0.0) -> State:
+    """A state at step 0 in which no parameter is zero, made without compiling anything.
+
+    Args:
+        change: by which share each parameter is larger or smaller, at random.
+    """
+    rng, signs = np.random.default_rng(5), np.random.default_rng(6)
 
     def parameter(path: Any, s: jax.ShapeDtypeStruct) -> np.ndarray:
         name = trees.path_str(path)
         shape = s.shape if len(s.shape) > 1 else (1, 1)
         inputs = shape[0] if "/layers/" in f"/{name}" and len(shape) == 3 else shape[-2]  # of a gate's kernel
         x = rng.normal(size=s.shape) * (max(inputs, 1) ** -0.5 if len(s.shape) > 1 else 0.05)
-        return (x + name.endswith("scale")).astype(s.dtype)
+        x = x + name.endswith("scale")
+        return (x * (1 + change * signs.choice([-1, 1], s.shape))).astype(s.dtype)
 
     spec = built.state_spec
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), spec)
@@ -234,10 +243,10 @@ def start(built: Program) -> State:
     return jax.device_put(state, jax.tree.map(lambda s: s.sharding, spec))
 
 
-def run(case: Case, alone: bool) -> dict[str, dict[str, np.ndarray]]:
+def run(case: Case, alone: bool, change: float = 0.0) -> dict[str, dict[str, np.ndarray]]:
     """Results of one training step, an evaluation, predictions and decoding."""
     built = build(config_of(case, alone))
-    state, rows = start(built), batch_of(built.config)
+    state, rows = start(built, change), batch_of(built.config)
     batch = built.put(rows)
     before = jax.device_get(state["params"])
     found = {}
@@ -276,11 +285,15 @@ def reference(key: str) -> dict[str, dict[str, np.ndarray]]:
 _CASES: dict[str, Case] = {}
 
 
-def differences(case: Case) -> dict[str, float]:
-    """The largest relative difference to one device, of each kind of result."""
+def differences(case: Case, change: float = 0.0) -> dict[str, float]:
+    """The largest relative difference to one device, of each kind of result.
+
+    Args:
+        change: compares one device with itself instead, its parameters changed by such a share.
+    """
     key = repr((config_of(case, alone=True), case.pieces == 1 and case.remat == "none"))
     _CASES[key] = case
-    ours, theirs = run(case, alone=False), reference(key)
+    ours, theirs = run(case, change > 0, change), reference(key)
     worst = {}
     for kind, arrays in theirs.items():
         if kind == "evaluation":  # two scores of one example may be nearer than float32 tells apart
@@ -299,12 +312,16 @@ def norm(arrays: list[np.ndarray]) -> float:
 
 
 def check(case: Case) -> None:
-    worst = differences(case)
+    worst, rounding = differences(case), 0.0
+    others = [value for kind, value in worst.items() if kind != "gradient"]
+    if worst["gradient"] > LIMIT and max(others) <= LIMIT:
+        rounding = max(differences(case, ROUNDING * times)["gradient"] for times in (1, 2, 3))
     if path := os.environ.get("BIGMODEL_MESH_ROWS"):
-        row = {"variant": case.variant, "axes": dict(case.axes), "worst": worst}
+        row = {"variant": case.variant, "axes": dict(case.axes), "worst": worst, "rounding": rounding}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    assert max(worst.values()) <= LIMIT, (str(case), worst)
+    assert max(others) <= LIMIT, (str(case), worst)
+    assert worst["gradient"] <= max(LIMIT, min(2 * rounding, LITTLE)), (str(case), worst, rounding)
 
 
 @pytest.mark.parametrize(
