@@ -19,7 +19,7 @@ from bigmodel.infer import decode, generate, loading
 from bigmodel.infer.decoder import Decoder
 from bigmodel.metrics import Sums
 from bigmodel.program import Program, State
-from bigmodel.tasks.base import Examples, Features
+from bigmodel.tasks.base import Examples, Features, ReportTo
 from bigmodel.tasks.gan import in_pieces
 
 
@@ -112,7 +112,7 @@ def report(
     features: Features | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics of what `collect` gave, and draws the task's pictures; see `Task.report`."""
-    return tasks.make(program.config).report(examples, directory, names, features)
+    return tasks.make(program.config).report(examples, ReportTo(directory, names, features))
 
 
 def classifier_features(directory: str, program: Program) -> Features:

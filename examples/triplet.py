@@ -42,13 +42,12 @@ class Triplet(Labels):
         return Embedding
 
 
-class Embedding(LabelTask):
+class Embedding(LabelTask[Triplet]):
     """The loss, and how often the nearest other example of the batch is of the same class."""
 
     reports: ClassVar[bool] = False  # the reports of classes do not apply
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
-        assert isinstance(self.config.task, Triplet)
         real_B, label_B = batch["mask"] > 0, batch["label"]
         z_BD = normalized(outputs["logits"].astype(jnp.float32))
         far_BB = jnp.square(z_BD[:, None] - z_BD[None]).sum(-1)
@@ -58,7 +57,7 @@ class Embedding(LabelTask):
         negative_B = jnp.where(other_BB & ~same_BB, far_BB, jnp.inf).min(1)
         counts_B = real_B & jnp.isfinite(positive_B) & jnp.isfinite(negative_B)
         gap_B = jnp.where(counts_B, positive_B - negative_B, -jnp.inf)
-        loss = jax.nn.relu(gap_B + self.config.task.margin).sum()
+        loss = jax.nn.relu(gap_B + self.keys.margin).sum()
         nearest_B = jnp.where(other_BB, far_BB, jnp.inf).argmin(1)
         right = jnp.where(label_B[nearest_B] == label_B, batch["mask"], 0.0).sum()
         return {"loss": (loss, batch["mask"].sum()), "nearest": (right, batch["mask"].sum())}

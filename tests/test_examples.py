@@ -12,6 +12,7 @@ from conftest import MESHES, ROOT, built, mesh_keys, random_batch, run_script, s
 
 from bigmodel import config as config_lib
 from bigmodel import tasks, workdir
+from bigmodel.config import InputError
 from bigmodel.plan import target
 
 SMALL = ["depth=1", "width=16", "token_width=8", "channel_width=16"]
@@ -123,3 +124,18 @@ def test_the_triplet_loss_goes_through_the_ordinary_commands(tmp_path):
 def test_the_triplet_loss_is_planned_for_chips_that_are_not_here():
     said = run("plan.py", "--config=configs/cnn.py", *TRIPLET, "--config.mesh.tensor=2", "--target=v5e:2x4")
     assert "8 x v5e (data 4 x tensor 2)" in said
+
+
+def test_a_task_without_code_is_named(tmp_path):
+    file = tmp_path / "task.py"
+    lines = [
+        "from dataclasses import dataclass",
+        "from bigmodel.config import Labels",
+        "@dataclass(frozen=True)",
+    ]
+    file.write_text("\n".join([*lines, "class Bare(Labels):", "    like = 'classify'"]))
+    tree = {"model": {"name": "cnn"}, "task": {"name": f"{file}:Bare"}}
+    with pytest.raises(
+        InputError, match=r"task\.name=.*task\.py:Bare: Bare has no method `task`; let it return"
+    ):
+        tasks.make(config_lib.from_dict(tree))

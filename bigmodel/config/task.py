@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from bigmodel.config.families.base import Family, at_least_0, positive, rate
+from bigmodel.config.parsing import InputError
 
 LabelKind = Literal["", "class", "classes", "numbers"]
 Generates = Literal["", "continuation", "answer"]
@@ -48,7 +49,10 @@ class TaskKeys:
 
     def task(self) -> Any:
         """Returns the code of a task outside the package: a subclass of `bigmodel.tasks.base.Task`."""
-        raise NotImplementedError(f"{type(self).__name__} has no method `task` that returns its code")
+        raise InputError(
+            f"task.name={self.name}: {type(self).__name__} has no method `task`; let it return a subclass of "
+            "bigmodel.tasks.base.Task"
+        )
 
     def problems(self, model: Family) -> Iterable[tuple[str, str]]:
         """Yields what is wrong with the keys, for a model of this family."""

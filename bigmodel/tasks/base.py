@@ -8,37 +8,47 @@ Legend: B batch, L length, V vocabulary or classes.
 
 from __future__ import annotations
 
+import abc
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bigmodel.config import Config, InputError
+from bigmodel.config import Config, InputError, TaskKeys
 from bigmodel.data import labels
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
 from bigmodel.metrics import Metrics
 
+K = TypeVar("K", bound=TaskKeys)
 Batch = Mapping[str, jax.Array]
 Examples = dict[str, np.ndarray]  # arrays [N, ...] of all examples
 Features = Callable[[np.ndarray], np.ndarray]  # images [N, H, W, C] as the model sees them -> [N, D]
 Row = dict[str, Any]
 
 
-class Task:
+class ReportTo(NamedTuple):
+    """Where a report's pictures go, and what it needs beside the examples."""
+
+    directory: pathlib.Path
+    names: Sequence[str] = ()  # of the classes; none: their numbers
+    features: Features | None = None  # of images, for distances between sets of them
+
+
+class Task(abc.ABC, Generic[K]):
     """One task of one config: its batch, loss, metrics, predictions, reports and pictures.
+
+    `Task[keys.LM]` is a task whose keys, `self.keys`, are an LM's.
 
     Derive from it and define `shapes`, `examples`, `weight` and `terms`; the rest has defaults.
     """
 
-    several_passes: ClassVar[bool] = (
-        False  # a step is not one forward pass and its transpose: see plan/flops.py
-    )
+    several_passes: ClassVar[bool] = False  # a step is more than one forward pass and its transpose
     compared: ClassVar[tuple[str, ...]] = ("label", "label_scale", "group")  # arrays that a report needs
     needs_all: ClassVar[bool] = False  # some metrics are `over_all` examples at once
     reports: ClassVar[bool] = False  # a full evaluation makes a `report`
@@ -47,20 +57,21 @@ class Task:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.keys: K = cast(Any, config.task)
 
     # ------------------------------------------------------------------------------------------- batches
 
+    @abc.abstractmethod
     def shapes(self, facts: Facts) -> Shapes:
         """Returns name -> (shape of one example, dtype) of a batch's arrays but `mask`. Reads no records.
 
         Raises:
             InputError: an unknown dataset, or features that do not suit the task or the model.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         """Opens a split: the examples, and how a batch is made of them."""
-        raise NotImplementedError
 
     def class_names(self, facts: Facts) -> tuple[str, ...]:
         """Returns the names of the classes; () where they have none."""
@@ -78,9 +89,9 @@ class Task:
         """Returns the scalar that the loss is divided by: the examples that count."""
         return batch["mask"].sum()
 
+    @abc.abstractmethod
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Returns the loss and the metrics as {name: (sum, weight)}."""
-        raise NotImplementedError
 
     def predictions(self, outputs: Any) -> dict[str, jax.Array]:
         """Returns what evaluation keeps of each example's outputs."""
@@ -96,20 +107,11 @@ class Task:
         """Returns metrics that need all examples of a split at once."""
         return {}
 
-    def report(
-        self,
-        examples: Examples,
-        directory: pathlib.Path,
-        names: Sequence[str] = (),
-        features: Features | None = None,
-    ) -> dict[str, Any]:
+    def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
         """Returns the metrics of a full evaluation, and draws its pictures.
 
         Args:
             examples: predictions and `compared` arrays of the whole split.
-            directory: where the pictures go.
-            names: of the classes; none: their numbers.
-            features: of images, for distances between sets of them.
         """
         raise InputError(f"task.name={self.config.task.name} has no report beyond its metrics")
 

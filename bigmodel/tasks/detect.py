@@ -16,7 +16,6 @@ Legend: B batch, M boxes, P places, K classes, N detections.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -28,19 +27,19 @@ from jax import Array
 
 from bigmodel import config as keys
 from bigmodel import metrics, pictures
-from bigmodel.config import Config, Data
+from bigmodel.config import Data
 from bigmodel.data import boxes, labels, tfds
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
 from bigmodel.metrics import Metrics
-from bigmodel.tasks.base import Batch, Examples, Features, Row, Task, focal
+from bigmodel.tasks.base import Batch, Examples, ReportTo, Row, Task, focal
 from bigmodel.tasks.labels import title
 
 FOCAL_ALPHA = 0.25  # Lin et al. 2017, section 5.1
 
 
-class Detect(Task):
+class Detect(Task[keys.Detect]):
     """Boxes of objects and their classes."""
 
     reports: ClassVar[bool] = True
@@ -48,11 +47,6 @@ class Detect(Task):
     class_feature: ClassVar[str] = "objects/label"
     needs_all: ClassVar[bool] = True
     draws: ClassVar[bool] = True
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.Detect)
-        self.keys = config.task
 
     def shapes(self, facts: Facts) -> Shapes:
         return boxes.shapes(self.config, facts)
@@ -104,16 +98,10 @@ class Detect(Task):
     def over_all(self, examples: Examples) -> Mapping[str, float | None]:
         return {key: value for key, value in _precision(examples).items() if key != "per_class"}
 
-    def report(
-        self,
-        examples: Examples,
-        directory: pathlib.Path,
-        names: Sequence[str] = (),
-        features: Features | None = None,
-    ) -> dict[str, Any]:
+    def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
         out: dict[str, Any] = {"examples": len(examples["boxes"]), **_precision(examples)}
         for row in out["per_class"]:
-            row["name"] = title(names, row["label"])
+            row["name"] = title(to.names, row["label"])
         return out
 
     def pictures(self, predicted: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ Legend: B batch, N examples.
 from __future__ import annotations
 
 import base64
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,7 +30,7 @@ from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
 from bigmodel.metrics import Metrics
-from bigmodel.tasks.base import Batch, Examples, Features, Row, Task
+from bigmodel.tasks.base import Batch, Examples, Features, ReportTo, Row, Task
 from bigmodel.tasks.labels import example_weight
 
 Loss = Callable[[jax.Array], jax.Array]
@@ -46,7 +45,7 @@ LOSSES: dict[str, tuple[Loss, Loss, Loss]] = {
 }
 
 
-class GAN(Task):
+class GAN(Task[keys.GAN]):
     """A generator against a discriminator (Goodfellow et al. 2014)."""
 
     reports: ClassVar[bool] = True
@@ -54,11 +53,6 @@ class GAN(Task):
     compared: ClassVar[tuple[str, ...]] = ("image",)
     needs_all: ClassVar[bool] = True
     draws: ClassVar[bool] = True
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.GAN)
-        self.keys = config.task
 
     def shapes(self, facts: Facts) -> Shapes:
         d = self.config.data
@@ -104,23 +98,17 @@ class GAN(Task):
         distance = metrics.frechet(features(examples["image"]), features(examples["fake"]))
         return {"frechet_random": distance}
 
-    def report(
-        self,
-        examples: Examples,
-        directory: pathlib.Path,
-        names: Sequence[str] = (),
-        features: Features | None = None,
-    ) -> dict[str, Any]:
+    def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
         """Distances between real images and fakes, and a grid of the real ones."""
         out: dict[str, Any] = {"examples": len(examples["image"]), **self.over_all(examples)}
-        if features is not None:
-            real_NK, fake_NK = (features(examples[key]) for key in ("image", "fake"))
+        if to.features is not None:
+            real_NK, fake_NK = (to.features(examples[key]) for key in ("image", "fake"))
             out["frechet_logits"] = metrics.frechet(real_NK, fake_NK)
             for key, logits_NK in (("real", real_NK), ("fake", fake_NK)):
                 counts = np.bincount(logits_NK.argmax(1), minlength=logits_NK.shape[1])
                 out[f"class_share_{key}"] = counts.tolist()
         real = pictures.grid(pictures.pixels(self.config, examples["image"]))
-        return out | {"pictures": pictures.save(directory, {"real": real})}
+        return out | {"pictures": pictures.save(to.directory, {"real": real})}
 
     def pictures(self, predicted: Examples, batch: Examples, names: Sequence[str]) -> dict[str, np.ndarray]:
         return {"fakes": pictures.grid(pictures.pixels(self.config, predicted["fake"]))}

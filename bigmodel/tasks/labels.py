@@ -19,7 +19,6 @@ Legend: B batch, V classes or numbers, N examples, K classes.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,7 +29,6 @@ import optax
 
 from bigmodel import config as keys
 from bigmodel import metrics, pictures
-from bigmodel.config import Config
 from bigmodel.data import labeled
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
@@ -39,7 +37,8 @@ from bigmodel.metrics import Metrics
 from bigmodel.tasks.base import (
     Batch,
     Examples,
-    Features,
+    K,
+    ReportTo,
     Row,
     Task,
     cross_entropy,
@@ -52,7 +51,7 @@ from bigmodel.tasks.base import (
 Counted = Callable[[jax.Array], jax.Array]
 
 
-class LabelTask(Task):
+class LabelTask(Task[K]):
     """A task with one output for each example."""
 
     reports: ClassVar[bool] = True
@@ -73,13 +72,8 @@ def example_weight(batch: Batch) -> jax.Array:
     return batch["mask"] * batch["weight"] if "weight" in batch else batch["mask"]
 
 
-class Classify(LabelTask):
+class Classify(LabelTask[keys.Classify]):
     """One class for each example."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.Classify)
-        self.keys = config.task
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Logits [B, V]; those of auxiliary classifiers, if there are any, count `aux_weight` times each."""
@@ -106,16 +100,10 @@ class Classify(LabelTask):
 
         return over_labels(batch, nats)
 
-    def report(
-        self,
-        examples: Examples,
-        directory: pathlib.Path,
-        names: Sequence[str] = (),
-        features: Features | None = None,
-    ) -> dict[str, Any]:
+    def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
         score_NK = softmax(examples["output"])
         is_NK = np.eye(score_NK.shape[1], dtype=bool)[examples["label"]]
-        return _report(score_NK, is_NK, examples, self.keys.top_k, directory, names)
+        return _report(score_NK, is_NK, examples, self.keys.top_k, to)
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         share_V = np.exp(out["output"] - out["output"].max())
@@ -135,13 +123,8 @@ def over_labels(batch: Batch, value: Counted) -> jax.Array:
     return sum((share * value(label) for label, share in labels), jnp.float32(0))
 
 
-class Multilabel(LabelTask):
+class Multilabel(LabelTask[keys.Multilabel]):
     """Any number of classes for each example."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.Multilabel)
-        self.keys = config.task
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Binary cross-entropy for each class, averaged over the classes; `label` is 0 or 1, [B, V]."""
@@ -167,15 +150,9 @@ class Multilabel(LabelTask):
         }
         return with_losses(found, outputs.get("losses", {}), weight_B, train)
 
-    def report(
-        self,
-        examples: Examples,
-        directory: pathlib.Path,
-        names: Sequence[str] = (),
-        features: Features | None = None,
-    ) -> dict[str, Any]:
+    def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
         score_NK = np.exp(-np.logaddexp(0, -examples["output"].astype(np.float64)))
-        return _report(score_NK, examples["label"] > 0.5, examples, self.keys.top_k, directory, names)
+        return _report(score_NK, examples["label"] > 0.5, examples, self.keys.top_k, to)
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         share_V = 1 / (1 + np.exp(-out["output"]))
@@ -184,13 +161,8 @@ class Multilabel(LabelTask):
         return {"labels": found, "names": titles, "probabilities": share_V.tolist()}
 
 
-class Regress(LabelTask):
+class Regress(LabelTask[keys.Regress]):
     """Numbers for each example."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.Regress)
-        self.keys = config.task
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Squared error, or Huber's (1964), averaged over the outputs; `label` [B, V]."""
@@ -209,17 +181,11 @@ class Regress(LabelTask):
         }
         return with_losses(found, outputs.get("losses", {}), weight_B, train)
 
-    def report(
-        self,
-        examples: Examples,
-        directory: pathlib.Path,
-        names: Sequence[str] = (),
-        features: Features | None = None,
-    ) -> dict[str, Any]:
+    def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
         return metrics.regression(examples["output"], examples["label"])
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
-        """Numbers in the label's own units, which training standardised."""
+        """Numbers in the label's own units, which training standardized."""
         mean, deviation = columns.label_scale if columns else (0.0, 1.0)
         return {"value": (out["output"].astype(np.float64) * deviation + mean).tolist()}
 
@@ -241,12 +207,11 @@ def _report(
     is_NK: np.ndarray,
     examples: Examples,
     top_k: int,
-    directory: pathlib.Path,
-    names: Sequence[str],
+    to: ReportTo,
 ) -> dict[str, Any]:
     out = metrics.classification(score_NK, examples["label"], examples.get("group"), top_k)
-    titles = [*names, *map(str, range(len(names), score_NK.shape[1]))]
-    paths = pictures.draw(directory, is_NK, score_NK, out, titles)
+    titles = [*to.names, *map(str, range(len(to.names), score_NK.shape[1]))]
+    paths = pictures.draw(to.directory, is_NK, score_NK, out, titles)
     return out | {"pictures": [str(path) for path in paths]}
 
 

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel import config as keys
-from bigmodel.config import Config
 from bigmodel.data import ratings
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
@@ -34,13 +33,8 @@ from bigmodel.tasks.base import Batch, Row, Task
 NEVER = jnp.finfo(jnp.float32).min
 
 
-class Rank(Task):
+class Rank(Task[keys.Rank]):
     """Items for users."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.Rank)
-        self.keys = config.task
 
     def shapes(self, facts: Facts) -> Shapes:
         return ratings.shapes(self.config, facts)

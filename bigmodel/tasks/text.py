@@ -53,6 +53,7 @@ from bigmodel.data.source import Source
 from bigmodel.metrics import Metrics
 from bigmodel.tasks.base import (
     Batch,
+    K,
     Row,
     Task,
     cross_entropy,
@@ -61,7 +62,7 @@ from bigmodel.tasks.base import (
 )
 
 
-class _Words(Task):
+class _Words(Task[K]):
     """Tasks that predict tokens."""
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
@@ -69,7 +70,7 @@ class _Words(Task):
             return {"perplexity": float(np.exp(np.float64(values["loss"])))}
 
 
-class LM(_Words):
+class LM(_Words[keys.LM]):
     """Next tokens of packed documents."""
 
     def shapes(self, facts: Facts) -> Shapes:
@@ -92,19 +93,13 @@ class LM(_Words):
         return jnp.where(batch["segments"] > 0, batch["mask"][:, None], 0.0)
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
-        assert isinstance(self.config.task, keys.LM)
-        weight_BL, smoothing = self._weight(batch), self.config.task.label_smoothing * train
+        weight_BL, smoothing = self._weight(batch), self.keys.label_smoothing * train
         metrics = _words(outputs["logits"], batch["targets"], batch["target_bytes"], weight_BL, smoothing)
         return with_losses(metrics, outputs.get("losses", {}), weight_BL, train)
 
 
-class MLM(_Words):
+class MLM(_Words[keys.MLM]):
     """Masked words, and whether two sentences follow each other (Devlin et al. 2018)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.MLM)
-        self.keys = config.task
 
     def shapes(self, facts: Facts) -> Shapes:
         length = self.config.seq_len
@@ -188,13 +183,8 @@ class MLM(_Words):
         return embedding(out, self.config)
 
 
-class Seq2Seq(_Words):
+class Seq2Seq(_Words[keys.Seq2Seq]):
     """A target text for an input text: pairs, or the spans that plain text lost (Raffel et al. 2020)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.task, keys.Seq2Seq)
-        self.keys = config.task
 
     def shapes(self, facts: Facts) -> Shapes:
         inputs, targets, _ = self._lengths(facts)
