@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from bigmodel.data.sources import features_of
 from bigmodel.data.tokenizers import Tokenizer
 from bigmodel.infer import decode, generate, loading
 from bigmodel.infer.decoder import Decoder
-from bigmodel.metrics import Sums
+from bigmodel.metrics import Metrics, Sums
 from bigmodel.program import Program, State
 from bigmodel.tasks.base import Examples, Features, ReportTo
 from bigmodel.tasks.gan import in_pieces
@@ -32,39 +32,37 @@ def never() -> bool:
 
 
 def run(
-    program: Program,
-    state: State,
-    pipeline: Pipeline,
-    step_fn: Any = None,
-    stop: Callable[[], bool] = never,
+    program: Program, state: State, pipeline: Pipeline, stop: Callable[[], bool] = never
 ) -> dict[str, float]:
     """Returns {name: value} over one pass of `pipeline`, with the task's metrics that need all examples.
 
     The parameters' moving average is evaluated when the state has one. The last batch is padded and masked.
 
     Args:
-        step_fn: the compiled `program.eval_step`, if the caller has it.
         stop: asked after each batch.
 
     Raises:
         GivenUp: `stop` said so.
     """
-    task, sums, step_fn = tasks.make(program.config), Sums(), step_fn or program.eval_step
-    pending = None  # read one batch late, so that the device never waits for the host
-    with Prefetch(pipeline, 0, program.put, program.config.data.prefetch) as batches:
-        for _, batch, _ in batches:
-            metrics = step_fn(state, batch)
-            if pending is not None:
-                sums.add(pending)
-            pending = metrics
-            if stop():
-                raise GivenUp
-    if pending is not None:
-        sums.add(pending)
+    task, sums, parts = tasks.make(program.config), Sums(), list[Examples]()
+    compared = _compared(program)
+
+    def step(batch: Any) -> tuple[Metrics, Any]:
+        if not task.over_all_names:
+            return program.eval_step(state, batch), None
+        metrics, predicted = program.examine(state, batch)
+        return metrics, {**predicted, **compared(batch)}
+
+    def read(metrics: Metrics, examples: Any) -> None:
+        sums.add(metrics)
+        if examples is not None:
+            parts.append(_real(examples))
+
+    _each(program, pipeline, step, read, stop)
     values = sums.values()
     values |= task.derived(values)
-    if task.needs_all:
-        found = task.over_all(collect(program, state, pipeline, stop))
+    if parts:
+        found = task.over_all(_joined(parts))
         values |= {name: value for name, value in found.items() if value is not None}
     return values
 
@@ -76,20 +74,51 @@ def collect(program: Program, state: State, pipeline: Pipeline, stop: Callable[[
     task's `predictions` and `compared` say. Numbers that were standardised are in their own unit again.
     `stop` as of `run`.
     """
-    parts: list[Examples] = []
-    names = [name for name in (*tasks.make(program.config).compared, "mask") if name in program.batch_spec]
-    everywhere = jax.jit(lambda columns: columns, out_shardings=mesh.replicated(program.mesh))
+    parts, compared = list[Examples](), _compared(program)
+
+    def step(batch: Any) -> tuple[Any]:
+        return ({**program.predict(state, batch), **compared(batch)},)
+
+    _each(program, pipeline, step, lambda examples: parts.append(_real(examples)), stop)
+    return _joined(parts)
+
+
+def _each(
+    program: Program, pipeline: Pipeline, step: Callable[[Any], tuple[Any, ...]],
+    read: Callable[..., None], stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Calls `step` on each batch, and `read` on what it gave one batch late: the device never waits."""
+    pending: tuple[Any, ...] | None = None
     with Prefetch(pipeline, 0, program.put, program.config.data.prefetch) as batches:
         for _, batch, _ in batches:
-            compared = everywhere({name: batch[name] for name in names})
-            got = jax.device_get({**program.predict(state, batch), **compared})
-            real_B = got.pop("mask") > 0
-            if (scale_B2 := got.pop("label_scale", None)) is not None:
-                for name in ("output", "label"):
-                    got[name] = got[name].astype(np.float64) * scale_B2[:, 1:] + scale_B2[:, :1]
-            parts.append({name: value[real_B] for name, value in got.items()})
+            given = step(batch)
+            if pending is not None:
+                read(*pending)
+            pending = given
             if stop():
                 raise GivenUp
+    if pending is not None:
+        read(*pending)
+
+
+def _compared(program: Program) -> Callable[[Any], dict[str, jax.Array]]:
+    """Returns a function of a batch that gives the arrays to compare with predictions, on every host."""
+    names = [name for name in (*tasks.make(program.config).compared, "mask") if name in program.batch_spec]
+    everywhere = jax.jit(lambda columns: columns, out_shardings=mesh.replicated(program.mesh))
+    return lambda batch: everywhere({name: batch[name] for name in names})
+
+
+def _real(examples: Mapping[str, jax.Array]) -> Examples:
+    """Reads a batch's examples that count; standardized numbers in their own unit again."""
+    got = jax.device_get(dict(examples))
+    real_B = got.pop("mask") > 0
+    if (scale_B2 := got.pop("label_scale", None)) is not None:
+        for name in ("output", "label"):
+            got[name] = got[name].astype(np.float64) * scale_B2[:, 1:] + scale_B2[:, :1]
+    return {name: value[real_B] for name, value in got.items()}
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

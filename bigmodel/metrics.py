@@ -135,6 +135,12 @@ def areas(is_NK: np.ndarray, score_NK: np.ndarray) -> dict[str, Any]:
     return out
 
 
+def mean_areas(is_NK: np.ndarray, score_NK: np.ndarray) -> dict[str, float | None]:
+    """`roc_auc` and `average_precision`: the means over the classes of `areas`."""
+    found = areas(is_NK, score_NK)
+    return {"roc_auc": found["roc_auc"]["macro"], "average_precision": found["pr_auc"]["macro"]}
+
+
 def reliability(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = 15) -> dict[str, Any]:
     """Calibration in bins of equal width: {"count", "confidence", "accuracy"} of each, and their `ece`.
 

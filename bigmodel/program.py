@@ -41,6 +41,7 @@ class Program:
     train_step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
     eval_step: Any  # jitted (state, batch) -> Metrics; reads only params (or ema) and rest
     predict: Any  # jitted (state, batch) -> the task's predictions, [B, ...] on every device
+    examine: Any  # jitted (state, batch) -> what eval_step and predict give, from one forward pass
 
     def evaluated(self, state: State) -> Any:
         """Returns the parameters that evaluation, serving, export, compression and students use.
@@ -107,6 +108,10 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     def predict(state: State, batch: Batch) -> dict[str, jax.Array]:
         return task.predictions(outputs(state, batch))
 
+    def examine(state: State, batch: Batch) -> tuple[Metrics, dict[str, jax.Array]]:
+        found = outputs(state, batch)
+        return task.terms(found, batch, False), task.predictions(found)
+
     return Program(
         config=config,
         mesh=mesh,
@@ -122,6 +127,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
         ),
         eval_step=jax.jit(_on_mesh(mesh, eval_step), in_shardings=(None, sharding), out_shardings=everywhere),
         predict=jax.jit(_on_mesh(mesh, predict), in_shardings=(None, sharding), out_shardings=everywhere),
+        examine=jax.jit(_on_mesh(mesh, examine), in_shardings=(None, sharding), out_shardings=everywhere),
     )
 
 

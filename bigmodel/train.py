@@ -144,12 +144,12 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
 def _check_best(run: Run, best: Best) -> None:
     """Raises InputError where `checkpoint.best` is no metric that evaluations of this run have."""
     task = tasks.make(run.program.config)
-    if not best.metric or task.needs_all:  # then the first evaluation shows its metrics
+    if not best.metric:
         return
     batch = next(iter(run.eval_data.values())).spec()
     found = dict.fromkeys(jax.eval_shape(run.program.eval_step, run.program.state_spec, batch), 1.0)
-    names = [*found, *task.derived(found)]
-    best.chosen({f"eval/{data_set}/{name}": 1.0 for data_set in run.eval_data for name in names})
+    names = [*found, *task.derived(found), *task.over_all_names]
+    best.check([f"eval/{data_set}/{name}" for data_set in run.eval_data for name in names])
 
 
 def _compile(run: Run, force: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_pictures_are_drawn(scored, tmp_path):
 # ------------------------------------------------------------------------- ties, NaN, and what has no value
 
 
-def on_device(logits: np.ndarray, label: np.ndarray, **keys: int) -> dict[str, float]:
+def on_device(logits: np.ndarray, label: np.ndarray, **keys: Any) -> dict[str, float]:
     batch = {"label": jnp.asarray(label), "mask": jnp.ones(len(label))}
     name = "classify" if label.ndim == 1 else "multilabel"
     task = tasks.make(config_lib.from_dict({"model": {"name": "cnn"}, "task": {"name": name, **keys}}))
@@ -139,6 +140,38 @@ def test_ties_are_broken_as_argmax_does(values):
     assert (report["accuracy"], report["top3"]) == (pytest.approx(ours["accuracy"]), pytest.approx(top3))
     half = on_device(logits.astype(jnp.bfloat16), label, top_k=3)
     assert half["accuracy"] == ours["accuracy"]
+
+
+@pytest.mark.parametrize("values", [2, 5, 10_000])
+def test_areas_of_an_evaluation_are_those_of_scikit_learn(values):
+    """Scores of few values: ties. Of two classes they are of class 1, of labels the mean over these."""
+    rng = np.random.default_rng(values)
+    label = rng.integers(0, 2, (400, 3))
+    logits = (rng.integers(0, values, (400, 3)) / 1024 + label).astype(np.float32)
+
+    def over_all(name: str, output: np.ndarray, label: np.ndarray) -> Any:
+        model = {"name": "cnn", "num_classes": output.shape[1]}
+        task = tasks.make(config_lib.from_dict({"model": model, "task": {"name": name}}))
+        found = task.over_all({"output": output, "label": label})
+        assert tuple(found) == task.over_all_names
+        return list(found.values())
+
+    functions = (sk.roc_auc_score, sk.average_precision_score)
+    expected = [function(label, logits, average="macro") for function in functions]
+    assert over_all("multilabel", logits, label.astype(np.float32)) == pytest.approx(expected, abs=1e-9)
+    expected = [function(label[:, 0], np.diff(logits[:, :2])) for function in functions]
+    assert over_all("classify", logits[:, :2], label[:, 0]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_evaluation_with_focal_loss_also_has_the_plain_log_loss():
+    rng = np.random.default_rng(0)
+    logits, label = rng.normal(size=(50, 4)).astype(np.float32), rng.integers(0, 4, 50)
+    focal = on_device(logits, label, loss="focal", label_smoothing=0.1)
+    assert focal["nll"] == pytest.approx(sk.log_loss(label, softmax(logits)), rel=1e-5)
+    assert focal["loss"] < focal["nll"]
+    assert "nll" not in on_device(logits, label)
+    many = np.eye(4, dtype=np.float32)[label]
+    assert on_device(logits, many, loss="focal")["nll"] == pytest.approx(on_device(logits, many)["loss"])
 
 
 def test_words_and_next_sentences_break_ties_alike():

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import by_path, mesh_keys, steps, tiny
+from sklearn import metrics as sk
 
 from bigmodel import evaluate, mesh, program, train
 from bigmodel.config import Config, InputError
 from bigmodel.data import delimited, fitted, labels, tables
 from bigmodel.tasks import batch_spec, class_names, make_pipeline
+from bigmodel.tasks.labels import softmax
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__schedule": "constant"}
 
@@ -153,19 +155,33 @@ def start_on(built: program.Program) -> Any:
 
 def test_a_classifier_of_rows_learns_and_its_groups_are_compared(people, tmp_path):
     keys = {"steps": 120, "optim__lr": 1e-2, "eval__every_steps": 120, "data__group": "town"}
+    keys |= {"task__loss": "focal", "checkpoint__best": "eval/test/average_precision"}
     c = config(people, checkpoint__every_steps=120, log__tensorboard=False, **keys)
     run = train.run(c, tmp_path / "run")
     held_out = make_pipeline(c, "eval", tmp_path / "run")
     built = program.build(c, mesh.make_mesh(c), batch_spec(c))
     values = evaluate.run(built, run.state, held_out)
     assert values["accuracy"] > 0.93
-    report = evaluate.report(built, evaluate.collect(built, run.state, held_out), tmp_path / "out")
+    examples = evaluate.collect(built, run.state, held_out)
+    score, is_1 = examples["output"][:, 1] - examples["output"][:, 0], examples["label"] == 1
+    assert len(score) % c.batch_size  # the last batch is padded
+    assert values["roc_auc"] == pytest.approx(sk.roc_auc_score(is_1, score), abs=1e-9)
+    assert values["average_precision"] == pytest.approx(sk.average_precision_score(is_1, score), abs=1e-9)
+    assert values["nll"] == pytest.approx(sk.log_loss(is_1, softmax(examples["output"])), rel=1e-5)
+    assert run.best_step == 120
+    assert run.metrics["eval/test/roc_auc"] == values["roc_auc"]
+    report = evaluate.report(built, examples, tmp_path / "out")
     assert report["roc_auc"]["macro"] > 0.95
     assert set(report["gaps"]["groups"]) == {"0", "1", "2"}
     assert report["gaps"]["demographic_parity"] > 0.1  # only one town buys
     facts = fitted.read(tmp_path / "run")
     assert list(facts["columns"]["numeric"]) == ["age"]
     assert facts["names of town"] == ["Bern", "Oslo", "Rom"]
+
+
+def test_a_metric_over_all_examples_is_known_before_the_first_step(people, tmp_path):
+    with pytest.raises(InputError, match=r"eval/test/auc is no metric .*eval/test/average_precision"):
+        train.run(config(people, checkpoint__best="eval/test/auc"), tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -39,13 +39,12 @@ class Best:
         self.step, self.value, self.since = step, value, 0
         return True
 
-    def chosen(self, metrics: Mapping[str, float]) -> float:
-        """The metric among an evaluation's. Raises InputError where it is none of them."""
-        if self.metric not in metrics:
+    def check(self, names: Collection[str]) -> None:
+        """Raises InputError where the metric is none of an evaluation's."""
+        if self.metric not in names:
             raise InputError(
-                f"checkpoint.best={self.metric} is no metric of this run; choose {', '.join(metrics)}"
+                f"checkpoint.best={self.metric} is no metric of this run; choose {', '.join(names)}"
             )
-        return metrics[self.metric]
 
 
 def resumed(choice: str, path: pathlib.Path, first_step: int, steps: Collection[int]) -> Best:

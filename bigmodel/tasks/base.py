@@ -50,7 +50,6 @@ class Task(abc.ABC, Generic[K]):
 
     several_passes: ClassVar[bool] = False  # a step is more than one forward pass and its transpose
     compared: ClassVar[tuple[str, ...]] = ("label", "label_scale", "group")  # arrays that a report needs
-    needs_all: ClassVar[bool] = False  # some metrics are `over_all` examples at once
     reports: ClassVar[bool] = False  # a full evaluation makes a `report`
     draws: ClassVar[bool] = False  # each evaluation draws `pictures` of a batch
     class_feature: ClassVar[str] = ""  # the feature whose classes have names; label: that of data.label
@@ -103,8 +102,17 @@ class Task(abc.ABC, Generic[K]):
         """Returns metrics of a split that follow from the others."""
         return {}
 
+    @property
+    def over_all_names(self) -> tuple[str, ...]:
+        """The names of the metrics that need all examples of a split at once."""
+        return ()
+
     def over_all(self, examples: Examples) -> Mapping[str, float | None]:
-        """Returns metrics that need all examples of a split at once."""
+        """Returns the metrics of `over_all_names`; None where one has no value.
+
+        Args:
+            examples: predictions and `compared` arrays of the whole split.
+        """
         return {}
 
     def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:

@@ -45,7 +45,6 @@ class Detect(Task[keys.Detect]):
     reports: ClassVar[bool] = True
     compared: ClassVar[tuple[str, ...]] = ("boxes", "labels", "crowds")
     class_feature: ClassVar[str] = "objects/label"
-    needs_all: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     def shapes(self, facts: Facts) -> Shapes:
@@ -94,6 +93,10 @@ class Detect(Task[keys.Detect]):
 
     def predictions(self, outputs: Any) -> dict[str, Array]:
         return decode(outputs, self.keys.most_detections, self.keys.nms_overlap, self.keys.least_score)
+
+    @property
+    def over_all_names(self) -> tuple[str, ...]:
+        return "map", "map50", "map75"
 
     def over_all(self, examples: Examples) -> Mapping[str, float | None]:
         return {key: value for key, value in _precision(examples).items() if key != "per_class"}

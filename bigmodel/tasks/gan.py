@@ -51,7 +51,6 @@ class GAN(Task[keys.GAN]):
     reports: ClassVar[bool] = True
     several_passes: ClassVar[bool] = True
     compared: ClassVar[tuple[str, ...]] = ("image",)
-    needs_all: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     def shapes(self, facts: Facts) -> Shapes:
@@ -90,6 +89,10 @@ class GAN(Task[keys.GAN]):
 
     def predictions(self, outputs: Any) -> dict[str, jax.Array]:
         return {"fake": outputs["image"].astype(jnp.float32)}
+
+    @property
+    def over_all_names(self) -> tuple[str, ...]:
+        return ("frechet_random",)
 
     def over_all(self, examples: Examples) -> Mapping[str, float | None]:
         """`frechet_random`: the Frechet distance between features of real images and of fakes that a small

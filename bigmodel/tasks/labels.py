@@ -49,6 +49,8 @@ from bigmodel.tasks.base import (
 )
 
 Counted = Callable[[jax.Array], jax.Array]
+AREAS = ("roc_auc", "average_precision")
+MOST_AREAS = 100  # labels; evaluations of more have no areas, which take a sort for each label
 
 
 class LabelTask(Task[K]):
@@ -83,6 +85,9 @@ class Classify(LabelTask[keys.Classify]):
         nats_B = self._loss(logits_BV, batch, train)
         nats_B += sum((self.keys.aux_weight * self._loss(x, batch, train) for x in aux), jnp.float32(0))
         found = {"loss": ((nats_B * weight_B).sum(), weight_B.sum())}
+        if self.keys.loss == "focal" and not train:
+            nll_B = cross_entropy(logits_BV, batch["label"])
+            found["nll"] = ((nll_B * mask_B).sum(), mask_B.sum())
 
         def count(is_right: Counted) -> tuple[jax.Array, jax.Array]:
             right_B = over_labels(batch, lambda label: is_right(label).astype(jnp.float32))
@@ -99,6 +104,14 @@ class Classify(LabelTask[keys.Classify]):
             return focal(nll, self.keys.focal_gamma) if self.keys.loss == "focal" else nll
 
         return over_labels(batch, nats)
+
+    @property
+    def over_all_names(self) -> tuple[str, ...]:
+        return AREAS if self.config.model.num_classes == 2 else ()
+
+    def over_all(self, examples: Examples) -> Mapping[str, float | None]:
+        """Areas under the curves of class 1, of two classes."""
+        return metrics.mean_areas(examples["label"][:, None] == 1, softmax(examples["output"])[:, 1:])
 
     def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
         score_NK = softmax(examples["output"])
@@ -134,12 +147,13 @@ class Multilabel(LabelTask[keys.Multilabel]):
             share_B1 = batch["label_share"][:, None]
             label_BV = share_B1 * label_BV + (1 - share_B1) * batch["label_other"]
         target_BV = label_BV * (1 - smoothing) + smoothing / 2
+        nll_BV = optax.sigmoid_binary_cross_entropy(logits_BV, target_BV)
         if self.keys.loss == "focal":
             on, off = jax.nn.softplus(-logits_BV), jax.nn.softplus(logits_BV)
             gamma = self.keys.focal_gamma
             nats_BV = target_BV * focal(on, gamma) + (1 - target_BV) * focal(off, gamma)
         else:
-            nats_BV = optax.sigmoid_binary_cross_entropy(logits_BV, target_BV)
+            nats_BV = nll_BV
         mask_B, weight_B = batch["mask"], example_weight(batch)
         right_BV = ((logits_BV > 0) == (label_BV > 0.5)) & ~jnp.isnan(logits_BV)  # a NaN predicts nothing
         exact_B = right_BV.all(-1).astype(jnp.float32)
@@ -148,11 +162,20 @@ class Multilabel(LabelTask[keys.Multilabel]):
             "accuracy": ((right_BV.astype(jnp.float32).mean(-1) * mask_B).sum(), mask_B.sum()),
             "exact_match": ((exact_B * mask_B).sum(), mask_B.sum()),
         }
+        if self.keys.loss == "focal" and not train:
+            found["nll"] = ((nll_BV.mean(-1) * mask_B).sum(), mask_B.sum())
         return with_losses(found, outputs.get("losses", {}), weight_B, train)
 
+    @property
+    def over_all_names(self) -> tuple[str, ...]:
+        return AREAS if self.config.model.num_classes <= MOST_AREAS else ()
+
+    def over_all(self, examples: Examples) -> Mapping[str, float | None]:
+        """Areas under the curves, averaged over the labels."""
+        return metrics.mean_areas(examples["label"] > 0.5, sigmoid(examples["output"]))
+
     def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
-        score_NK = np.exp(-np.logaddexp(0, -examples["output"].astype(np.float64)))
-        return _report(score_NK, examples["label"] > 0.5, examples, self.keys.top_k, to)
+        return _report(sigmoid(examples["output"]), examples["label"] > 0.5, examples, self.keys.top_k, to)
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         share_V = 1 / (1 + np.exp(-out["output"]))
@@ -188,6 +211,11 @@ class Regress(LabelTask[keys.Regress]):
         """Numbers in the label's own units, which training standardized."""
         mean, deviation = columns.label_scale if columns else (0.0, 1.0)
         return {"value": (out["output"].astype(np.float64) * deviation + mean).tolist()}
+
+
+def sigmoid(output_NK: np.ndarray) -> np.ndarray:
+    """Logits -> sigmoid's scores in float64."""
+    return np.exp(-np.logaddexp(0, -output_NK.astype(np.float64)))
 
 
 def softmax(output_NK: np.ndarray) -> np.ndarray:

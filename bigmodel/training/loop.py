@@ -276,9 +276,7 @@ class Loop:
         best, patience = self.best, self.config.eval.patience
         if not best.metric:
             return
-        first = best.step is None and not best.since
-        value = best.chosen(self.eval_metrics) if first else self.eval_metrics.get(best.metric)
-        if best.add(step, value):
+        if best.add(step, self.eval_metrics.get(best.metric)):
             self.checkpoints.best = step
             if self.saved != step:
                 self._save(step)
