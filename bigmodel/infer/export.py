@@ -99,7 +99,7 @@ def _forward(built: Program) -> tuple[Callable[..., Any], Inputs]:
 
     def forward(params: Any, rest: Any, batch: Inputs) -> Any:
         outputs, _ = model.apply(params, rest, batch, key=None, train=False)
-        read = {name: x for name, x in outputs.items() if name not in ("losses", "aux_logits")}
+        read = {name: x for name, x in outputs.items() if name not in ("losses", "aux_logits", "features")}
         return read["logits"] if read.keys() == {"logits"} else read
 
     (b,) = export.symbolic_shape("b")

@@ -10,11 +10,9 @@ pages of a cache, T pages of a row.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +50,7 @@ def attend(
         bias_HLS: float32, added to the scores; plain XLA computes it.
         scale: in place of 1 / sqrt(K).
     """
-    if scale is not None:
-        q_BLHK = q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
-    if (calls := _WATCHED.get()) is not None:
-        calls.append(Attended(q_BLHK, k_BSGK, v_BSGK))
+    q_BLHK = scaled(q_BLHK, scale)
     if key_segments_BS is not None or bias_HLS is not None:
         mask = visible(segments_BL, q_BLHK.shape[1], k_BSGK.shape[1], causal, key_segments_BS, window)
         return attend_xla(q_BLHK, k_BSGK, v_BSGK, mask, bias_HLS)
@@ -90,24 +85,11 @@ class Attended(NamedTuple):
     bias_HLS: jax.Array | None = None
 
 
-_WATCHED: contextvars.ContextVar[list[Attended] | None] = contextvars.ContextVar("watched", default=None)
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[list[Attended]]:
-    """Collects the inputs of each call of `attend` that is traced inside it; of a stack of layers, which is a
-    loop, those of its last layer's self-attention alone, with its mask and bias."""
-    calls: list[Attended] = []
-    token = _WATCHED.set(calls)
-    try:
-        yield calls
-    finally:
-        _WATCHED.reset(token)
-
-
-def watcher() -> list[Attended] | None:
-    """The list of the innermost `watched`; None outside."""
-    return _WATCHED.get()
+def scaled(q_BLHK: jax.Array, scale: float | None) -> jax.Array:
+    """Queries whose scores are q k / sqrt(K), for those whose scores are `scale` times q k."""
+    if scale is None:
+        return q_BLHK
+    return q_BLHK * jnp.asarray(scale * q_BLHK.shape[-1] ** 0.5, q_BLHK.dtype)
 
 
 def log_maps(

@@ -49,7 +49,9 @@ class BERT(nnx.Module):
         self.transform_norm = transformer.norm(c, dtype) if mlm else None
         self.head_bias = nnx.Param(jnp.zeros((c.vocab_size,), dtype)) if mlm else None
 
-    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
+    def __call__(
+        self, batch: module.Batch, *, key: jax.Array | None, train: bool, taps: module.Taps | None = None
+    ) -> module.Outputs:
         c, compute_dtype = transformer.transformer(self.config), self.config.compute_dtype
         x_BLD = self.embed(batch["tokens"], compute_dtype)
         if self.positions is not None:
@@ -60,7 +62,7 @@ class BERT(nnx.Module):
         sight = transformer.Sight(batch["segments"], batch["positions"])
         key = key if train and c.dropout else None
         x_BLD = self.embed_norm(x_BLD)
-        x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key)
+        x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key, taps=taps)
         outputs: dict[str, Any] = {"hidden": x_BLD}
         if self.pooler is not None:
             outputs["pooled"] = jnp.tanh(self.pooler(x_BLD[:, 0]))
@@ -68,12 +70,12 @@ class BERT(nnx.Module):
             first_BD = outputs.get("pooled", x_BLD[:, 0])
             return outputs | transformer.one_output(self.config, self.head, first_BD, losses, key)
         if self.transform is not None:
-            outputs["logits"] = self._masked_words(x_BLD, batch["masked_positions"])
+            outputs |= self._masked_words(x_BLD, batch["masked_positions"])
         if self.next_sentence is not None:
             outputs["next_sentence"] = self.next_sentence(outputs["pooled"])
         return {**outputs, "losses": losses}
 
-    def _masked_words(self, x_BLD: jax.Array, at_BM: jax.Array) -> jax.Array:
+    def _masked_words(self, x_BLD: jax.Array, at_BM: jax.Array) -> module.Outputs:
         """Logits [B, M, V] at the masked positions alone: they are 15 % of all."""
         assert self.transform is not None
         assert self.transform_norm is not None
@@ -81,4 +83,5 @@ class BERT(nnx.Module):
         c = transformer.transformer(self.config)
         x_BMD = layers.shard_stream(jnp.take_along_axis(x_BLD, at_BM[..., None], axis=1))
         x_BMD = self.transform_norm(transformer.ACTIVATIONS[c.mlp](self.transform(x_BMD)))
-        return self.embed.attend(x_BMD) + self.head_bias[...].astype(x_BMD.dtype)
+        bias_V = self.head_bias[...].astype(x_BMD.dtype)
+        return module.read_out(lambda x_BMD: self.embed.attend(x_BMD) + bias_V, x_BMD)

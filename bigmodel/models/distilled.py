@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bigmodel import trees
 from bigmodel.config import Config, InputError
-from bigmodel.models import attention, weights
-from bigmodel.models.module import Definition, Tree
+from bigmodel.models import attention
+from bigmodel.models.module import Definition, Taps, Tree
 
 NAME = "teacher"
-OUTPUT = ("head/kernel", "classifier/head/kernel", "embed/table")  # the output layer: the first that is there
 
 
 class Compared(NamedTuple):
@@ -37,6 +35,7 @@ class Distilled(Definition):
 
     student: Any = None
     compares_hidden: bool = False
+    compares_attention: bool = False
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest); the teacher's are random until `checkpoint/teachers.py` fills them."""
@@ -45,41 +44,36 @@ class Distilled(Definition):
         return params, {**rest, NAME: {"params": teacher_params, "rest": teacher_rest}}
 
     def apply(
-        self, params: Tree, rest: Tree, batch: Mapping[str, jax.Array], *, key: jax.Array | None, train: bool
+        self,
+        params: Tree,
+        rest: Tree,
+        batch: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None,
+        train: bool,
+        taps: Taps | None = None,
     ) -> tuple[Any, Tree]:
         """Runs the student; in training the outputs' `teacher` is a `Compared`."""
         own = {part: value for part, value in rest.items() if part != NAME}
         teacher = jax.lax.stop_gradient(rest[NAME])
         if not train:
-            outputs, own = self.student.apply(params, own, batch, key=key, train=False)
+            outputs, own = self.student.apply(params, own, batch, key=key, train=False, taps=taps)
             return outputs, {**own, NAME: rest[NAME]}
-        features: list[list[jax.Array]] = [[], []]
-        if self.compares_hidden:
-            params = _watched(params, features[0])
-            teacher = {**teacher, "params": _watched(teacher["params"], features[1])}
-        with attention.watched() as own_maps:
-            outputs, own = self.student.apply(params, own, batch, key=key, train=True)
-        with attention.watched() as teacher_maps:
-            target, _ = self.frozen[NAME].apply(**teacher, batch=batch, key=None, train=False)
+        both: tuple[Taps | None, Taps | None] = ({}, {}) if self.compares_attention else (taps, None)
+        outputs, own = self.student.apply(params, own, batch, key=key, train=True, taps=both[0])
+        target, _ = self.frozen[NAME].apply(**teacher, batch=batch, key=None, train=False, taps=both[1])
+        target = jax.lax.stop_gradient(target)
+        maps = (each["attention"] if each else [] for each in both)
         compared = Compared(
-            (outputs["logits"], jax.lax.stop_gradient(target["logits"])),
-            (features[0][-1], jax.lax.stop_gradient(features[1][-1])) if self.compares_hidden else None,
-            tuple(zip(own_maps, teacher_maps, strict=False)),
+            (outputs["logits"], target["logits"]),
+            _features(outputs, target) if self.compares_hidden else None,
+            tuple(zip(*maps, strict=True)),
         )
         return {**outputs, NAME: compared}, {**own, NAME: rest[NAME]}
 
 
 def wrap(student: Definition, teacher: Definition, config: Config) -> Definition:
-    """Returns the two as one.
-
-    Raises:
-        InputError: one of them has no output layer whose inputs `distill.hidden` could compare.
-    """
-    for who, definition in (("model", student), ("teacher", teacher)):
-        if config.distill.hidden and _output(definition.params_spec) is None:
-            raise InputError(
-                f"distill.hidden finds no plain output layer in the {who}; set distill.hidden to 0"
-            )
+    """Returns the two as one."""
     spec = {"params": teacher.params_spec, "rest": teacher.rest_spec}
     fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(Definition)}
     fields |= {
@@ -88,17 +82,16 @@ def wrap(student: Definition, teacher: Definition, config: Config) -> Definition
         "unpack": lambda params, parts: student.unpack(params, student.divide(parts)[0]),
     }
     return Distilled(
-        **fields | {"frozen": {NAME: teacher}}, student=student, compares_hidden=config.distill.hidden > 0
+        **fields | {"frozen": {NAME: teacher}},
+        student=student,
+        compares_hidden=config.distill.hidden > 0,
+        compares_attention=config.distill.attention > 0,
     )
 
 
-def _output(tree: Tree) -> str | None:
-    """The path of the output layer's weight."""
-    return next((name for name in OUTPUT if name in trees.by_path(tree)), None)
-
-
-def _watched(tree: Tree, inputs: list[jax.Array]) -> Tree:
-    """The parameters, with an output layer that appends to `inputs` what it is multiplied with."""
-    name = _output(tree)
-    assert name is not None
-    return trees.with_leaves(tree, {name: weights.Watched(trees.by_path(tree)[name], inputs)})
+def _features(*of_both: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    for who, outputs in zip(("model", "teacher"), of_both, strict=True):
+        if "features" not in outputs:
+            raise InputError(f"distill.hidden finds no output layer in the {who}; set distill.hidden to 0")
+    own, teacher = (outputs["features"] for outputs in of_both)
+    return own, teacher

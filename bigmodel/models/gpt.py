@@ -43,7 +43,9 @@ class GPT(nnx.Module):
         head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
         self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)
 
-    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
+    def __call__(
+        self, batch: module.Batch, *, key: jax.Array | None, train: bool, taps: module.Taps | None = None
+    ) -> module.Outputs:
         c = transformer.transformer(self.config)
         x_BLD = self.embed(batch["tokens"], self.config.compute_dtype)
         if self.positions is not None:
@@ -52,12 +54,12 @@ class GPT(nnx.Module):
             return self._cached(x_BLD, batch)
         sight = transformer.Sight(batch["segments"], batch["positions"], causal=True)
         key = key if train and c.dropout else None
-        x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key)
+        x_BLD, losses = transformer.run(self.config, self.blocks, self.norm, x_BLD, sight, key, taps=taps)
         if self.one_output:
             assert self.head is not None
             last_BD = layers.read(x_BLD, batch["segments"], "last")
             return transformer.one_output(self.config, self.head, last_BD, losses, key)
-        return {"logits": self._logits(x_BLD), "losses": losses}
+        return module.read_out(self._logits, x_BLD) | {"losses": losses}
 
     def _cached(self, x_BLD: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         sight = transformer.Sight(

@@ -221,8 +221,8 @@ class Inception(nnx.Module):
                 outs.append(
                     next(aux)(x_BHWC, None if key is None else jax.random.fold_in(key, len(outs) + 1))
                 )
-        logits = self.head(layers.dropout(ops.mean_pool(x_BHWC), self.rate, key))
-        return {"logits": logits, "aux_logits": outs}
+        x_BD = layers.dropout(ops.mean_pool(x_BHWC), self.rate, key)
+        return module.read_out(self.head, x_BD) | {"aux_logits": outs}
 
 
 def order(c: InceptionConfig) -> list[Any]:

@@ -20,7 +20,8 @@ from bigmodel import mesh
 from bigmodel.models import weights
 
 Batch = Mapping[str, Any]  # arrays; while decoding a cache too
-Outputs = dict[str, Any]  # such as {"logits": ..., "losses": {name: ...}}
+Outputs = dict[str, Any]  # such as {"logits": ..., "features": what they are read from, "losses": {name: ...}}
+Taps = dict[str, Any]  # what a model is asked to give beside its outputs, written into by its layers
 Tree = dict[str, Any]  # nested dict of arrays, or of ShapeDtypeStructs
 
 
@@ -70,11 +71,21 @@ class Definition:
         return jax.tree.map(lambda s, w: w.astype(s.dtype), self.plain_spec, params)
 
     def apply(
-        self, params: Tree, rest: Tree, batch: Batch, *, key: jax.Array | None, train: bool
+        self,
+        params: Tree,
+        rest: Tree,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        train: bool,
+        taps: Taps | None = None,
     ) -> tuple[Any, Tree]:
-        """-> (the model's outputs, rest as this call left it). `key` feeds dropout; None: no dropout."""
+        """-> (the model's outputs, rest as this call left it). `key` feeds dropout; None: no dropout.
+
+        `taps`, an empty dict for a Transformer, gets "attention": the `Attended` of each stack's last layer.
+        """
         model, parts = self.merge(params, rest)
-        outputs = model(batch, key=key, train=train)
+        outputs = model(batch, key=key, train=train, **({} if taps is None else {"taps": taps}))
         _, _, rest = _split(model)
         return outputs, {**rest, **parts}
 
@@ -83,6 +94,11 @@ class Definition:
         parts, _ = self.divide(rest)
         params, rest = self.unpacked(params, rest)
         return nnx.merge(self.graph, weights.lay_out(params, self.rules), rest), parts
+
+
+def read_out(head: Callable[[jax.Array], jax.Array], x: jax.Array) -> Outputs:
+    """The output layer's answer, and what it read: x [..., D] -> {"logits": [..., V], "features": x}."""
+    return {"logits": head(x), "features": x}
 
 
 def define(construct: Callable[[nnx.Rngs], nnx.Module]) -> Definition:

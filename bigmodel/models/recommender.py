@@ -219,7 +219,7 @@ class DLRM(nnx.Module):
         products_BFF = jnp.einsum("bfd,bgd->bfg", x_BFD, x_BFD)
         lower = jnp.tril_indices(x_BFD.shape[1], -1)
         joined = jnp.concatenate([*parts, products_BFF[:, *lower]], 1)
-        return {"logits": self.head(self.top(mesh.shard(joined, "batch", None)))}
+        return module.read_out(self.head, self.top(mesh.shard(joined, "batch", None)))
 
 
 KINDS: dict[str, Any] = {"mf": Factors, "ncf": NeuMF, "two_tower": TwoTower, "dlrm": DLRM}

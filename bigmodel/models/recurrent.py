@@ -181,6 +181,6 @@ class RNN(nnx.Module):
         x_BLD = layers.dropout(x_BLD, self.c.dropout, keys[-1])
         if self.one_output:
             assert self.head is not None
-            return {"logits": self.head(layers.read(x_BLD, batch["segments"], "last"))}
+            return module.read_out(self.head, layers.read(x_BLD, batch["segments"], "last"))
         x_BLD = x_BLD if self.out is None else self.out(x_BLD)
-        return {"logits": self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)}
+        return module.read_out(self.embed.attend if self.head is None else self.head, x_BLD)

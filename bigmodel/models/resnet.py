@@ -102,4 +102,4 @@ class ResNet(nnx.Module):
 
     def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
         assert self.head is not None
-        return {"logits": self.head(ops.mean_pool(self.stages(batch["image"], train)[-1]))}
+        return module.read_out(self.head, ops.mean_pool(self.stages(batch["image"], train)[-1]))

@@ -53,7 +53,9 @@ class T5(nnx.Module):
         head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
         self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)
 
-    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
+    def __call__(
+        self, batch: module.Batch, *, key: jax.Array | None, train: bool, taps: module.Taps | None = None
+    ) -> module.Outputs:
         c, config = transformer.transformer(self.config), self.config
         if "cache" in batch and "decoder_tokens" in batch:
             return self._decode(batch)
@@ -63,7 +65,7 @@ class T5(nnx.Module):
             keys = jax.random.split(key, 3)
         x_BLD = self.embed(tokens_BL, config.compute_dtype)
         sight = Sight(segments_BL, bias=self.encoder_bias.within(tokens_BL.shape[1]))
-        memory_BLD, encoder_losses = self.encoder(config, x_BLD, sight, keys[0])
+        memory_BLD, encoder_losses = self.encoder(config, x_BLD, sight, keys[0], taps)
         if self.decoder is None or self.decoder_bias is None:
             assert self.head is not None
             mean_BD = layers.read(memory_BLD, segments_BL, "mean")
@@ -77,13 +79,14 @@ class T5(nnx.Module):
             memory_BSD=memory_BLD, memory_segments_BS=segments_BL,
         )  # fmt: skip
         y_BMD = self.embed(decoder_BM, config.compute_dtype)
-        y_BMD, losses = self.decoder(config, y_BMD, sight, keys[2])
+        y_BMD, losses = self.decoder(config, y_BMD, sight, keys[2], taps)
         real_BL = (segments_BL > 0).astype(jnp.float32)
         means = {
             k: (x * real_BL).sum(1, keepdims=True) / real_BL.sum(1, keepdims=True).clip(1)
             for k, x in encoder_losses.items()
         }
-        return {"logits": self._logits(y_BMD), "losses": {k: x + means[k] for k, x in losses.items()}}
+        losses = {k: x + means[k] for k, x in losses.items()}
+        return module.read_out(self._logits, y_BMD) | {"losses": losses}
 
     def _decode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         assert self.decoder is not None

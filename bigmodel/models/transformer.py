@@ -27,9 +27,8 @@ from bigmodel.models.attention import (
     attend,
     attend_cached,
     attend_paged,
+    scaled,
     visible,
-    watched,
-    watcher,
 )
 
 UNROLLED_ON_CPU = 12  # layers; on a CPU a scan copies what it saves, 10-25 % of the step, and compiles faster
@@ -70,9 +69,10 @@ class Stack(nnx.Module):
         self.norm = norm(c, config.param_dtype) if c.norm_order == "pre" else None
 
     def __call__(
-        self, config: Config, x_BLD: jax.Array, sight: Sight, key: jax.Array | None
-    ) -> tuple[jax.Array, moe.Losses]:
-        return run(config, self.blocks, self.norm, x_BLD, sight, key)
+        self, config: Config, x_BLD: jax.Array, sight: Sight, key: jax.Array | None,
+        taps: module.Taps | None = None,
+    ) -> tuple[jax.Array, moe.Losses]:  # fmt: skip
+        return run(config, self.blocks, self.norm, x_BLD, sight, key, taps=taps)
 
     def read_memory(self, memory_BSD: jax.Array, cache: Cache) -> Cache:
         """The cache with what cross-attention will read of the memory, each layer's own."""
@@ -84,20 +84,17 @@ class Stack(nnx.Module):
 
 
 def run(
-    config: Config,
-    blocks: nnx.Module,
-    last_norm: nnx.Module | None,
-    x_BLD: jax.Array,
-    sight: Sight,
-    key: jax.Array | None,
-) -> tuple[jax.Array, moe.Losses]:
+    config: Config, blocks: nnx.Module, last_norm: nnx.Module | None, x_BLD: jax.Array, sight: Sight,
+    key: jax.Array | None, *, taps: module.Taps | None = None,
+) -> tuple[jax.Array, moe.Losses]:  # fmt: skip
     """x through all blocks and the last norm -> (y [B, L, D], the mean over depth of the layers' losses).
 
     Args:
         blocks: a `module.stack` of `Block`.
         key: for dropout, of the input too; None: no dropout.
+        taps: gets the last layer's self-attention, an `Attended` with its mask and bias, in "attention".
     """
-    return _run(config, blocks, last_norm, x_BLD, sight, key)[:2]
+    return _run(config, blocks, last_norm, x_BLD, sight, key, taps=taps)[:2]
 
 
 def run_cached(
@@ -114,7 +111,7 @@ def run_cached(
 
 def _run(
     config: Config, blocks: nnx.Module, last_norm: nnx.Module | None, x_BLD: jax.Array, sight: Sight,
-    key: jax.Array | None, *, cache: Cache | None = None,
+    key: jax.Array | None, *, cache: Cache | None = None, taps: module.Taps | None = None,
 ) -> tuple[jax.Array, moe.Losses, Any]:  # fmt: skip
     c = transformer(config)
     depth = module.depth(blocks)
@@ -124,15 +121,14 @@ def _run(
         keys = jax.random.split(key, depth)
     zero_BL = jnp.zeros(x_BLD.shape[:2], jnp.float32) if c.experts else None
     losses = dict.fromkeys(moe.LOSSES, zero_BL) if c.experts else {}
-    watch = watcher()
-    last = None if watch is None else _attended(c, x_BLD)
+    last = None if taps is None else _attended(c, x_BLD)
 
     def call(block: Any, carry: Any, x: tuple[jax.Array | None, Cache | None]) -> Any:
         x_BLD, losses, last = carry
-        with watched() as calls:
-            x_BLD, own, cache = block(x_BLD, sight, *x)
+        own_taps: module.Taps | None = None if last is None else {}
+        x_BLD, own, cache = block(x_BLD, sight, *x, taps=own_taps)
         losses = {name: value + own[name] / depth for name, value in losses.items()}
-        return (x_BLD, losses, None if last is None else calls[0]), cache
+        return (x_BLD, losses, own_taps and own_taps["attention"][0]), cache
 
     (x_BLD, losses, last), cache = module.scan(
         blocks,
@@ -142,10 +138,10 @@ def _run(
         wrap=_remat(config.remat),
         unroll=not c.scan or (mesh.platform() == "cpu" and depth <= UNROLLED_ON_CPU),
     )
-    if watch is not None and last is not None:
+    if taps is not None and last is not None:
         length = x_BLD.shape[1]
         mask = visible(sight.segments_BL, length, length, sight.causal, window=c.window)
-        watch.append(last._replace(mask=mask, bias_HLS=sight.bias))
+        taps.setdefault("attention", []).append(last._replace(mask=mask, bias_HLS=sight.bias))
     return (x_BLD if last_norm is None else last_norm(x_BLD)), losses, cache
 
 
@@ -155,7 +151,7 @@ def one_output(
     """The vector of a text -> {"logits": [B, classes], "losses": the experts', [B] each}."""
     c = transformer(config)
     key = None if key is None else jax.random.fold_in(key, c.depth + 1)
-    outputs: dict[str, Any] = {"logits": head(layers.dropout(x_BD, c.dropout, key))}
+    outputs = module.read_out(head, layers.dropout(x_BD, c.dropout, key))
     return outputs | {"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
 
 
@@ -183,8 +179,9 @@ class Block(nnx.Module):
         self.mlp: Any = _experts(config, rngs) if c.experts else MLP(config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, sight: Sight, key: jax.Array | None, cache: Cache | None = None
-    ) -> tuple[jax.Array, moe.Losses, Cache | None]:
+        self, x_BLD: jax.Array, sight: Sight, key: jax.Array | None, cache: Cache | None = None,
+        taps: module.Taps | None = None,
+    ) -> tuple[jax.Array, moe.Losses, Cache | None]:  # fmt: skip
         x_BLD = checkpoint_name(x_BLD, "layer_input")
         count = 2 if self.cross is None else 3
         keys = [None] * count if key is None else list(jax.random.split(key, count))
@@ -202,7 +199,8 @@ class Block(nnx.Module):
 
         if cache is not None:
             cache = dict(cache)  # attention writes into it
-        x_BLD = self._step(x_BLD, self.attention_norm, lambda x: self.attention(x, sight, cache), keys[0])
+        attention = functools.partial(self.attention, sight=sight, cache=cache, taps=taps)
+        x_BLD = self._step(x_BLD, self.attention_norm, attention, keys[0])
         if self.cross is not None:
             cross = self.cross
             x_BLD = self._step(x_BLD, self.cross_norm, lambda x: cross.over_memory(x, sight, cache), keys[1])
@@ -229,7 +227,9 @@ class Attention(nnx.Module):
         self.v = dense(c.width, c.kv_heads * c.head_dim, std=small(c))
         self.out = dense(c.heads * c.head_dim, c.width, std=_last(c))
 
-    def __call__(self, x_BLD: jax.Array, sight: Sight, cache: Cache | None = None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, sight: Sight, cache: Cache | None = None, taps: module.Taps | None = None
+    ) -> jax.Array:
         """x [B, L, D] over itself, and over what `cache` holds; x's own keys go into it, in place."""
         c, at_BL = self.c, sight.positions_BL
         q_BLHK = self._queries(x_BLD)
@@ -250,6 +250,8 @@ class Attention(nnx.Module):
                 kv = cache_lib.read(cache, q_BLHK.dtype, sight.pages_BT)
                 y_BLHK = attend_cached(q_BLHK, *kv, at_BL, window=c.window, bias=sight.bias, scale=scale)
                 return self._merge(y_BLHK)
+        if taps is not None:
+            taps.setdefault("attention", []).append(Attended(scaled(q_BLHK, scale), k_BLGK, v_BLGK))
         bias_HLL = sight.bias if cache is None or sight.bias is None else sight.bias(at_BL, at_BL)
         y_BLHK = attend(
             q_BLHK, k_BLGK, v_BLGK, segments_BL=sight.segments_BL, causal=sight.causal, window=c.window,

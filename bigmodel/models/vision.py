@@ -43,7 +43,7 @@ class CNN(nnx.Module):
             if index == 0:
                 x_BHWC = ops.max_pool(x_BHWC, (2, 2), (2, 2))
         x_BD = x_BHWC.reshape(x_BHWC.shape[0], -1)
-        return {"logits": self.head(jax.nn.relu(self.hidden(x_BD)))}
+        return module.read_out(self.head, jax.nn.relu(self.hidden(x_BD)))
 
 
 Spec = Mapping[str, jax.ShapeDtypeStruct]
@@ -89,7 +89,7 @@ class Classifier(nnx.Module):
                 layers.dropout, rate=self.rate, key=None if key is None else jax.random.fold_in(key, index)
             )
             x_BD = jax.nn.relu(dense(drop(x_BD))) if self.first else drop(jax.nn.relu(dense(x_BD)))
-        return {"logits": self.head(x_BD)}
+        return module.read_out(self.head, x_BD)
 
 
 class MLP(nnx.Module):

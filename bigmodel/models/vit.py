@@ -40,7 +40,9 @@ class ViT(nnx.Module):
         std = transformer.small(c)
         self.head = layers.Dense(c.width, c.num_classes, std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: module.Batch, *, key: jax.Array | None, train: bool) -> module.Outputs:
+    def __call__(
+        self, batch: module.Batch, *, key: jax.Array | None, train: bool, taps: module.Taps | None = None
+    ) -> module.Outputs:
         c = transformer.transformer(self.config)
         x_BLD = self.embed(patches(batch["image"].astype(self.config.compute_dtype), self.patch))
         if self.first is not None:
@@ -49,10 +51,10 @@ class ViT(nnx.Module):
         x_BLD = x_BLD + self.positions.table[...].astype(x_BLD.dtype)
         key = key if train and c.dropout else None
         x_BLD, losses = transformer.run(
-            self.config, self.blocks, self.norm, x_BLD, transformer.Sight(), key
+            self.config, self.blocks, self.norm, x_BLD, transformer.Sight(), key, taps=taps
         )  # fmt: skip
-        logits_BV = self.head(x_BLD[:, 0] if self.pool == "cls" else x_BLD.mean(1))
-        return {"logits": logits_BV, "losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
+        outputs = module.read_out(self.head, x_BLD[:, 0] if self.pool == "cls" else x_BLD.mean(1))
+        return outputs | {"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
 
 
 def patches(x_BHWC: jax.Array, size: int) -> jax.Array:

@@ -252,21 +252,6 @@ class Observed(_OfFloats):
         return super().conv(_tap(x, self.probe), strides, padding)
 
 
-@dataclass(frozen=True)
-class Watched(_OfFloats):
-    """A weight outside any loop that collects, while a step is traced, what it is multiplied with."""
-
-    inputs: list[jax.Array]
-
-    def product(self, x: jax.Array) -> jax.Array:
-        self.inputs.append(x)
-        return super().product(x)
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        self.inputs.append(x)
-        return super().attend(x)
-
-
 @jax.custom_vjp
 def _tap(x: jax.Array, probe: dict[str, jax.Array]) -> jax.Array:
     return x
