@@ -9,8 +9,7 @@ import jax
 
 from bigmodel import mesh
 from bigmodel.config import Config
-from bigmodel.models import distilled, module, quantized
-from bigmodel.models.lora import wrap as with_adapters
+from bigmodel.models import distilled, lora, module, quantized
 
 
 def define(
@@ -30,4 +29,5 @@ def _alone(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rules: mesh
     make = config.model.module()
     definition = module.define(lambda rngs: make(config, spec, rngs))
     definition = dataclasses.replace(definition, rules=rules)
-    return with_adapters(quantized.wrap(definition, config.quantize), config.lora)
+    storage = lora.storage(definition, quantized.storage(definition, config.quantize), config.lora)
+    return definition.stored(storage)

@@ -16,7 +16,7 @@ import jax
 
 from bigmodel.config import Config, InputError
 from bigmodel.models import attention
-from bigmodel.models.module import Definition, Taps, Tree
+from bigmodel.models.module import Definition, Storage, Taps, Tree
 
 NAME = "teacher"
 
@@ -78,8 +78,10 @@ def wrap(student: Definition, teacher: Definition, config: Config) -> Definition
     fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(Definition)}
     fields |= {
         "rest_spec": {**student.rest_spec, NAME: spec},
-        "weight_parts": (*student.weight_parts, NAME),
-        "unpack": lambda params, parts: student.unpack(params, student.divide(parts)[0]),
+        "storage": Storage(
+            (*student.storage.parts, NAME),
+            decode=lambda params, parts: student.storage.decode(params, student.divide(parts)[0]),
+        ),
     }
     return Distilled(
         **fields | {"frozen": {NAME: teacher}},

@@ -1,14 +1,14 @@
 """Low-rank adapters (Hu et al. 2021) on any model: W + (alpha / rank) A B in place of W, which stays.
 
-`wrap` adds them to a Definition under "lora/"; the modules do not know. A layer that asks for `product(x, W)`
-gets x W + (alpha / rank) (x A) B, inside the scanned block: neither W + A B nor its gradient is ever stored.
+`storage` adds them to the parameters under "lora/", around any other storage; the modules do not know. A layer
+that asks for `product(x, W)` gets x W + (alpha / rank) (x A) B, inside the scanned block: neither W + A B nor
+its gradient is ever stored.
 
 Legend: I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -20,7 +20,7 @@ from bigmodel import trees
 from bigmodel.config import InputError
 from bigmodel.config.adapt import Lora
 from bigmodel.models import weights
-from bigmodel.models.module import Definition, Tree
+from bigmodel.models.module import Definition, Storage, Tree
 
 NAME = "lora"  # where the adapters are among the parameters
 
@@ -57,8 +57,8 @@ class Adapted:
         return weights.product(x, self.base) + low * jnp.asarray(self.scale, x.dtype)
 
 
-def wrap(definition: Definition, how: Lora) -> Definition:
-    """The definition with an adapter on each weight [.., I, O] whose path `how.on` finds.
+def storage(definition: Definition, base: Storage, how: Lora) -> Storage:
+    """`base` with an adapter on each weight [.., I, O] whose path `how.on` finds.
 
     A starts out random, B at zero, so that the model starts out as it was; both are float32.
 
@@ -66,7 +66,7 @@ def wrap(definition: Definition, how: Lora) -> Definition:
         InputError: no weight has such a path.
     """
     if not how.rank:
-        return definition
+        return base
     known = {name for name, sums in definition.products.items() if sums == (-2,)}
     chosen = {name for name in known if re.search(how.on, "/" + name)}
     if not chosen:
@@ -75,35 +75,29 @@ def wrap(definition: Definition, how: Lora) -> Definition:
         )
     shapes = {name: w.shape for name, w in trees.by_path(definition.plain_spec).items() if name in chosen}
 
-    def extra(key: jax.Array) -> Tree:
-        adapters: dict[Any, Any] = {}
+    def encode(key: jax.Array, plain: Tree) -> tuple[Tree, Tree]:
+        params, parts = base.encode(key, plain)
+        adapters = {}
         for each, (name, (*depth, i, o)) in zip(
             jax.random.split(key, len(shapes)), shapes.items(), strict=True
         ):
-            inner = adapters
-            for part in name.split("/"):
-                inner = inner.setdefault(int(part) if part.isdigit() else part, {})
-            inner["a"] = jax.random.normal(each, (*depth, i, how.rank), jnp.float32) * i**-0.5
-            inner["b"] = jnp.zeros((*depth, how.rank, o), jnp.float32)
-        return {**definition.extra(key), NAME: adapters}
+            adapters[f"{name}/a"] = jax.random.normal(each, (*depth, i, how.rank), jnp.float32) * i**-0.5
+            adapters[f"{name}/b"] = jnp.zeros((*depth, how.rank, o), jnp.float32)
+        return {**params, NAME: trees.nest(adapters)}, parts
 
-    def unpack(params: Tree, parts: Tree) -> Tree:
-        adapters, params = params[NAME], {key: value for key, value in params.items() if key != NAME}
+    def decode(params: Tree, parts: Tree) -> Tree:
+        adapters = trees.by_path(params[NAME])
+        params = {key: value for key, value in params.items() if key != NAME}
 
         def adapted(path: Any, w: Any) -> Any:
             name = trees.path_str(path)
             if name not in chosen:
                 return w
-            inner = adapters
-            for part in name.split("/"):
-                inner = inner[int(part) if part.isdigit() else part]
-            return Adapted(w, inner["a"], inner["b"], how.alpha / how.rank)
+            return Adapted(w, adapters[f"{name}/a"], adapters[f"{name}/b"], how.alpha / how.rank)
 
-        unpacked = definition.unpack(params, parts)
-        return jax.tree_util.tree_map_with_path(adapted, unpacked, is_leaf=_is_weight)
+        return jax.tree_util.tree_map_with_path(adapted, base.decode(params, parts), is_leaf=_is_weight)
 
-    spec = {**definition.params_spec, **jax.eval_shape(extra, jax.random.key(0))}
-    return dataclasses.replace(definition, params_spec=spec, extra=extra, unpack=unpack)
+    return Storage(base.parts, encode, decode)
 
 
 def _is_weight(x: Any) -> bool:

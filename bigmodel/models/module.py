@@ -20,9 +20,23 @@ from bigmodel import mesh
 from bigmodel.models import weights
 
 Batch = Mapping[str, Any]  # arrays; while decoding a cache too
-Outputs = dict[str, Any]  # such as {"logits": ..., "features": what they are read from, "losses": {name: ...}}
+Outputs = dict[
+    str, Any
+]  # such as {"logits": ..., "features": what they are read from, "losses": {name: ...}}
 Taps = dict[str, Any]  # what a model is asked to give beside its outputs, written into by its layers
 Tree = dict[str, Any]  # nested dict of arrays, or of ShapeDtypeStructs
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a model's parameters are: among `params`, which training sees, and in parts of `rest`.
+
+    The default stores them as they are. A storage composes by calling another's `encode` and `decode`.
+    """
+
+    parts: tuple[str, ...] = ()  # of `rest`
+    encode: Callable[[jax.Array, Tree], tuple[Tree, Tree]] = lambda key, plain: (plain, {})
+    decode: Callable[[Tree, Tree], Tree] = lambda params, parts: params  # to weights as layers read them
 
 
 @dataclass(frozen=True)
@@ -37,33 +51,36 @@ class Definition:
     products: Mapping[
         str, tuple[int, ...]
     ]  # path of each product's weight -> axes (from the end) it sums over
-    weight_parts: tuple[str, ...] = ()  # parts of `rest` that store weights
-    pack: Callable[[Tree], tuple[Tree, Tree]] = lambda params: (params, {})  # plain -> params, parts of rest
-    unpack: Callable[[Tree, Tree], Tree] = lambda params, parts: params  # the inverse
+    storage: Storage = Storage()
     # Models that training runs forward too: part of `rest` -> definition, whose params and rest are there.
     frozen: Mapping[str, Definition] = field(default_factory=dict)
     rules: mesh.Rules = mesh.RULES  # where parameters lie on a mesh
-    extra: Callable[[jax.Array], Tree] = lambda key: {}  # parameters that the module itself has not
+
+    def stored(self, storage: Storage) -> Definition:
+        """The same model with its plain parameters stored so."""
+        params_spec, parts_spec = jax.eval_shape(storage.encode, jax.random.key(0), self.plain_spec)
+        rest_spec = {**self.rest_spec, **parts_spec}
+        return dataclasses.replace(self, params_spec=params_spec, rest_spec=rest_spec, storage=storage)
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """key -> (params, rest)."""
-        _, params, rest = _split(self.construct(key))
-        params, parts = self.pack(params)
-        return {**params, **self.extra(jax.random.fold_in(key, 1))}, {**rest, **parts}
+        _, plain, rest = _split(self.construct(key))
+        params, parts = self.storage.encode(jax.random.fold_in(key, 1), plain)
+        return params, {**rest, **parts}
 
     def divide(self, rest: Tree) -> tuple[Tree, Tree]:
         """-> (the parts of `rest` that store weights, the module's own)."""
-        parts = {part: rest[part] for part in self.weight_parts}
+        parts = {part: rest[part] for part in self.storage.parts}
         return parts, {part: value for part, value in rest.items() if part not in parts}
 
     def unpacked(self, params: Tree, rest: Tree) -> tuple[Tree, Tree]:
         """-> (the module's parameters, with weights as they are stored; the module's own rest)."""
         parts, rest = self.divide(rest)
-        return self.unpack(params, parts), rest
+        return self.storage.decode(params, parts), rest
 
     def parameters_only(self) -> Definition:
         """The same model, which takes what `unpacked` returns."""
-        return dataclasses.replace(self, weight_parts=(), unpack=lambda params, parts: params)
+        return dataclasses.replace(self, storage=Storage())
 
     def plain(self, params: Tree, rest: Tree) -> Tree:
         """The module's own parameters as plain arrays, however they are stored."""

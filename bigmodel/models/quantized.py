@@ -1,6 +1,6 @@
 """Storage of a model's weights: as floats, or quantized with their codes in `rest`, where nothing trains.
 
-`wrap` changes a Definition's specs, `init` and `apply` by `config.quantize`; the modules do not know.
+`storage` says how by `config.quantize`; the modules do not know.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import jax.numpy as jnp
 from bigmodel import trees
 from bigmodel.config import InputError, Quantize
 from bigmodel.models import weights
-from bigmodel.models.module import Definition, Tree
+from bigmodel.models.module import Definition, Storage, Tree
 
 PARTS = ("codes", "scale", "activation")  # of a quantized weight; in `rest` a tree of each
 
 
-def wrap(definition: Definition, how: Quantize) -> Definition:
-    """The definition whose weights are stored as `how` says.
+def storage(definition: Definition, how: Quantize) -> Storage:
+    """The storage of a plain model's weights as `how` says.
 
     Raises:
         InputError: no weight has a name that `quantize.on` finds, or the group does not divide one's inputs.
     """
     if how.weights == "none":
-        return definition
+        return Storage()
     sums = chosen(definition, how)
 
     def as_stored(path: Any, w: Any) -> Any:
@@ -44,21 +44,16 @@ def wrap(definition: Definition, how: Quantize) -> Definition:
             else quantized
         )
 
-    def pack(params: Tree) -> tuple[Tree, Tree]:
-        return split(jax.tree_util.tree_map_with_path(as_stored, params), how)
+    def rounded(params: Tree, parts: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(as_stored, params)
 
-    def unpack(params: Tree, parts: Tree) -> Tree:
-        if how.aware:
-            return jax.tree_util.tree_map_with_path(as_stored, params)
-        return join(params, parts, definition.params_spec, how)
+    def encode(key: jax.Array, plain: Tree) -> tuple[Tree, Tree]:
+        return split(jax.tree_util.tree_map_with_path(as_stored, plain), how)
 
-    if how.aware:
-        return dataclasses.replace(definition, unpack=unpack)
-    params_spec, parts_spec = jax.eval_shape(pack, definition.params_spec)
-    return dataclasses.replace(
-        definition, params_spec=params_spec, rest_spec={**definition.rest_spec, **parts_spec},
-        weight_parts=tuple(parts_spec), pack=pack, unpack=unpack,
-    )  # fmt: skip
+    def decode(params: Tree, parts: Tree) -> Tree:
+        return join(params, parts, definition.plain_spec, how)
+
+    return Storage(decode=rounded) if how.aware else Storage(_parts(how), encode, decode)
 
 
 def rounds_inputs(how: Quantize, sums: tuple[int, ...]) -> bool:
@@ -73,7 +68,7 @@ def with_activation(w: weights.Quantized, sums: tuple[int, ...], scale: jax.Arra
 
 
 def chosen(definition: Definition, how: Quantize) -> dict[str, tuple[int, ...]]:
-    """Path -> summed axes, of the weights that are quantized. Raises as `wrap`."""
+    """Path -> summed axes, of the weights that are quantized. Raises as `storage`."""
     known = definition.products
     sums = {name: axes for name, axes in known.items() if re.search(how.on, "/" + name)}
     if not sums:
@@ -95,7 +90,6 @@ def split(params: Tree, how: Quantize) -> tuple[Tree, Tree]:
     """Parameters, some of them `weights.Quantized` -> (the plain ones, {"codes", "scale", ...})."""
     flat = trees.by_path(params, _is_quantized)
     plain = {name: w for name, w in flat.items() if not _is_quantized(w)}
-    used = PARTS[: 2 + (how.activations != "none")]
     parts = {
         part: trees.nest(
             {
@@ -104,7 +98,7 @@ def split(params: Tree, how: Quantize) -> tuple[Tree, Tree]:
                 if _is_quantized(w) and getattr(w, part) is not None
             }
         )
-        for part in used
+        for part in _parts(how)
     }
     return trees.nest(plain), parts
 
@@ -123,6 +117,10 @@ def join(params: Tree, parts: Mapping[str, Tree], spec: Tree, how: Quantize) -> 
         )  # fmt: skip
 
     return jax.tree_util.tree_map_with_path(leaf, spec)
+
+
+def _parts(how: Quantize) -> tuple[str, ...]:
+    return PARTS[: 2 + (how.activations != "none")]
 
 
 def _is_quantized(x: Any) -> bool:

@@ -58,7 +58,7 @@ def model_flops(program: Program) -> float:
     """
     config = program.config
     frozen = optim.split(config, program.state_spec["params"])[1]
-    codes = set(program.model.weight_parts) - program.model.frozen.keys()
+    codes = set(program.model.storage.parts) - program.model.frozen.keys()
     compared = config.distill.hidden or config.distill.attention
     if frozen or codes or compared or tasks.make(config).several_passes:
         return gradient_flops(program)
