@@ -8,7 +8,8 @@ Claim: the baseline that any network for images should beat. Planned for `digits
 0.2 GFLOP and 5 ms a step of 128. Measured: 98.65 % of the test digits, 300 steps in 11 s with start and
 evaluation; a step takes 3 ms. Any TFDS image classification set of one image size works. A table's
 categories are embedded: `rows` over all columns (errors name the number). `--config.task.name=regress` with
-classes=1 learns a number.
+classes=1 learns a number. `--config.model.widths=() --config.optim.lr=0.03` leaves the hidden layers out:
+logistic regression.
 """
 
 from __future__ import annotations

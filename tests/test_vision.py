@@ -19,6 +19,7 @@ from bigmodel.data import open_source
 from bigmodel.models import ops
 from bigmodel.plan import estimate, flops
 from bigmodel.tasks import make_pipeline
+from bigmodel.tasks.labels import softmax
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.05, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("alexnet", "vgg", "inception", "resnet")]
@@ -59,6 +60,26 @@ def test_images_too_small_are_refused():
         define(28, name="vgg")
     with pytest.raises(InputError, match=r"model\.stem=small"):
         define(32, name="alexnet")
+
+
+def test_without_hidden_layers_it_is_logistic_regression():
+    part = built(
+        "mlp",
+        model__widths=(),
+        **SGD
+        | {"optim__weight_decay": 0.0, "optim__clip_norm": 0.0, "optim__b1": 0.0, "optim__warmup_steps": 0},
+    )
+    batch = random_batch(part.config)
+    x_BD, is_BV = batch["image"].reshape(len(batch["label"]), -1), np.eye(10)[batch["label"]]
+    kernel_DV, bias_V = np.zeros((x_BD.shape[1], 10)), np.zeros(10)
+    for _ in range(3):
+        error_BV = softmax(x_BD @ kernel_DV + bias_V) - is_BV
+        kernel_DV -= 0.05 * x_BD.T @ error_BV / len(x_BD)
+        bias_V -= 0.05 * error_BV.mean(0)
+    state, _ = steps(part, start(part), 3, [batch])
+    found = by_path(state["params"])
+    np.testing.assert_allclose(found["classifier/head/kernel"], kernel_DV, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found["classifier/head/bias"], bias_V, rtol=1e-3, atol=1e-6)
 
 
 def test_batch_norm_is_the_formula_and_keeps_float32():

@@ -80,8 +80,8 @@ class Classifier(nnx.Module):
         self.layers = nnx.List(
             [layers.Dense(a, b, std=math.sqrt(2 / a), dtype=dtype, rngs=rngs) for a, b in sizes]
         )
-        last = (i, *widths)[-1]
-        self.head = layers.Dense(last, classes, std=last**-0.5, dtype=dtype, rngs=rngs)
+        std = widths[-1] ** -0.5 if widths else 0.0  # a linear model needs no start that differs
+        self.head = layers.Dense((i, *widths)[-1], classes, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BD: jax.Array, key: jax.Array | None) -> dict[str, jax.Array]:
         for index, dense in enumerate(self.layers):
@@ -93,7 +93,7 @@ class Classifier(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Dense + ReLU and dropout for each entry of `widths`; Dense.
+    """Dense + ReLU and dropout for each entry of `widths`; Dense. Without any it is linear.
 
     batch: `image`, or a table's `numeric` [B, N] and `categorical` [B, C], whose embeddings join the numbers.
     """

@@ -30,21 +30,21 @@ class CNN(Family):
 
 @dataclass(frozen=True)
 class MLP(Family):
-    """Dense + ReLU for each entry of `widths`, then a dense layer to the classes."""
+    """Dense + ReLU for each entry of `widths`, then a dense layer to the classes; without any, linear."""
 
     inputs = ("image", "table")
     made_by = "bigmodel.models.vision:MLP"
     walked_by = "bigmodel.compress.walks:mlp"
     units = MappingProxyType({"channels": ("widths",)})
     name: str = "mlp"
-    widths: tuple[int, ...] = (512, 512)
+    widths: tuple[int, ...] = (512, 512)  # of the hidden layers; (): none, a linear model
     dropout: float = 0.0
     num_classes: int = 10
     rows: int = 0  # tables: categories over all columns, an unknown one for each among them
     embed_width: int = 16  # of a category
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "widths", "num_classes", "embed_width")
+        yield from positive(self, *(("widths",) if self.widths else ()), "num_classes", "embed_width")
         yield from at_least_0(self, "rows")
         yield from rate(self)
 
