@@ -86,6 +86,7 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     batch_spec = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in batch_spec.items()}
     model = define(config, batch_spec)
     task, tx = tasks.make(config), optimizer(config, model)
+    step = Step(config, model, task, microbatches(config, mesh))
 
     init = _on_mesh(mesh, lambda key: init_state(config, model, tx, key))
     spec = jax.eval_shape(init, jax.random.key(0))
@@ -94,10 +95,9 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
     state_sharding = jax.tree.map(lambda s: s.sharding, state_spec)
     batch_sharding = {name: s.sharding for name, s in batch_spec.items()}
     everywhere = mesh_lib.replicated(mesh)
-    pieces = microbatches(config, mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        return update(config, model, task, tx, pieces, state, batch)
+        return update(step, tx, state, batch)
 
     def outputs(state: State, batch: Batch) -> Any:
         return model.apply(evaluated(state), state["rest"], batch, key=None, train=False)[0]
@@ -235,22 +235,26 @@ def evaluated(state: State) -> Any:
     return jax.tree.map(lambda x, p: x.astype(p.dtype), optim.join(state["ema"], params), params)
 
 
+@dataclass(frozen=True)
+class Step:
+    """The parts of a training step that its gradient needs, besides the state and the batch."""
+
+    config: Config
+    model: Definition
+    task: tasks.Task
+    pieces: int  # microbatches
+
+
 def update(
-    config: Config,
-    model: Definition,
-    task: tasks.Task,
-    tx: optax.GradientTransformation,
-    pieces: int,
-    state: State,
-    batch: Batch,
+    step: Step, tx: optax.GradientTransformation, state: State, batch: Batch
 ) -> tuple[State, dict[str, jax.Array]]:
     """Runs one training step and returns the next state and metrics: loss, grad_norm, lr and the task's own.
 
     Each metric is a float32 [2], sum and weight, so that steps add up as the batches of an evaluation do.
     """
-    scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
+    config = step.config
+    grads, rest, terms = gradients(step, state, batch)
     trained, frozen = optim.split(config, state["params"])
-    grads, rest, terms = gradients(model, task, pieces, scale, state, batch, trained, frozen)
     with jax.named_scope("optimizer"):  # a plan reports its time separately
         updates, opt = tx.update(grads, state["opt"], trained)
         trained = optax.apply_updates(trained, updates)
@@ -260,31 +264,25 @@ def update(
         new["ema"] = jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], trained)
     grad_norm = optim.norm(grads)
     scalars = {"grad_norm": grad_norm, **optim.learning_rates(config, optim.updates(state["opt"]))}
-    if scale is not None:  # float16: an overflow skips the update and halves the scale
+    if "loss_scale" in state:  # float16: an overflow skips the update and halves the scale
         finite = jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         new["loss_scale"] = optim.loss_scale_update(state["loss_scale"], finite)
-        scalars |= {"loss_scale": scale, "skipped": 1.0 - finite.astype(jnp.float32)}
+        scalars |= {"loss_scale": state["loss_scale"]["scale"], "skipped": 1.0 - finite.astype(jnp.float32)}
     new["step"] = state["step"] + 1
     pairs = {**terms, **{name: (value, 1.0) for name, value in scalars.items()}}
     return new, {name: jnp.stack([jnp.float32(x) for x in pair]) for name, pair in pairs.items()}
 
 
-def gradients(
-    model: Definition,
-    task: tasks.Task,
-    pieces: int,
-    scale: jax.Array | None,
-    state: State,
-    batch: Batch,
-    trained: Any,
-    frozen: Any,
-) -> tuple[Any, Any, Metrics]:
-    """Returns gradients of the batch's mean loss, rest, and metric sums, over `pieces` microbatches.
+def gradients(step: Step, state: State, batch: Batch) -> tuple[Any, Any, Metrics]:
+    """Returns gradients of the batch's mean loss, rest, and metric sums, over the step's microbatches.
 
-    Differentiates by the `trained` parameters alone; the `frozen` ones cost nothing. The loss is divided by
+    Differentiates by the parameters that are trained alone; frozen ones cost nothing. The loss is divided by
     the entire batch's weight, so that cutting it into pieces changes only rounding.
     """
+    model, task, pieces = step.model, step.task, step.pieces
+    scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
+    trained, frozen = optim.split(step.config, state["params"])
     grad = jax.grad(objective(model, task, scale, batch, frozen), has_aux=True)
     if pieces == 1:
         grads, (rest, terms) = grad(trained, state["rest"], batch, step_key(state))

@@ -219,14 +219,10 @@ def _parts(program: Program) -> tuple[tasks.Task, int]:
 
 def _gradient(program: Program) -> Callable[[State, Batch], tuple[jax.Array, Any]]:
     """(state, batch) -> (the mean loss, its gradient), as the train step computes them."""
-    task, pieces = _parts(program)
+    step = program_lib.Step(program.config, program.model, *_parts(program))
 
     def gradient(state: State, batch: Batch) -> tuple[jax.Array, Any]:
-        scale = state["loss_scale"]["scale"] if "loss_scale" in state else None
-        trained, frozen = optim.split(program.config, state["params"])
-        grads, _, terms = program_lib.gradients(
-            program.model, task, pieces, scale, state, batch, trained, frozen
-        )
+        grads, _, terms = program_lib.gradients(step, state, batch)
         loss, weight = terms["loss"]
         return loss / jnp.maximum(weight, 1e-9), _pinned(program, grads)
 

@@ -133,7 +133,7 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
     writer = stack.enter_context(
         log.Writer(run.path, first_step=first_step, tensorboard=config.log.tensorboard)
     )
-    loop = Loop(run, compiled, state, checkpoints, writer, receipt, before)
+    loop = Loop(run, compiled, state, checkpoints, writer, receipt, spent_before=before)
     loop.ends_at, loop.checked, loop.best = first_step + left, checked, best
     if first_step:
         loop.sums = Sums(checkpoints.meta(first_step).get("interval"))

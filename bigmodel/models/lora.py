@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021) on any model: W + (alpha / rank) A B in place of W, which stays.
 
-`storage` adds them to the parameters under "lora/", around any other storage; the modules do not know. A layer
-that asks for `product(x, W)` gets x W + (alpha / rank) (x A) B, inside the scanned block: neither W + A B nor
-its gradient is ever stored.
+`storage` adds them to the parameters under "lora/", around any other storage; the modules do not know.
+A layer that asks for `product(x, W)` gets x W + (alpha / rank) (x A) B, inside the scanned block: neither
+W + A B nor its gradient is ever stored.
 
 Legend: I inputs, O outputs, R rank.
 """

@@ -17,7 +17,7 @@ from bigmodel import mesh, optim, tasks
 from bigmodel.config import Config
 from bigmodel.models.attention import SEES
 from bigmodel.models.module import Definition
-from bigmodel.program import Program, define, gradients, microbatches
+from bigmodel.program import Program, Step, define, gradients, microbatches
 
 
 def count(function: Callable[..., Any], *specs: Any) -> float:
@@ -84,11 +84,11 @@ def loss_flops(program: Program) -> float:
 def gradient_flops(program: Program) -> float:
     """FLOPs of the loss and its gradient over one global batch, nothing computed again (remat)."""
     config, (pieces, batch_spec) = program.config.replace(remat="none"), _piece(program)
-    model, task = define(config, batch_spec), tasks.make(config)
+    step = Step(config, define(config, batch_spec), tasks.make(config), pieces=1)
 
     def gradient(state: Any, batch: Any) -> Any:
         with mesh.plain():
-            return gradients(model, task, 1, None, state, batch, *optim.split(config, state["params"]))[0]
+            return gradients(step, state, batch)[0]
 
     return pieces * _needed_flops(jax.make_jaxpr(gradient)(_shapes(program.state_spec), batch_spec).jaxpr)
 

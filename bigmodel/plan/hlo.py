@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 WHOLE = ("s32", "u32", "s64", "u64", "s16", "u16", "s8", "u8")
 BITS = {"pred": 8, "token": 0, "opaque": 0}  # the rest carry their bits in their name: bf16, s4, f8e4m3fn
@@ -201,15 +202,26 @@ def _convolution_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
     for d, label in enumerate(spatial):
         inputs = lhs.dims[lhs_labels.index(label)]
         outputs = i.shapes[0].dims[out_labels.index(label)]
-        taps *= _taps(inputs, outputs, sizes[d], stride[d], base[d], dilation[d], pads[d])
+        taps *= _taps(inputs, outputs, Window(sizes[d], stride[d], base[d], dilation[d], pads[d]))
     inputs_per_group = rhs.dims[rhs_labels.index("i")]
     out = i.shapes[0].dims
     return 2 * taps * out[out_labels.index("b")] * out[out_labels.index("f")] * inputs_per_group
 
 
+class Window(NamedTuple):
+    """A convolution's window along one spatial dimension, as XLA writes it."""
+
+    size: int
+    stride: int
+    base: int  # dilation of the input
+    dilation: int
+    pad: int
+
+
 @functools.cache
-def _taps(inputs: int, outputs: int, size: int, stride: int, base: int, dilation: int, pad: int) -> int:
+def _taps(inputs: int, outputs: int, window: Window) -> int:
     """Pairs (output, kernel position) that fall on an input element, along one spatial dimension."""
+    size, stride, base, dilation, pad = window
     if size == 1 and pad == 0 and base == 1:
         return outputs
     count = 0

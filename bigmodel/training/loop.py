@@ -58,6 +58,7 @@ class Loop:
         checkpoints: Checkpoints,
         writer: log.Writer,
         receipt: receipts.Receipt,
+        *,
         spent_before: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.run_, self.compiled, self.state = run, compiled, state
