@@ -28,6 +28,7 @@ from bigmodel.config import Config
 from bigmodel.infer import decode
 from bigmodel.infer.decoder import Decoder
 from bigmodel.infer.sampling import GREEDY
+from bigmodel.models import ops
 from bigmodel.program import Program, State
 
 # What a step of plain descent changed, over the rate, is the gradient. A large rate keeps its digits.
@@ -37,10 +38,6 @@ SGD = {
     "optim.warmup_steps": 0, "optim.clip_norm": 0.0, "optim.weight_decay": 0.0,
 }  # fmt: skip
 LIMIT = 1e-4
-# Where a ReLU or a max-pool is at its kink, float32's rounding alone moves a gradient, on one device too. A
-# difference above LIMIT passes where it is no more than twice what changing each parameter by one part in 1e7
-# does on one device, and that is little.
-ROUNDING, LITTLE = 1e-7, 0.02
 SMALL = 1e-2  # a parameter's gradient counts as at least this share of the whole gradient; some are zero
 COUNTS = ("hr@", "ndcg@")  # metrics of a ranking that jump where two scores of an example change places
 
@@ -220,21 +217,16 @@ def batch_of(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
-def start(built: Program, change: float = 0.0) -> State:
-    """A state at step 0 in which no parameter is zero, made without compiling anything.
-
-    Args:
-        change: by which share each parameter is larger or smaller, at random.
-    """
-    rng, signs = np.random.default_rng(5), np.random.default_rng(6)
+def start(built: Program) -> State:
+    """A state at step 0 in which no parameter is zero, made without compiling anything."""
+    rng = np.random.default_rng(5)
 
     def parameter(path: Any, s: jax.ShapeDtypeStruct) -> np.ndarray:
         name = trees.path_str(path)
         shape = s.shape if len(s.shape) > 1 else (1, 1)
         inputs = shape[0] if "/layers/" in f"/{name}" and len(shape) == 3 else shape[-2]  # of a gate's kernel
         x = rng.normal(size=s.shape) * (max(inputs, 1) ** -0.5 if len(s.shape) > 1 else 0.05)
-        x = x + name.endswith("scale")
-        return (x * (1 + change * signs.choice([-1, 1], s.shape))).astype(s.dtype)
+        return (x + name.endswith("scale")).astype(s.dtype)
 
     spec = built.state_spec
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), spec)
@@ -243,10 +235,10 @@ def start(built: Program, change: float = 0.0) -> State:
     return jax.device_put(state, jax.tree.map(lambda s: s.sharding, spec))
 
 
-def run(case: Case, alone: bool, change: float = 0.0) -> dict[str, dict[str, np.ndarray]]:
+def run(case: Case, alone: bool) -> dict[str, dict[str, np.ndarray]]:
     """Results of one training step, an evaluation, predictions and decoding."""
     built = build(config_of(case, alone))
-    state, rows = start(built, change), batch_of(built.config)
+    state, rows = start(built), batch_of(built.config)
     batch = built.put(rows)
     before = jax.device_get(state["params"])
     found = {}
@@ -285,15 +277,11 @@ def reference(key: str) -> dict[str, dict[str, np.ndarray]]:
 _CASES: dict[str, Case] = {}
 
 
-def differences(case: Case, change: float = 0.0) -> dict[str, float]:
-    """The largest relative difference to one device, of each kind of result.
-
-    Args:
-        change: compares one device with itself instead, its parameters changed by such a share.
-    """
+def differences(case: Case) -> dict[str, float]:
+    """The largest relative difference to one device, of each kind of result."""
     key = repr((config_of(case, alone=True), case.pieces == 1 and case.remat == "none"))
     _CASES[key] = case
-    ours, theirs = run(case, change > 0, change), reference(key)
+    ours, theirs = run(case, alone=False), reference(key)
     worst = {}
     for kind, arrays in theirs.items():
         if kind == "evaluation":  # two scores of one example may be nearer than float32 tells apart
@@ -312,16 +300,12 @@ def norm(arrays: list[np.ndarray]) -> float:
 
 
 def check(case: Case) -> None:
-    worst, rounding = differences(case), 0.0
-    others = [value for kind, value in worst.items() if kind != "gradient"]
-    if worst["gradient"] > LIMIT and max(others) <= LIMIT:
-        rounding = max(differences(case, ROUNDING * times)["gradient"] for times in (1, 2, 3))
+    worst = differences(case)
     if path := os.environ.get("BIGMODEL_MESH_ROWS"):
-        row = {"variant": case.variant, "axes": dict(case.axes), "worst": worst, "rounding": rounding}
+        row = {"variant": case.variant, "axes": dict(case.axes), "worst": worst}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    assert max(others) <= LIMIT, (str(case), worst)
-    assert worst["gradient"] <= max(LIMIT, min(2 * rounding, LITTLE)), (str(case), worst, rounding)
+    assert max(worst.values()) <= LIMIT, (str(case), worst)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +313,16 @@ def check(case: Case) -> None:
 )
 def test_rows_inside_the_bounds(case):
     check(case)
+
+
+def test_a_pools_gradient_does_not_depend_on_what_xla_computes_anew(monkeypatch):
+    """VGG as these tests compile it recomputes a pool's input, rounded otherwise, in the backward pass."""
+    case = Case("vgg", SELECTED[0].axes, 1, 32)
+    ours = run(case, alone=True)["gradient"]
+    monkeypatch.setattr(ops, "_tile_max", lambda window, x: ops.max_pool(x, window, window, ((0, 0), (0, 0))))
+    theirs = run(case, alone=True)["gradient"]
+    least = SMALL * norm(list(theirs.values()))
+    assert max(norm([ours[k] - x]) / max(norm([x]), least) for k, x in theirs.items()) <= LIMIT
 
 
 @pytest.mark.mesh

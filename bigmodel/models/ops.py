@@ -130,7 +130,8 @@ def max_pool(
 ) -> Array:
     """x [B, H, W, C] -> [B, H', W', C]; a tie's gradient goes to its first element."""
     if tuple(window) == tuple(strides) and padding == "VALID":
-        return _tile_max(tuple(window), x)
+        h, w = (n // k * k for n, k in zip(x.shape[1:3], window, strict=True))
+        return _tile_max(tuple(window), x[:, :h, :w])
     pads = padding if isinstance(padding, str) else ((0, 0), *padding, (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), pads)
 
@@ -148,9 +149,8 @@ def mean_pool(x: Array) -> Array:
 
 
 def _tile(x: Array, window: tuple[int, int], i: int, j: int) -> Array:
-    """Element (i, j) of every whole window of x [B, H, W, C] -> [B, H', W', C]."""
-    h, w = (n // k * k for n, k in zip(x.shape[1:3], window, strict=True))
-    return x[:, i : h : window[0], j : w : window[1]]
+    """Element (i, j) of every window of x [B, H, W, C] -> [B, H', W', C]."""
+    return x[:, i :: window[0], j :: window[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,24 +158,21 @@ def _tile_max(window: tuple[int, int], x: Array) -> Array:
     return functools.reduce(jnp.maximum, [_tile(x, window, i, j) for i, j in _taps(window)])
 
 
-def _tile_max_bwd(window: tuple[int, int], residuals: tuple[Array, Array], g: Array) -> tuple[Array]:
-    x, y = residuals
-    taken, rows = jnp.zeros(y.shape, bool), []
-    for i in range(window[0]):
-        columns = []
-        for j in range(window[1]):
-            first = (_tile(x, window, i, j) == y) & ~taken
-            taken |= first
-            columns.append(jnp.where(first, g, jnp.zeros_like(g)))
-        rows.append(jnp.stack(columns, 3))
-    b, h, w, c = y.shape
-    dx = jnp.stack(rows, 2).reshape(b, h * window[0], w * window[1], c)
-    return (jnp.pad(dx, [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]),)
+def _tile_max_fwd(window: tuple[int, int], x: Array) -> tuple[Array, Array]:
+    """Keeps which element is the largest. A backward pass that looked for it by its value would find none
+    where XLA computes x anew, inside another fusion, and rounds otherwise."""
+    y, *others = (_tile(x, window, i, j) for i, j in _taps(window))
+    first = jnp.zeros(y.shape, jnp.int8)
+    for index, other in enumerate(others, 1):
+        y, first = jnp.maximum(y, other), jnp.where(other > y, jnp.int8(index), first)
+    return y, first
 
 
-def _tile_max_fwd(window: tuple[int, int], x: Array) -> tuple[Array, tuple[Array, Array]]:
-    y = _tile_max(window, x)
-    return y, (x, y)
+def _tile_max_bwd(window: tuple[int, int], first: Array, g: Array) -> tuple[Array]:
+    taps = [jnp.where(first == index, g, jnp.zeros_like(g)) for index in range(math.prod(window))]
+    rows = [jnp.stack(taps[i : i + window[1]], 3) for i in range(0, len(taps), window[1])]
+    b, h, w, c = g.shape
+    return (jnp.stack(rows, 2).reshape(b, h * window[0], w * window[1], c),)
 
 
 _tile_max.defvjp(_tile_max_fwd, _tile_max_bwd)
