@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +55,7 @@ def run(
     def read(metrics: Metrics, examples: Any) -> None:
         sums.add(metrics)
         if examples is not None:
-            parts.append(_real(examples))
+            parts.append(_real(examples, pipeline, len(parts)))
 
     _each(program, pipeline, step, read, stop)
     values = sums.values()
@@ -71,7 +70,8 @@ def collect(program: Program, state: State, pipeline: Pipeline, stop: Callable[[
     """Returns the task's predictions for every example of a split, once each and in order, on every host.
 
     -> {"output": float [N, ...], "label": [N, ...], and "group": [N] if the config names one}, or what the
-    task's `predictions` and `compared` say. Numbers that were standardised are in their own unit again.
+    task's `predictions` and `compared` say; and `index`, the example's number in the split. Numbers that were
+    standardised are in their own unit again.
     `stop` as of `run`.
     """
     parts, compared = list[Examples](), _compared(program)
@@ -79,7 +79,10 @@ def collect(program: Program, state: State, pipeline: Pipeline, stop: Callable[[
     def step(batch: Any) -> tuple[Any]:
         return ({**program.predict(state, batch), **compared(batch)},)
 
-    _each(program, pipeline, step, lambda examples: parts.append(_real(examples)), stop)
+    def read(examples: Mapping[str, jax.Array]) -> None:
+        parts.append(_real(examples, pipeline, len(parts)))
+
+    _each(program, pipeline, step, read, stop)
     return _joined(parts)
 
 
@@ -108,10 +111,12 @@ def _compared(program: Program) -> Callable[[Any], dict[str, jax.Array]]:
     return lambda batch: everywhere({name: batch[name] for name in names})
 
 
-def _real(examples: Mapping[str, jax.Array]) -> Examples:
-    """Reads a batch's examples that count; standardized numbers in their own unit again."""
+def _real(examples: Mapping[str, jax.Array], pipeline: Pipeline, step: int) -> Examples:
+    """Reads the examples of the batch of a step that count; standardized numbers in their own unit again."""
     got = jax.device_get(dict(examples))
     real_B = got.pop("mask") > 0
+    size = len(real_B)
+    got["index"] = pipeline.examples_at(np.arange(step * size, (step + 1) * size))
     if (scale_B2 := got.pop("label_scale", None)) is not None:
         for name in ("output", "label"):
             got[name] = got[name].astype(np.float64) * scale_B2[:, 1:] + scale_B2[:, :1]
@@ -133,15 +138,9 @@ def draw(program: Program, state: State, pipeline: Pipeline) -> dict[str, np.nda
     return task.pictures(predicted, rows, pipeline.class_names)
 
 
-def report(
-    program: Program,
-    examples: Examples,
-    directory: pathlib.Path,
-    names: Sequence[str] = (),
-    features: Features | None = None,
-) -> dict[str, Any]:
+def report(program: Program, examples: Examples, to: ReportTo) -> dict[str, Any]:
     """Returns the metrics of what `collect` gave, and draws the task's pictures; see `Task.report`."""
-    return tasks.make(program.config).report(examples, ReportTo(directory, names, features))
+    return tasks.make(program.config).report(examples, to)
 
 
 def classifier_features(directory: str, program: Program) -> Features:

@@ -2,7 +2,7 @@
 
 A metric is (sum, weight), two float32 scalars; its value is sum / weight. Under `jax.jit` over a mesh a sum
 already spans all devices and hosts; over batches, `Sums` adds in float64 on the host. What is no sum (areas
-under curves, gaps between groups) is computed below from the scores and labels of all examples.
+under curves) is computed below from the scores and labels of all examples.
 
 A score that is NaN predicts nothing, so its example counts as wrong. What has no value is None.
 
@@ -141,57 +141,7 @@ def mean_areas(is_NK: np.ndarray, score_NK: np.ndarray) -> dict[str, float | Non
     return {"roc_auc": found["roc_auc"]["macro"], "average_precision": found["pr_auc"]["macro"]}
 
 
-def reliability(confidence_N: np.ndarray, right_N: np.ndarray, bins: int = 15) -> dict[str, Any]:
-    """Calibration in bins of equal width: {"count", "confidence", "accuracy"} of each, and their `ece`.
-
-    The expected calibration error is that of Guo et al. 2017, eq. 3: a bin holds its upper edge. It is None
-    where a confidence is NaN; the bins leave those out.
-    """
-    clear_N = ~np.isnan(confidence_N)
-    confidence_N, right_N = confidence_N[clear_N].astype(np.float64), right_N[clear_N]
-    at = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence_N, side="left")
-    count = np.bincount(at, minlength=bins)
-    confidence = np.bincount(at, confidence_N, bins) / np.maximum(count, 1)
-    accuracy = np.bincount(at, right_N, bins) / np.maximum(count, 1)
-    ece = float((count * np.abs(accuracy - confidence)).sum()) / max(int(count.sum()), 1)
-    columns = {"count": count.tolist(), "confidence": confidence.tolist(), "accuracy": accuracy.tolist()}
-    return {"ece": ece if clear_N.all() else None} | columns
-
-
-def group_gaps(label_NK: np.ndarray, predicted_NK: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
-    """Fairness gaps: the largest difference between two groups over all classes.
-
-    `demographic_parity` (Dwork et al. 2012): of the rate of being predicted; `equalised_odds` (Hardt et al.
-    2016): of that rate among those who are of the class, and among those who are not.
-    """
-    groups = np.unique(group_N)
-
-    def gap(counted_NK: np.ndarray) -> float:
-        rates = np.full((len(groups), label_NK.shape[1]), np.nan)
-        for row, group in enumerate(groups):
-            inside = (group_N == group)[:, None] & counted_NK
-            total = inside.sum(0)
-            rates[row, total > 0] = ((predicted_NK & inside).sum(0) / np.maximum(total, 1))[total > 0]
-        both = (~np.isnan(rates)).sum(0) > 1
-        return float(np.max(np.nanmax(rates[:, both], 0) - np.nanmin(rates[:, both], 0), initial=0.0))
-
-    everyone = np.ones_like(label_NK, bool)
-    return {
-        "groups": {str(group): int((group_N == group).sum()) for group in groups},
-        "demographic_parity": gap(everyone),
-        "equalised_odds": max(gap(label_NK.astype(bool)), gap(~label_NK.astype(bool))),
-    }
-
-
-def named(groups: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
-    """The sizes of groups by their names; an id beyond these is of groups that training did not have."""
-    known = dict(enumerate(names))
-    return {known.get(int(group), "unknown to training"): size for group, size in groups.items()}
-
-
-def classification(
-    score_NK: np.ndarray, label: np.ndarray, group_N: np.ndarray | None = None, k: int = 5
-) -> dict[str, Any]:
+def classification(score_NK: np.ndarray, label: np.ndarray, k: int = 5) -> dict[str, Any]:
     """Everything above, for classifiers.
 
     Args:
@@ -213,19 +163,13 @@ def classification(
         if k < classes:
             out[f"top{k}"] = top_k(score_NK, label, k)
         out["confusion"] = confusion(label[clear_N], predicted_N[clear_N], classes).tolist()
-        out["calibration"] = reliability(score_NK.max(1), predicted_N == label)
     else:
         is_NK, predicted_NK = label > 0.5, score_NK > 0.5
         right_NK = (is_NK == predicted_NK) & clear_NK
         out["accuracy"] = float(right_NK.mean())
         out["exact_match"] = float(right_NK.all(1).mean())
-        confidence_NK = np.maximum(score_NK, 1 - score_NK)
-        out["calibration"] = reliability(confidence_NK.ravel(), (is_NK == predicted_NK).ravel())
     out |= precision_recall_f1((is_NK & predicted_NK).sum(0), predicted_NK.sum(0), is_NK.sum(0))
-    out |= areas(is_NK, score_NK)
-    if group_N is not None:
-        out["gaps"] = group_gaps(is_NK, predicted_NK, group_N)
-    return out
+    return out | areas(is_NK, score_NK)
 
 
 def regression(value_NK: np.ndarray, label_NK: np.ndarray) -> dict[str, Any]:

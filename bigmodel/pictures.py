@@ -17,6 +17,8 @@ MOST_CURVES = 10  # more classes than this: the worst ones are drawn, and named
 MOST_CELLS = 20  # more classes than this: the confusion matrix goes without numbers
 ENLARGE_ABOVE = 0.99  # an area like this hugs the corner
 FEW = 10  # predictions: a bin with fewer says little
+DARK = 0.7  # of `Blues`: white reads better from here on
+MOST_GROUPS = 30  # in a picture, the largest ones
 INK, FAINT = "#1f4e79", "#b0b7bf"
 GRID = 64  # images in a grid, at most
 DRAWN, SEEN_DETECTION = 16, 224  # images with detections, and about how large they are drawn
@@ -24,25 +26,27 @@ SURE = 0.3  # a detection with a lower score is not drawn
 SEEN_PIXELS = 56  # a small image is enlarged to about this size, a whole number of times
 
 
-def draw(
-    directory: pathlib.Path,
-    is_NK: np.ndarray,
-    score_NK: np.ndarray,
-    report: dict[str, Any],
-    names: Sequence[str],
-) -> list[pathlib.Path]:
-    """Draws what a classifier's `report` (metrics.classification) says -> the PNG files."""
-    directory.mkdir(parents=True, exist_ok=True)
+def of_classes(
+    is_NK: np.ndarray, score_NK: np.ndarray, report: dict[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Draws what a classifier's report says -> figures by name."""
     figures = {"roc": _curves(is_NK, score_NK, report["roc_auc"]["per_class"], names, roc=True)}
     figures["pr"] = _curves(is_NK, score_NK, report["pr_auc"]["per_class"], names, roc=False)
     figures["calibration"] = _calibration(report["calibration"])
     if "confusion" in report:
         figures["confusion"] = _confusion(np.array(report["confusion"]), names, report["accuracy"])
-    paths = []
+    if "gaps" in report:
+        figures["groups"] = _groups(report["gaps"], names)
+    return figures
+
+
+def write(directory: pathlib.Path, figures: Mapping[str, Any], about: str = "") -> list[str]:
+    """Writes each figure as <name>.png, with `about` at its foot -> the paths."""
+    directory.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        paths.append(directory / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
-    return paths
+        figure.supxlabel(about, fontsize=7, color="gray")
+        figure.savefig(directory / f"{name}.png", dpi=120)
+    return [str(directory / f"{name}.png") for name in figures]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -90,7 +94,7 @@ def _curves(
     axes.grid(alpha=0.25)
     hidden = len(ranked) - len(colors)
     legend = "class  area" if hidden <= 0 else f"worst {len(colors)} of {len(ranked)}"
-    axes.legend(title=legend, fontsize=8, loc="lower right" if roc else "lower left", framealpha=0.95)
+    figure.legend(*axes.get_legend_handles_labels(), title=legend, fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -114,7 +118,7 @@ def _confusion(counts_KK: np.ndarray, names: Sequence[str], accuracy: float) -> 
         axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 3 else 0)
         axes.set_yticks(range(classes), names)
         for row, column in np.argwhere(counts_KK > 0):
-            color = "white" if share_KK[row, column] ** 0.5 > 0.6 else INK
+            color = "white" if share_KK[row, column] ** 0.5 > DARK else "black"
             text = f"{counts_KK[row, column]}"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's examples")
@@ -124,37 +128,77 @@ def _confusion(counts_KK: np.ndarray, names: Sequence[str], accuracy: float) -> 
 
 
 def _calibration(bins: dict[str, Any]) -> Any:
-    """Accuracy against confidence, above the number of predictions in each bin."""
+    """The observed share against the predicted one, above the number of predictions in each bin."""
     figure = _figure(5.4, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
-    some, width = count > 0, 1 / len(count)
+    keys = ("count", "predicted", "observed", "low", "high")
+    count, predicted, observed, low, high = (np.array(bins[key]) for key in keys)
+    width = 1 / len(count)
     at = (np.arange(len(count)) + 0.5) * width
     upper.plot([0, 1], [0, 1], "--", color=FAINT, linewidth=1, label="perfect")
-    # Of n predictions with accuracy a, the bar is the standard error of a.
-    spread = np.sqrt(accuracy * (1 - accuracy) / np.maximum(count, 1))
-    firm, thin = count >= FEW, some & (count < FEW)
-    upper.errorbar(
-        confidence[firm], accuracy[firm], spread[firm], fmt="o-", color=INK, markersize=4, linewidth=1.2,
-        capsize=2, label="this model",
-    )  # fmt: skip
-    if thin.any():
-        upper.plot(
-            confidence[thin],
-            accuracy[thin],
-            "o",
-            color=FAINT,
-            markersize=4,
-            label=f"fewer than {FEW} predictions",
-        )
-    upper.set(ylabel="accuracy", ylim=(-0.02, 1.04), xlim=(-0.01, 1.01))
+    firm, thin = count >= FEW, (count > 0) & (count < FEW)
+    for some, color, label in ((firm, INK, "this model"), (thin, FAINT, f"fewer than {FEW} predictions")):
+        if some.any():
+            ends = np.maximum([observed - low, high - observed], 0)[:, some]
+            upper.errorbar(
+                predicted[some], observed[some], ends, fmt="o", color=color, markersize=4, elinewidth=1,
+                capsize=2, label=label,
+            )  # fmt: skip
+    upper.plot(predicted[firm], observed[firm], color=INK, linewidth=1.2)
+    upper.set(ylabel="observed, with 95 % intervals", ylim=(-0.02, 1.04), xlim=(-0.01, 1.01))
     error = "unknown: some outputs are NaN" if bins["ece"] is None else f"{bins['ece']:.4f}"
-    upper.set_title(f"Calibration, expected error {error}")
-    upper.legend(loc="upper left")
+    upper.set_title(f"Calibration of {bins['of']}, expected error {error}", fontsize=11)
+    upper.legend(loc="lower right")
+    some = count > 0
     lower.bar(at[some], count[some], width * 0.92, color=INK)
-    lower.set(xlabel="confidence", ylabel="predictions", yscale="log")
+    lower.set(xlabel="predicted", ylabel="predictions", yscale="log", ylim=(0.7, 2 * max(count.max(), 5)))
+    lower.yaxis.set_major_formatter("{x:,.0f}")
+    lower.tick_params(axis="y", which="minor", labelleft=False)
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
+    return figure
+
+
+def _groups(gaps: dict[str, Any], names: Sequence[str]) -> Any:
+    """Rates of each group with their intervals: of the class that makes the widest gap, or class 1 of two."""
+    rows = sorted(gaps["groups"], key=lambda row: -row["count"])[:MOST_GROUPS][::-1]
+    widest = [pair for pair in gaps["between"].values() if pair]
+    classes = [each["class"] for each in rows[0]["classes"]]
+    at = classes.index(widest[-1]["class"]) if widest else 0
+    kinds = {"base_rate": "base rate", "selection_rate": "selection rate", "tpr": "true positive rate"}
+    kinds |= {"fpr": "false positive rate", "roc_auc": "ROC-AUC"}
+    figure = _figure(2.2 * len(kinds) + 1.6, 0.28 * len(rows) + 1.6)
+    for axes, (kind, title) in zip(figure.subplots(1, len(kinds), sharey=True), kinds.items(), strict=True):
+        for y, row in enumerate(rows):
+            if (one := row["classes"][at][kind]) is not None:
+                color = INK if one["count"] >= gaps["least_group"] else FAINT
+                axes.plot([one["low"], one["high"]], [y, y], color=color, linewidth=1.5)
+                axes.plot(one["value"], y, "o", color=color, markersize=4)
+        axes.set_yticks(range(len(rows)), [f"{row['group']} ({row['count']:,})" for row in rows])
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(rows) - 0.4))
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.25)
+    title = f"Groups, class {names[classes[at]]}, 95 % intervals; gray: of fewer than {gaps['least_group']}"
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def mistakes(image_NHWC: np.ndarray, rows: Sequence[dict[str, Any]]) -> Any:
+    """A grid of images, uint8 [N, H, W, 3], that were classified wrongly, each with its row of a report."""
+    across = int(np.ceil(len(rows) ** 0.5))
+    down = -(-len(rows) // across)
+    figure = _figure(1.7 * across, 2.1 * down + 0.5)
+    places = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in places:
+        axes.axis("off")
+    for axes, image, row in zip(places, image_NHWC, rows, strict=False):
+        axes.imshow(image, interpolation="nearest")
+        if "prediction" in row:
+            text = f"{row['label']}, not {row['prediction']}"
+        else:
+            text = f"{'' if row['label'] else 'no '}{row['class']}"
+        axes.set_title(f"{row['index']}:  p {row['probability']:.3f}\n{text}", fontsize=7)
+    figure.suptitle("The surest mistakes", fontsize=11)
     return figure
 
 

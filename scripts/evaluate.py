@@ -6,9 +6,10 @@
 Other data are encoded and numbered as in training, from the workdir alone; the training data may be missing.
 Keys that may be set: data.name, eval_split, data_dir, max_skipped, decimal, cache, prefetch; eval.batches.
 
-If the task has metrics that need all examples at once (per class, curves, calibration, gaps between groups;
-a detector's precision; distances between real images and a GAN's), they go to WORKDIR/evaluation.json and
-pictures to WORKDIR/evaluation/. Pairs of texts also get BLEU and chrF of the greedy answers.
+If the task has metrics that need all examples at once (per class, curves, calibration, cuts of a score, gaps
+between groups, the surest mistakes; a detector's precision; distances between real images and a GAN's), they
+go to WORKDIR/evaluation.json and pictures to WORKDIR/evaluation/; stderr says it in short. Pairs of texts
+also get BLEU and chrF of the greedy answers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 
 import cli
 
@@ -35,7 +37,9 @@ def main() -> int:
     )
     flags.add_argument("--set", default="", metavar="NAME", help="one of the run's eval.sets")
     args, rest = cli.parse_workdir(flags, MAY_SET)
-    from bigmodel import data, evaluate, mesh, metrics, pictures, workdir
+    from bigmodel import data, evaluate, mesh, pictures, workdir
+    from bigmodel.tasks import rates
+    from bigmodel.tasks.base import ReportTo
 
     program, state = loading.load(args.workdir, args.step)
     config = config_lib.override(program.config, rest)
@@ -54,14 +58,18 @@ def main() -> int:
     if tasks.make(program.config).reports:
         examples = evaluate.collect(program, state, pipeline)
         features = evaluate.classifier_features(args.features, program) if args.features else None
-        whole = evaluate.report(program, examples, path / "evaluation", pipeline.class_names, features)
-        if group := "gaps" in whole and program.config.data.group:
-            names = data.Facts(program.config, path).names(group)
-            whole["gaps"]["groups"] = metrics.named(whole["gaps"]["groups"], names)
-        shown = pictures.save(path / "evaluation", evaluate.draw(program, state, pipeline))
-        whole["pictures"] = [*whole.get("pictures", []), *shown]
-        read = {"data": program.config.data.name, "split": program.config.data.eval_split}
-        workdir.write_json(path / "evaluation.json", read | values | whole)
+        d = program.config.data
+        about = f"{path}, step {int(state['step']):,}: {d.name}, {d.eval_split}"
+        groups = data.Facts(program.config, path).names(d.group) if "group" in examples else ()
+        to = ReportTo(path / "evaluation", pipeline.class_names, groups, features, pipeline.read, about)
+        report = evaluate.report(program, examples, to)
+        drawn = pictures.save(path / "evaluation", evaluate.draw(program, state, pipeline))
+        report["pictures"] = [*report.get("pictures", []), *drawn]
+        workdir.write_json(
+            path / "evaluation.json", {"data": d.name, "split": d.eval_split} | values | report
+        )
+        written = [f"wrote     {name}" for name in (path / "evaluation.json", *report["pictures"])]
+        print(*rates.lines(report), *written, sep="\n", file=sys.stderr)
     print(json.dumps(workdir.without_nan(values), indent=2, allow_nan=False))
     return 0
 

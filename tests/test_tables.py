@@ -15,6 +15,7 @@ from bigmodel import evaluate, mesh, program, train
 from bigmodel.config import Config, InputError
 from bigmodel.data import delimited, fitted, labels, tables
 from bigmodel.tasks import batch_spec, class_names, make_pipeline
+from bigmodel.tasks.base import ReportTo
 from bigmodel.tasks.labels import softmax
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.1, "optim__schedule": "constant"}
@@ -170,10 +171,16 @@ def test_a_classifier_of_rows_learns_and_its_groups_are_compared(people, tmp_pat
     assert values["nll"] == pytest.approx(sk.log_loss(is_1, softmax(examples["output"])), rel=1e-5)
     assert run.best_step == 120
     assert run.metrics["eval/test/roc_auc"] == values["roc_auc"]
-    report = evaluate.report(built, examples, tmp_path / "out")
+    to = ReportTo(tmp_path / "out", groups=["Bern", "Oslo", "Rom"])
+    report = evaluate.report(built, examples, to)
+    assert (tmp_path / "out" / "groups.png").exists()
     assert report["roc_auc"]["macro"] > 0.95
-    assert set(report["gaps"]["groups"]) == {"0", "1", "2"}
+    assert {row["group"] for row in report["gaps"]["groups"]} == {"Bern", "Oslo", "Rom"}
     assert report["gaps"]["demographic_parity"] > 0.1  # only one town buys
+    assert report["gaps"]["between"]["demographic_parity"]["highest"] == "Rom"
+    assert report["calibration"]["of"] == "P(1)"
+    assert sum(report["calibration"]["count"]) == len(is_1)
+    assert max(row["recall"] for row in report["cuts"]) > 0.9
     facts = fitted.read(tmp_path / "run")
     assert list(facts["columns"]["numeric"]) == ["age"]
     assert facts["names of town"] == ["Bern", "Oslo", "Rom"]
@@ -194,7 +201,7 @@ def test_a_number_is_learned_in_its_own_unit(people, tmp_path):
     assert abs(batch["label"].mean()) < 1
     state, _ = steps(built, start_on(built), 150, [data[i] for i in range(30)])
     examples = evaluate.collect(built, state, make_pipeline(c, "eval"))
-    report = evaluate.report(built, examples, tmp_path)
+    report = evaluate.report(built, examples, ReportTo(tmp_path))
     truth = labels.open_split(c, "test").read(np.arange(50))["spent"]
     np.testing.assert_allclose(examples["label"][:50, 0], truth, rtol=1e-5)
     assert report["r2"] > 0.7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import shutil
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, batch_spec, built, by_path, random_batch, start, steps, tiny
+from conftest import ROOT, batch_spec, build, built, by_path, random_batch, start, steps, tiny
 
 from bigmodel import config as config_lib
 from bigmodel import evaluate, mesh, models, program, train
@@ -19,6 +20,7 @@ from bigmodel.data import open_source
 from bigmodel.models import ops
 from bigmodel.plan import estimate, flops
 from bigmodel.tasks import make_pipeline
+from bigmodel.tasks.base import ReportTo
 from bigmodel.tasks.labels import softmax
 
 SGD = {"optim__name": "sgd", "optim__lr": 0.05, "optim__weight_decay": 0.01, "optim__schedule": "constant"}
@@ -178,13 +180,33 @@ def test_evaluation_sees_each_example_once_and_draws(tmp_path):
     examples = evaluate.collect(result.program, result.state, pipeline)
     source = open_source("digits", "test")
     np.testing.assert_array_equal(examples["label"], source.read(np.arange(len(source)))["label"])
-    report = evaluate.report(result.program, examples, tmp_path / "evaluation")
+    to = ReportTo(tmp_path / "evaluation", read=pipeline.read, about="digits")
+    report = evaluate.report(result.program, examples, to)
     assert report["examples"] == np.sum(report["confusion"]) == len(source)
     for name in ("accuracy", "top5"):
         assert report[name] == pytest.approx(result.metrics[f"eval/test/{name}"], abs=1e-6)
-    assert {path.stem for path in (tmp_path / "evaluation").iterdir()} == {
-        "calibration",
-        "confusion",
-        "pr",
-        "roc",
-    }
+    names = {path.stem for path in (tmp_path / "evaluation").iterdir()}
+    assert (
+        names
+        == {"calibration", "confusion", "mistakes", "pr", "roc"}
+        == {pathlib.Path(path).stem for path in report["pictures"]}
+    )
+    score = softmax(examples["output"])
+    wrong = np.flatnonzero(score.argmax(1) != examples["label"])
+    worst = wrong[score.max(1)[wrong].argmax()]
+    first = report["mistakes"][0]
+    assert first["index"] == worst
+    assert (first["label"], first["prediction"]) == (
+        str(examples["label"][worst]), str(score[worst].argmax()),
+    )  # fmt: skip
+    np.testing.assert_array_equal(
+        pipeline.read(np.array([worst]))["image"], pipeline[worst // 64]["image"][[worst % 64]]
+    )
+
+
+def test_an_example_has_its_number_in_the_split(tmp_path):
+    config = tiny("mlp", data__name="digits", batch_size=64, eval__batches=2)
+    part, source = build(config), open_source("digits", "test")
+    examples = evaluate.collect(part, start(part), make_pipeline(config, "eval"))
+    assert len(examples["index"]) == 128 < len(source)
+    np.testing.assert_array_equal(source.read(examples["index"])["label"], examples["label"])

@@ -136,6 +136,7 @@ class Labels(TaskKeys):
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"  # balanced: classes weigh alike in the training loss
     aux_weight: float = 0.3  # of each auxiliary classifier's loss, for models that have them
+    least_group: int = 30  # data.group: a gap is between rates of as many examples or more
     one_output: ClassVar[bool] = True
 
     @property
@@ -144,7 +145,7 @@ class Labels(TaskKeys):
 
     def problems(self, model: Family) -> Iterable[tuple[str, str]]:
         yield from rate(self, "label_smoothing")
-        yield from at_least_0(self, "aux_weight")
+        yield from at_least_0(self, "aux_weight", "least_group")
         if self.weighs_classes and self.label_kind != "class":
             yield "class_weights", f"needs task.name=classify, not {self.name}; set it to none"
 

@@ -117,6 +117,14 @@ class Pipeline:
         """(<= b,) the examples of this host's rows; fewer than b only in the last batch of an evaluation."""
         return self._indices(self._positions(step))
 
+    def examples_at(self, positions: np.ndarray) -> np.ndarray:
+        """The examples at places of an evaluation, which counts all hosts' rows from 0."""
+        return self._indices(positions)
+
+    def read(self, indices: np.ndarray) -> transforms.Batch:
+        """Rows of these examples, as batches of an evaluation have them."""
+        return self._finish(self._examples.read(indices), indices)
+
     def _positions(self, step: int) -> np.ndarray:
         """(<= b,) the places of this host's rows in the run's order."""
         start = step * self._batch_size + self._process_index * self._rows

@@ -21,7 +21,7 @@ from bigmodel.program import Program, State
 def load(
     directory: str | os.PathLike[str], step: int | None = None, axes: Mesh | None = None
 ) -> tuple[Program, State]:
-    """Loads the run in `directory` -> (Program, a state of evaluated parameters and rest).
+    """Loads the run in `directory` -> (Program, a state of evaluated parameters, rest and step).
 
     Restores onto the devices at hand, whatever mesh trained it.
 
@@ -48,7 +48,7 @@ def load(
             log.say(f"config    {sentence}")
         params, step = parameters.restore(checkpoints, config, built.state_spec["params"], step)
         rest, _, _ = checkpoints.restore(built.state_spec["rest"], step, part="rest")
-    state = {"params": params, "rest": rest}
+    state = {"params": params, "rest": rest, "step": np.int32(step)}
     selfcheck.check_outputs(built, state)
     return built, state
 

@@ -37,7 +37,10 @@ class ReportTo(NamedTuple):
 
     directory: pathlib.Path
     names: Sequence[str] = ()  # of the classes; none: their numbers
+    groups: Sequence[str] = ()  # names of the groups of data.group; none: their numbers
     features: Features | None = None  # of images, for distances between sets of them
+    read: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None  # rows of a batch by `index`
+    about: str = ""  # the run, its step and its data, for pictures
 
 
 class Task(abc.ABC, Generic[K]):
@@ -119,7 +122,7 @@ class Task(abc.ABC, Generic[K]):
         """Returns the metrics of a full evaluation, and draws its pictures.
 
         Args:
-            examples: predictions and `compared` arrays of the whole split.
+            examples: predictions and `compared` arrays of the whole split, and each example's `index`.
         """
         raise InputError(f"task.name={self.config.task.name} has no report beyond its metrics")
 

@@ -34,6 +34,7 @@ from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
 from bigmodel.metrics import Metrics
+from bigmodel.tasks import rates
 from bigmodel.tasks.base import (
     Batch,
     Examples,
@@ -114,9 +115,7 @@ class Classify(LabelTask[keys.Classify]):
         return metrics.mean_areas(examples["label"][:, None] == 1, softmax(examples["output"])[:, 1:])
 
     def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
-        score_NK = softmax(examples["output"])
-        is_NK = np.eye(score_NK.shape[1], dtype=bool)[examples["label"]]
-        return _report(score_NK, is_NK, examples, self.keys.top_k, to)
+        return _report(self, softmax(examples["output"]), examples, to)
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         share_V = np.exp(out["output"] - out["output"].max())
@@ -175,7 +174,7 @@ class Multilabel(LabelTask[keys.Multilabel]):
         return metrics.mean_areas(examples["label"] > 0.5, sigmoid(examples["output"]))
 
     def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
-        return _report(sigmoid(examples["output"]), examples["label"] > 0.5, examples, self.keys.top_k, to)
+        return _report(self, sigmoid(examples["output"]), examples, to)
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         share_V = 1 / (1 + np.exp(-out["output"]))
@@ -205,7 +204,17 @@ class Regress(LabelTask[keys.Regress]):
         return with_losses(found, outputs.get("losses", {}), weight_B, train)
 
     def report(self, examples: Examples, to: ReportTo) -> dict[str, Any]:
-        return metrics.regression(examples["output"], examples["label"])
+        value_NK, label_NK = examples["output"], examples["label"]
+        distance_N = np.abs(value_NK - label_NK).sum(1)
+        rows = [
+            {
+                "index": int(examples["index"][n]),
+                "label": label_NK[n].tolist(),
+                "prediction": value_NK[n].tolist(),
+            }
+            for (n,) in rates.surest_mistakes(distance_N > 0, distance_N)
+        ]
+        return metrics.regression(value_NK, label_NK) | {"mistakes": rows}
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
         """Numbers in the label's own units, which training standardized."""
@@ -215,7 +224,8 @@ class Regress(LabelTask[keys.Regress]):
 
 def sigmoid(output_NK: np.ndarray) -> np.ndarray:
     """Logits -> sigmoid's scores in float64."""
-    return np.exp(-np.logaddexp(0, -output_NK.astype(np.float64)))
+    with np.errstate(invalid="ignore"):  # a NaN stays one
+        return np.exp(-np.logaddexp(0, -output_NK.astype(np.float64)))
 
 
 def softmax(output_NK: np.ndarray) -> np.ndarray:
@@ -231,16 +241,48 @@ def softmax(output_NK: np.ndarray) -> np.ndarray:
 
 
 def _report(
-    score_NK: np.ndarray,
-    is_NK: np.ndarray,
-    examples: Examples,
-    top_k: int,
-    to: ReportTo,
+    task: Classify | Multilabel, score_NK: np.ndarray, examples: Examples, to: ReportTo
 ) -> dict[str, Any]:
-    out = metrics.classification(score_NK, examples["label"], examples.get("group"), top_k)
-    titles = [*to.names, *map(str, range(len(to.names), score_NK.shape[1]))]
-    paths = pictures.draw(to.directory, is_NK, score_NK, out, titles)
-    return out | {"pictures": [str(path) for path in paths]}
+    """Of a classifier: the metrics, calibration, cuts, groups and mistakes, and their pictures."""
+    label, classes = examples["label"], score_NK.shape[1]
+    titles = [*to.names, *map(str, range(len(to.names), classes))]
+    one = label.ndim == 1
+    clear_NK = ~np.isnan(score_NK)
+    if one:
+        clear_NK = np.broadcast_to(clear_NK.all(1, keepdims=True), score_NK.shape)
+        is_NK, predicted_NK = (np.eye(classes, dtype=bool)[k_N] for k_N in (label, score_NK.argmax(1)))
+    else:
+        is_NK, predicted_NK = label > 0.5, score_NK > 0.5
+    out = metrics.classification(score_NK, label, task.keys.top_k)
+    if not one:
+        calibrated = "each label", score_NK.ravel(), is_NK.ravel()
+    elif classes == 2:
+        calibrated = f"P({titles[1]})", score_NK[:, 1], is_NK[:, 1]
+        out["cuts"] = rates.cuts(is_NK[:, 1], score_NK[:, 1])
+    else:
+        calibrated = "the likeliest class", score_NK.max(1), (is_NK & predicted_NK).any(1)
+    out["calibration"] = {"of": calibrated[0], **rates.reliability(*calibrated[1:])}
+    if "group" in examples:
+        out["gaps"] = rates.compare(
+            is_NK, predicted_NK & clear_NK, score_NK, examples["group"], to.groups, task.keys.least_group
+        )
+    wrong_NK = (predicted_NK != is_NK) & clear_NK & (predicted_NK | (not one))
+    at = rates.surest_mistakes(wrong_NK, np.abs(score_NK - 0.5) if not one else score_NK)
+    out["mistakes"] = [
+        {
+            "index": int(examples["index"][n]),
+            "label": titles[label[n]] if one else bool(is_NK[n, k]),
+            "prediction" if one else "class": titles[k],
+            "probability": float(score_NK[n, k]),
+        }
+        for n, k in at
+    ]
+    figures = pictures.of_classes(is_NK, score_NK, out, titles)
+    rows = to.read(np.array([row["index"] for row in out["mistakes"]])) if at and to.read else {}
+    if "image" in rows:
+        image_NHWC = pictures.pixels(task.config, rows["image"])
+        figures["mistakes"] = pictures.mistakes(image_NHWC, out["mistakes"])
+    return out | {"pictures": pictures.write(to.directory, figures, to.about)}
 
 
 def title(names: Sequence[str], label: int) -> str:
