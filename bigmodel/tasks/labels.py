@@ -243,7 +243,7 @@ def softmax(output_NK: np.ndarray) -> np.ndarray:
 def _report(
     task: Classify | Multilabel, score_NK: np.ndarray, examples: Examples, to: ReportTo
 ) -> dict[str, Any]:
-    """Of a classifier: the metrics, calibration, cuts, groups and mistakes, and their pictures."""
+    """Returns a classifier's metrics, calibration, cuts, groups and mistakes, and draws their pictures."""
     label, classes = examples["label"], score_NK.shape[1]
     titles = [*to.names, *map(str, range(len(to.names), classes))]
     one = label.ndim == 1

@@ -169,7 +169,7 @@ def surest_mistakes(wrong: np.ndarray, sureness: np.ndarray) -> list[tuple[int, 
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """What a report has of cuts and gaps, for people."""
+    """Returns lines of text on the cuts and gaps of a report."""
     out = []
     for row in report.get("cuts", ()):
         values = (row[key] for key in ("precision", "recall", "lift"))
