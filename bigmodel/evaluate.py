@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigmodel import mesh, tasks
+from bigmodel import mesh
 from bigmodel.config import InputError
 from bigmodel.data import Pipeline, Prefetch, open_source
 from bigmodel.data.corpus import special_id
@@ -43,7 +43,7 @@ def run(
     Raises:
         GivenUp: `stop` said so.
     """
-    task, sums, parts = tasks.make(program.config), Sums(), list[Examples]()
+    task, sums, parts = program.task, Sums(), list[Examples]()
     compared = _compared(program)
 
     def step(batch: Any) -> tuple[Metrics, Any]:
@@ -106,7 +106,7 @@ def _each(
 
 def _compared(program: Program) -> Callable[[Any], dict[str, jax.Array]]:
     """Returns a function of a batch that gives the arrays to compare with predictions, on every host."""
-    names = [name for name in (*tasks.make(program.config).compared, "mask") if name in program.batch_spec]
+    names = [name for name in (*program.task.compared, "mask") if name in program.batch_spec]
     everywhere = jax.jit(lambda columns: columns, out_shardings=mesh.replicated(program.mesh))
     return lambda batch: everywhere({name: batch[name] for name in names})
 
@@ -129,7 +129,7 @@ def _joined(parts: Sequence[Examples]) -> Examples:
 
 def draw(program: Program, state: State, pipeline: Pipeline) -> dict[str, np.ndarray]:
     """Returns the task's pictures of the first batch, uint8 [H, W, 3] by name; none for most tasks."""
-    task = tasks.make(program.config)
+    task = program.task
     if not task.draws:
         return {}
     batch = program.put(pipeline[0])
@@ -140,7 +140,7 @@ def draw(program: Program, state: State, pipeline: Pipeline) -> dict[str, np.nda
 
 def report(program: Program, examples: Examples, to: ReportTo) -> dict[str, Any]:
     """Returns the metrics of what `collect` gave, and draws the task's pictures; see `Task.report`."""
-    return tasks.make(program.config).report(examples, to)
+    return program.task.report(examples, to)
 
 
 def classifier_features(directory: str, program: Program) -> Features:

@@ -29,12 +29,20 @@ Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Program:
-    """A run's computation. Specs are trees of `jax.ShapeDtypeStruct` with shape, dtype AND sharding."""
+class Step:
+    """The parts of a training step that its gradient needs, besides the state and the batch."""
 
     config: Config
-    mesh: Mesh
     model: Definition
+    task: tasks.Task
+    pieces: int  # microbatches
+
+
+@dataclass(frozen=True)
+class Program(Step):
+    """A run's computation. Specs are trees of `jax.ShapeDtypeStruct` with shape, dtype AND sharding."""
+
+    mesh: Mesh
     state_spec: State
     batch_spec: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[jax.Array], State]  # jitted straight into its sharding
@@ -114,8 +122,10 @@ def build(config: Config, mesh: Mesh, batch_spec: Mapping[str, jax.ShapeDtypeStr
 
     return Program(
         config=config,
-        mesh=mesh,
         model=model,
+        task=task,
+        pieces=step.pieces,
+        mesh=mesh,
         state_spec=state_spec,
         batch_spec=batch_spec,
         init=jax.jit(init, out_shardings=state_sharding),
@@ -233,16 +243,6 @@ def evaluated(state: State) -> Any:
     if "ema" not in state:
         return params
     return jax.tree.map(lambda x, p: x.astype(p.dtype), optim.join(state["ema"], params), params)
-
-
-@dataclass(frozen=True)
-class Step:
-    """The parts of a training step that its gradient needs, besides the state and the batch."""
-
-    config: Config
-    model: Definition
-    task: tasks.Task
-    pieces: int  # microbatches
 
 
 def update(

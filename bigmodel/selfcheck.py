@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel import mesh as mesh_lib
-from bigmodel import optim, tasks, trees
+from bigmodel import optim, trees
 from bigmodel import program as program_lib
 from bigmodel.config import Config
 from bigmodel.program import Batch, Program, State
@@ -108,7 +108,7 @@ def check(program: Program, state: State, rows: Mapping[str, np.ndarray]) -> Che
     loss, grads = jax.block_until_ready(gradient_of(state, batch))  # XLA:CPU runs one program at a time
     norm = float(optim.norm(grads))
     along = None
-    if tasks.make(config).several_passes or (config.quantize.weights != "none" and config.quantize.aware):
+    if program.task.several_passes or (config.quantize.weights != "none" and config.quantize.aware):
         left_out.append("not along itself: it is not the slope of the loss alone")
     elif norm == 0 or not math.isfinite(norm) or not math.isfinite(float(loss)):
         left_out.append(f"not along itself: the loss is {float(loss):.3g}, the gradient norm {norm:.3g}")
@@ -192,7 +192,7 @@ def rows_differ(
 
 
 def _order(program: Program, count: int) -> np.ndarray:
-    pieces = program_lib.microbatches(program.config, program.mesh)
+    pieces = program.pieces
     order = np.random.default_rng(0).permutation(count // pieces)
     return (order[:, None] * pieces + np.arange(pieces)).reshape(-1)
 
@@ -213,16 +213,11 @@ def _on(program: Program, function: Callable[..., Any], **options: Any) -> Any:
     return jax.jit(program.on_mesh(function), **options)
 
 
-def _parts(program: Program) -> tuple[tasks.Task, int]:
-    return tasks.make(program.config), program_lib.microbatches(program.config, program.mesh)
-
-
 def _gradient(program: Program) -> Callable[[State, Batch], tuple[jax.Array, Any]]:
     """(state, batch) -> (the mean loss, its gradient), as the train step computes them."""
-    step = program_lib.Step(program.config, program.model, *_parts(program))
 
     def gradient(state: State, batch: Batch) -> tuple[jax.Array, Any]:
-        grads, _, terms = program_lib.gradients(step, state, batch)
+        grads, _, terms = program_lib.gradients(program, state, batch)
         loss, weight = terms["loss"]
         return loss / jnp.maximum(weight, 1e-9), _pinned(program, grads)
 
@@ -262,15 +257,14 @@ def _along(program: Program, state: State, batch: Batch, grads: Any, loss: float
 def _moved(program: Program) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(state, grads, length, batch) -> the mean loss after a step of `length` times the gradient, and the
     gradient's inner product with what that changed, rounding included."""
-    task, pieces = _parts(program)
 
     def moved(state: State, grads: Any, length: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         trained, frozen = optim.split(program.config, state["params"])
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), (trained, grads))
         there = jax.tree.map(lambda p, w, g: (w + length * g).astype(p.dtype), trained, *wide)
         said = jax.tree.map(lambda q, w, g: ((q.astype(jnp.float32) - w) * g).sum(), there, *wide)
-        loss = program_lib.objective(program.model, task, None, batch, frozen)
-        if pieces == 1:
+        loss = program_lib.objective(program.model, program.task, None, batch, frozen)
+        if program.pieces == 1:
             value, _ = loss(there, state["rest"], batch, program_lib.step_key(state))
             return value, sum(jax.tree.leaves(said), jnp.float32(0))
 
@@ -279,7 +273,7 @@ def _moved(program: Program) -> Callable[..., tuple[jax.Array, jax.Array]]:
             return (carry[0] + value, rest), None
 
         start = (jnp.float32(0), state["rest"])
-        (value, _), _ = jax.lax.scan(body, start, program_lib.cut(state, batch, pieces))
+        (value, _), _ = jax.lax.scan(body, start, program_lib.cut(state, batch, program.pieces))
         return value, sum(jax.tree.leaves(said), jnp.float32(0))
 
     return moved

@@ -143,7 +143,7 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
 
 def _check_best(run: Run, best: Best) -> None:
     """Raises InputError where `checkpoint.best` is no metric that evaluations of this run have."""
-    task = tasks.make(run.program.config)
+    task = run.program.task
     if not best.metric:
         return
     batch = next(iter(run.eval_data.values())).spec()

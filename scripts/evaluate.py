@@ -55,7 +55,7 @@ def main() -> int:
     values = evaluate.run(program, state, pipeline)
     if program.config.task.generates == "answer":
         values |= evaluate.bleu(program, state, data.get_tokenizer(program.config, path))
-    if tasks.make(program.config).reports:
+    if program.task.reports:
         examples = evaluate.collect(program, state, pipeline)
         features = evaluate.classifier_features(args.features, program) if args.features else None
         d = program.config.data

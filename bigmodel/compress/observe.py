@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigmodel import tasks, trees
+from bigmodel import trees
 from bigmodel.compress import trained
 from bigmodel.compress.trained import Trained
 from bigmodel.models import weights
@@ -63,7 +63,7 @@ def inputs(model: Trained, names: list[str], what: str) -> dict[str, jax.Array]:
 
 def slopes(model: Trained) -> Iterator[Any]:
     """Yields the gradient of the mean training loss, batch by batch, without dropout."""
-    task = tasks.make(model.config)
+    task = model.program.task
     key = jax.random.key(0) if task.several_passes else None
 
     def loss(params: Any, rest: Any, batch: Any) -> jax.Array:

@@ -60,7 +60,7 @@ class Predictor:
             )
         self.program, self.names, self.tokenizer = program, names, tokenizer
         self.columns, self.ids = columns, ids
-        self._task = tasks.make(program.config)
+        self._task = program.task
         self.decode_image: Callable[[bytes, int], np.ndarray] = image_files.decode
         self._state = (program.evaluated(state), state["rest"])
         here = mesh.replicated(program.mesh)

@@ -119,7 +119,7 @@ def _smaller_steps(built: Program, state: float, rest: float, free: float) -> It
     the activations of a microbatch."""
     config, ways = built.config, mesh_lib.batch_ways(built.mesh)
     gradients = min(estimate.tree_bytes(built.state_spec["params"]), rest)
-    pieces = program.microbatches(config, built.mesh)
+    pieces = built.pieces
 
     def fits(share: float) -> bool:
         return state + gradients + (rest - gradients) * share <= 0.9 * free

@@ -13,11 +13,11 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from bigmodel import mesh, optim, tasks
+from bigmodel import mesh, optim
 from bigmodel.config import Config
 from bigmodel.models.attention import SEES
 from bigmodel.models.module import Definition
-from bigmodel.program import Program, Step, define, gradients, microbatches
+from bigmodel.program import Program, Step, define, gradients
 
 
 def count(function: Callable[..., Any], *specs: Any) -> float:
@@ -60,7 +60,7 @@ def model_flops(program: Program) -> float:
     frozen = optim.split(config, program.state_spec["params"])[1]
     codes = set(program.model.storage.parts) - program.model.frozen.keys()
     compared = config.distill.hidden or config.distill.attention
-    if frozen or codes or compared or tasks.make(config).several_passes:
+    if frozen or codes or compared or program.task.several_passes:
         return gradient_flops(program)
     teacher = teacher_flops(program)
     return 3 * (loss_flops(program) - teacher) + teacher
@@ -68,7 +68,7 @@ def model_flops(program: Program) -> float:
 
 def loss_flops(program: Program) -> float:
     """FLOPs of training's forward pass to its loss, over one global batch; a teacher's included."""
-    task, key = tasks.make(program.config), jax.random.key(0)
+    task, key = program.task, jax.random.key(0)
     pieces, batch = _piece(program)
 
     def loss(params: Any, rest: Any, batch: Any) -> Any:
@@ -84,7 +84,7 @@ def loss_flops(program: Program) -> float:
 def gradient_flops(program: Program) -> float:
     """FLOPs of the loss and its gradient over one global batch, nothing computed again (remat)."""
     config, (pieces, batch_spec) = program.config.replace(remat="none"), _piece(program)
-    step = Step(config, define(config, batch_spec), tasks.make(config), pieces=1)
+    step = Step(config, define(config, batch_spec), program.task, pieces=1)
 
     def gradient(state: Any, batch: Any) -> Any:
         with mesh.plain():
@@ -95,7 +95,7 @@ def gradient_flops(program: Program) -> float:
 
 def _piece(program: Program) -> tuple[int, Any]:
     """-> (how many microbatches, the specs of one): in pieces a loss over a batch's pairs has fewer."""
-    pieces = microbatches(program.config, program.mesh)
+    pieces = program.pieces
     return pieces, {
         name: jax.ShapeDtypeStruct((s.shape[0] // pieces, *s.shape[1:]), s.dtype)
         for name, s in program.batch_spec.items()

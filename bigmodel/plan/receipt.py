@@ -14,7 +14,7 @@ from bigmodel.plan import estimate, flops, schedule
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.machine import Machine, TimeSource
 from bigmodel.plan.schedule import Schedule
-from bigmodel.program import Program, microbatches
+from bigmodel.program import Program
 from bigmodel.units import duration, quantity, seconds, size
 
 Receipt = dict[str, Any]  # plain values, fit for JSON
@@ -60,7 +60,7 @@ def make(
         "active_parameters": estimate.active_parameters(program),
         "trained_parameters": estimate.trained_parameters(program),
         "steps": count,
-        "microbatches": microbatches(config, program.mesh),
+        "microbatches": program.pieces,
         "unit": unit,  # which the keys with `token` count
         "tokens_per_step": tokens,
         "model_flops_per_step": step_flops,

@@ -177,10 +177,9 @@ def bare(case: str, config: Config) -> interleave.Rival:
     import optax
 
     from bigmodel import optim
-    from bigmodel.program import microbatches
 
     program = build(case, config)
-    model, pieces, o = program.model, microbatches(config, program.mesh), config.optim
+    model, pieces, o = program.model, program.pieces, config.optim
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(optim.schedule(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay),
