@@ -280,7 +280,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     if config.task.name == "seq2seq":
         spec = batch_spec(config)
         lengths = {"inputs": length, "targets": spec["targets"].shape[1]}
-        pairs = [(row[: length // 2 + i % 8], row[: length // 4 + i % 2]) for i, row in enumerate(ids)]
+        pairs = [[(row[: length // 2 + i % 8], row[: length // 4 + i % 2])] for i, row in enumerate(ids)]
         token_bytes = np.ones(config.model.vocab_size, np.uint8)
         return {
             **objectives.sequence_pairs(pairs, end=0, start=0, token_bytes=token_bytes, **lengths),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import build, by_path, start, steps, tiny
 
+from bigmodel import evaluate
 from bigmodel.config import InputError
-from bigmodel.data import objectives, open_source
+from bigmodel.data import objectives, open_source, transforms
 from bigmodel.tasks import batch_spec, make_pipeline
 
 BYTES = np.array([1] * 256 + [0] * 128, np.uint8)
@@ -175,13 +176,99 @@ def test_pairs_come_through_whole(tmp_path):
         f"{s.decode()}\t{t.decode()}" for r in records for s, t in zip(r["source"], r["target"], strict=True)
     )
     assert both == sorted(lines)
-    config = tiny("t5", **TEXT, data__name=name, eval__batches=-1, batch_size=len(parts[1]))
-    (batch,) = make_pipeline(config, "eval")
+    keys = {**TEXT, "task__pack": False, "eval__batches": -1, "batch_size": len(parts[1])}
+    (batch,) = make_pipeline(tiny("t5", **keys, data__name=name), "eval")
     for row, source in enumerate(records[1]["source"]):
         text = batch["tokens"][row][batch["segments"][row] > 0]
         assert bytes(text[:-1].tolist()) == source
         assert text[-1] == 256
     assert batch["target_bytes"].sum() == sum(map(len, records[1]["target"]))
+
+
+# ------------------------------------------------------------------------------------------- packed pairs
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """400 pairs of 1 to 20 letters; some targets have 40."""
+    rng = np.random.default_rng(0)
+    sizes = np.stack(
+        [rng.integers(1, 21, 400), np.where(rng.random(400) < 0.05, 40, rng.integers(1, 21, 400))], 1
+    )
+    texts = [["".join(map(chr, rng.integers(97, 123, size))) for size in both] for both in sizes.tolist()]
+    path = tmp_path_factory.mktemp("pairs") / "unequal.tsv"
+    path.write_text("".join(f"{a}\t{b}\n" for a, b in texts))
+    return f"pairs:{path}"
+
+
+def packing(name, **keys):
+    given = {"model__vocab_size": 384, "seq_len": 32, "batch_size": 8}
+    return tiny("t5", data__name=name, **given | keys)
+
+
+def pairs_in(batch):
+    """(input, target, what the decoder reads) of each pair of a batch, in order."""
+    out = []
+    for row, segments in enumerate(batch["segments"]):
+        assert segments.max() == batch["decoder_segments"][row].max() >= 1
+        for segment in range(1, segments.max() + 1):
+            at, to = segments == segment, batch["decoder_segments"][row] == segment
+            np.testing.assert_array_equal(batch["positions"][row][at], np.arange(at.sum()))
+            ids = (batch["tokens"][row][at], batch["targets"][row][to], batch["decoder_tokens"][row][to])
+            out.append(tuple(map(tuple, ids)))
+    return out
+
+
+def test_packed_rows_hold_each_pair_once(unequal, caplog):
+    caplog.set_level("INFO", "bigmodel")
+    found = {}
+    for pack in (True, False):
+        pipeline = make_pipeline(packing(unequal, task__pack=pack, data__shuffle=False), "train")
+        batches = [pipeline[step] for step in range(pipeline.num_examples // 8)]
+        last = pipeline[len(batches)]
+        rest = pipeline.num_examples % 8
+        batches.append({key: value[:rest] for key, value in last.items()})
+        found[pack] = [pair for batch in batches for pair in pairs_in(batch)]
+        assert all(reads[1:] == target[:-1] for _, target, reads in found[pack])
+        assert len({reads[0] for *_, reads in found[pack]}) == 1
+        assert all(source[-1] == target[-1] == 256 for source, target, _ in found[pack])
+        filled = np.mean([(batch["decoder_segments"] > 0).mean() for batch in batches])
+        assert (filled > 0.85) == pack
+    assert sorted(found[True]) == sorted(found[False])
+    assert found[True] != found[False]  # mixed
+    cut = sum(len(target) == 32 for _, target, _ in found[False])
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("pairs ")]
+    assert len(said) == 2
+    assert all(f"; {cut} of them are cut to 32 and 32 tokens" in line for line in said)
+
+
+def test_packed_pairs_have_the_loss_and_the_gradient_of_pairs_in_rows_of_their_own(unequal):
+    keys = {"optim__name": "sgd", "optim__lr": 0.1, "optim__warmup_steps": 0, "optim__schedule": "constant"}
+    part = build(packing(unequal, **keys))
+    rng = np.random.default_rng(0)
+    lengths = [(3, 2), (9, 1), (14, 3), (2, 3), (1, 1), (13, 2), (6, 3), (8, 2)]
+    pairs = [tuple(rng.integers(1, 40, length) for length in both) for both in lengths]
+    found = []
+    for rows in ([[pair] for pair in pairs], [pairs[:2], pairs[2:5], pairs[5:6], pairs[6:]]):
+        batch = objectives.sequence_pairs(
+            rows, inputs=32, targets=32, end=41, start=42, token_bytes=np.ones(64, np.uint8)
+        )
+        assert batch["decoder_segments"].max() == max(map(len, rows))
+        batch = transforms.pad_rows(batch | {"mask": np.ones(len(rows), np.float32)}, 8)
+        found.append(steps(part, start(part), 1, [batch]))
+    (alone, values), (together, packed) = found
+    assert packed["loss"][0] == pytest.approx(values["loss"][0], rel=1e-5)
+    assert packed["grad_norm"][0] == pytest.approx(values["grad_norm"][0], rel=1e-4)
+    for path, value in by_path(alone["params"]).items():
+        np.testing.assert_allclose(by_path(together["params"])[path], value, atol=1e-5, err_msg=path)
+
+
+def test_an_evaluation_is_that_of_pairs_in_rows_of_their_own(unequal):
+    values = []
+    for pack in (True, False):
+        part = build(packing(unequal, task__pack=pack, eval__batches=-1))
+        values.append(evaluate.run(part, start(part), make_pipeline(part.config, "eval")))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

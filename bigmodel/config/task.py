@@ -109,6 +109,7 @@ class Seq2Seq(TaskKeys):
     mask_rate: float = 0.15  # plain text: share of the tokens in corrupted spans
     mean_span: float = 3.0  # plain text: tokens in a corrupted span
     target_len: int = 0  # pairs: tokens of a target; 0: seq_len
+    pack: bool = True  # pairs: several in a row of seq_len and target_len tokens, kept apart
     predicts_tokens: ClassVar[bool] = True
     generates: ClassVar[Generates] = "answer"
 

@@ -179,35 +179,36 @@ def corrupt_spans(
     for row, serial in enumerate(serials):
         ids = batch["tokens"][row][batch["segments"][row] > 0]
         noise = noise_spans(len(ids), rate, mean_span, generator(seed, int(serial), SPANS))
-        pairs.append(corrupt(ids, noise, last_sentinel))
+        pairs.append([corrupt(ids, noise, last_sentinel)])
     return sequence_pairs(
         pairs, inputs=inputs, targets=targets, end=end, start=start, token_bytes=token_bytes
     )
 
 
 def sequence_pairs(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, inputs: int, targets: int, end: int,
+    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], *, inputs: int, targets: int, end: int,
     start: int, token_bytes: np.ndarray,
 ) -> Batch:  # fmt: skip
-    """Ids of inputs and targets -> arrays; what is too long is cut, and each ends with `end`.
+    """Rows of pairs, ids of an input and its target, -> arrays; what is too long is cut, and `end` ends each.
 
-    -> `tokens`, `segments`, `positions` int32 [B, inputs]; `decoder_tokens` (`start`, then the targets),
-    `decoder_segments`, `targets` int32, `target_bytes` uint8, [B, targets]. Segment 1 is text, 0 padding.
+    -> `tokens`, `segments`, `positions` int32 [B, inputs]; `decoder_tokens` (`start`, then the target),
+    `decoder_segments`, `targets` int32, `target_bytes` uint8, [B, targets]. A row's first pair is segment 1
+    of both; 0 is padding.
     """
-    shape = {"tokens": inputs, "segments": inputs, "targets": targets, "decoder_segments": targets}
-    out = {key: np.zeros((len(pairs), length), np.int32) for key, length in shape.items()}
-    for row, (source, target) in enumerate(pairs):
-        for key, mask, ids, room in (
-            ("tokens", "segments", source, inputs),
-            ("targets", "decoder_segments", target, targets),
-        ):
-            ids = np.append(ids[: room - 1], end)
-            out[key][row, : len(ids)], out[mask][row, : len(ids)] = ids, 1
-    real = out["decoder_segments"] > 0
-    shifted = np.concatenate([np.full((len(pairs), 1), start, np.int32), out["targets"][:, :-1]], 1)
-    out["decoder_tokens"] = np.where(real, shifted, 0)
-    out["target_bytes"] = token_bytes[out["targets"]] * real
-    out["positions"] = np.tile(np.arange(inputs, dtype=np.int32), (len(pairs), 1))
+    sizes = dict.fromkeys(("tokens", "segments", "positions"), inputs)
+    sizes |= dict.fromkeys(("decoder_tokens", "decoder_segments", "targets"), targets)
+    out = {key: np.zeros((len(rows), size), np.int32) for key, size in sizes.items()}
+    for row, pairs in enumerate(rows):
+        at = to = 0
+        for segment, (source, target) in enumerate(pairs, 1):
+            source, target = np.append(source[: inputs - 1], end), np.append(target[: targets - 1], end)
+            read, written = slice(at, at + len(source)), slice(to, to + len(target))
+            at, to = read.stop, written.stop
+            out["tokens"][row, read], out["segments"][row, read] = source, segment
+            out["positions"][row, read] = np.arange(len(source))
+            out["targets"][row, written], out["decoder_segments"][row, written] = target, segment
+            out["decoder_tokens"][row, written] = np.append(start, target[:-1])
+    out["target_bytes"] = token_bytes[out["targets"]] * (out["decoder_segments"] > 0)
     return out
 
 

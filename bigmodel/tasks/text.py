@@ -19,9 +19,10 @@
 | types | [B, L] | int32 | task.next_sentence: first or second half |
 | next_sentence | [B] | int32 | task.next_sentence: its class |
 
-`seq2seq` has tokens, segments and positions [B, L] of the input, and a target of M tokens:
+`seq2seq` has tokens, segments and positions [B, L] of inputs, and targets of M tokens; of pairs there are
+several in a row, the input and the target of each with its own segment, from 1:
 
-| decoder_tokens | [B, M] | int32 | the target, one to the right |
+| decoder_tokens | [B, M] | int32 | each target, one to the right |
 | decoder_segments | [B, M] | int32 | 0: padding |
 | targets | [B, M] | int32 | tokens to predict |
 | target_bytes | [B, M] | uint8 | bytes of text of each |
@@ -48,8 +49,8 @@ from bigmodel.config import Config, InputError
 from bigmodel.data import corpus, objectives, texts, tokenizers, transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
+from bigmodel.data.pairs import Rows
 from bigmodel.data.pipeline import EVAL_SEED, Parts
-from bigmodel.data.source import Source
 from bigmodel.metrics import Metrics
 from bigmodel.tasks.base import (
     Batch,
@@ -204,7 +205,15 @@ class Seq2Seq(_Words[keys.Seq2Seq]):
         shape["start"] = corpus.special_id(tokenizer, vocab_size, "start")
         shape["token_bytes"] = _all_bytes(tokenizer, vocab_size)
         if _is_paired(facts):
-            return _pairs(facts.open(split, ("source", "target")), tokenizer, shape)
+            source = facts.open(split, ("source", "target"))
+            rows = Rows(config, source, tokenizer, inputs, targets, pack=task.pack, mixed=train)
+            about: dict[str, Any] = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint}
+            about |= {"lengths": [inputs, targets], "packed": task.pack}
+
+            def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
+                return objectives.sequence_pairs(batch["pairs"].tolist(), **shape)
+
+            return Parts(rows, finish, about)
         packed, about = _packed(config, split, tokenizer, window)
         corrupt = functools.partial(
             objectives.corrupt_spans,
@@ -262,34 +271,6 @@ def embedding(out: Mapping[str, np.ndarray], config: Config) -> Row:
 
 
 # ----------------------------------------------------------------------------------------------- examples
-
-
-class EncodedPairs:
-    """`source_ids` and `target_ids` of a source's pairs, object arrays of int32 arrays."""
-
-    def __init__(self, source: Source, tokenizer: tokenizers.Tokenizer) -> None:
-        self._source, self._tokenizer = source, tokenizer
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        records, out = self._source.read(indices), {}
-        for key in ("source", "target"):
-            out[f"{key}_ids"] = np.empty(len(indices), object)
-            for row, ids in enumerate(self._tokenizer.encode_all(records[key].tolist())):
-                out[f"{key}_ids"][row] = ids.astype(np.int32)
-        return out
-
-
-def _pairs(source: Source, tokenizer: tokenizers.Tokenizer, shape: Mapping[str, Any]) -> Parts:
-    def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
-        pairs = list(zip(batch["source_ids"], batch["target_ids"], strict=True))
-        return objectives.sequence_pairs(pairs, **shape)
-
-    lengths = [shape["inputs"], shape["targets"]]
-    about = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "lengths": lengths}
-    return Parts(EncodedPairs(source, tokenizer), finish, about)
 
 
 def _packed(
