@@ -80,6 +80,7 @@ def run(
             spent.watch(the_mesh.local_devices)
             rows = mesh.host_rows(the_mesh, config.batch_size)
             with log.doing(f"data      reading {config.data.name}"):
+                config = tasks.sized(config, path, last=start.last_config(path), say=log.say)
                 train_data = tasks.make_pipeline(config, "train", path, **rows)
                 eval_data = {
                     name: tasks.make_pipeline(each, "eval", path, **rows)

@@ -22,7 +22,7 @@ from bigmodel import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data`, `classes`, `stem` (small or imagenet), `width` of the dense layers."""
-    args = config_lib.parse_arg(arg, data="digits", classes=10, stem="small", width=512)
+    args = config_lib.parse_arg(arg, data="digits", classes=0, stem="small", width=512)
     config = ml_collections.ConfigDict()
     config.model = {"name": "alexnet", "stem": args.stem, "width": args.width, "num_classes": args.classes}
     config.task = {"name": "classify"}

@@ -19,7 +19,7 @@ from bigmodel import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data` (a dataset's name) and `classes`."""
-    args = config_lib.parse_arg(arg, data="digits", classes=10)
+    args = config_lib.parse_arg(arg, data="digits", classes=0)
     config = ml_collections.ConfigDict()
     config.model = {"name": "cnn", "channels": (64, 128), "width": 256, "num_classes": args.classes}
     config.task = {"name": "classify"}

@@ -25,7 +25,7 @@ from bigmodel import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data`, `classes`, `depth`, `width` (of the backbone's first stage), `stem`."""
-    args = config_lib.parse_arg(arg, data="shapes", classes=4, depth=10, width=32, stem="imagenet")
+    args = config_lib.parse_arg(arg, data="shapes", classes=0, depth=10, width=32, stem="imagenet")
     config = ml_collections.ConfigDict()
     channels = tuple(args.width * 2**stage for stage in range(4))
     config.model = {"name": "detector", "depth": args.depth, "stem": args.stem, "channels": channels}

@@ -2,7 +2,7 @@ r"""Fine-tuning: a pretrained model, frozen except for low-rank adapters (Hu et 
 
     python scripts/train.py --config=configs/finetune.py:from=runs/quickstart --workdir=runs/tuned \
         --config.data.name='text:/path/*.txt'
-    python scripts/train.py --config=configs/finetune.py:from=DIR,task=classify,classes=3 \
+    python scripts/train.py --config=configs/finetune.py:from=DIR,task=classify \
         --config.data.name=table:/path.csv --config.data.text=TEXT --config.data.label=LABEL \
         --workdir=runs/labels
     python scripts/export.py --workdir=runs/tuned --out=DIR
@@ -19,7 +19,7 @@ entire test split: all parameters (`rank=0`) 46.8 %, adapters of rank 8 40.2 %, 
 (`rank=0`, `--config.init.from=`) 34.5 %; the most common class has 31.3 %:
 
     python scripts/train.py --workdir=runs/packages \
-        --config=configs/finetune.py:from=runs/quickstart,task=classify,classes=10,rank=0 \
+        --config=configs/finetune.py:from=runs/quickstart,task=classify,rank=0 \
         --config.data.name=python_packages --config.eval.batches=-1 --config.eval.every_steps=500
 """
 
@@ -44,8 +44,8 @@ def _source(directory: str) -> dict[str, Any]:
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Arguments: `from`, `task` and `classes` (of a new head), `rank`, `seq_len` (0: the source's)."""
-    defaults: dict[str, Any] = {"from": "", "task": "", "classes": 2, "rank": 8, "seq_len": 0}
+    """Arguments: `from`, `task`, `classes` of a new head, `rank`, `seq_len` (0: as the source's)."""
+    defaults: dict[str, Any] = {"from": "", "task": "", "classes": 0, "rank": 8, "seq_len": 0}
     args = config_lib.parse_arg(arg, **defaults)
     toy: dict[str, Any] = {"model": TOY, "task": {"name": "lm"}, "seq_len": 64}
     source = _source(args["from"]) if args["from"] else toy

@@ -23,7 +23,7 @@ from bigmodel import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data`, `classes`, `version` (v1 or v3), `stem` (small or imagenet)."""
-    args = config_lib.parse_arg(arg, data="digits", classes=10, version="v1", stem="small")
+    args = config_lib.parse_arg(arg, data="digits", classes=0, version="v1", stem="small")
     config = ml_collections.ConfigDict()
     config.model = {"name": "inception", "version": args.version, "stem": args.stem}
     config.model.num_classes = args.classes

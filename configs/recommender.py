@@ -27,10 +27,10 @@ nothing:
         --config.batch_size=65536 --config.optim.name=sgd --config.optim.b1=0 \
         --config.compute_dtype=bfloat16 --target=v5e:4x4
 
-Your own ratings: `--config.data.name=ratings:/path.csv` (user, item, rating, timestamp); errors name the
-sizes that the tables need. `loss` is `rating` (squared error), `binary` (drawn negatives) or `softmax` (the
-batch's items as negatives, logQ-corrected). `--config.task.eval_negatives=99` ranks as He et al. 2017 do, not
-among all items.
+Your own ratings: `--config.data.name=ratings:/path.csv` (user, item, rating, timestamp); the tables get as
+many rows as the ratings need. `loss` is `rating` (squared error), `binary` (drawn negatives) or `softmax`
+(the batch's items as negatives, logQ-corrected). `--config.task.eval_negatives=99` ranks as He et al. 2017
+do, not among all items.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KINDS: dict[str, dict[str, object]] = {
     "mf": {"width": 4},
     "ncf": {"width": 16, "widths": (64, 32, 16)},
     "two_tower": {"width": 32, "widths": (64, 32)},
-    "dlrm": {"width": 8, "bottom": (64, 32), "widths": (64, 32), "rows": 4096},
+    "dlrm": {"width": 8, "bottom": (64, 32), "widths": (64, 32)},
 }
 LOSSES = {"mf": "rating", "ncf": "binary", "two_tower": "softmax", "dlrm": ""}
 RATES = {"mf": 3e-2, "ncf": 3e-3, "two_tower": 1e-2, "dlrm": 2e-3}
@@ -53,8 +53,8 @@ DECAYS = {"mf": 0.1, "ncf": 0.1, "two_tower": 0.0, "dlrm": 3.0}  # of the tables
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """Arguments: `kind` (a key of KINDS), `data`, `users` and `items` (rows of their tables), `loss`."""
-    args = config_lib.parse_arg(arg, kind="mf", data="", users=1024, items=512, loss="")
+    """Arguments: `kind` (a key of KINDS), `data`, `users` and `items` (rows; 0: as the data need), `loss`."""
+    args = config_lib.parse_arg(arg, kind="mf", data="", users=0, items=0, loss="")
     if args.kind not in KINDS:
         raise InputError(f"--config argument kind={args.kind!r} is unknown; choose one of {', '.join(KINDS)}")
     dlrm = args.kind == "dlrm"

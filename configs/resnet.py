@@ -24,7 +24,7 @@ from bigmodel import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data`, `classes`, `depth`, `width` (of the first stage), `stem` (small or imagenet)."""
-    args = config_lib.parse_arg(arg, data="mnist", classes=10, depth=18, width=8, stem="small")
+    args = config_lib.parse_arg(arg, data="mnist", classes=0, depth=18, width=8, stem="small")
     config = ml_collections.ConfigDict()
     channels = tuple(args.width * 2**stage for stage in range(4))
     config.model = {"name": "resnet", "depth": args.depth, "stem": args.stem, "channels": channels}

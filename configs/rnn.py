@@ -8,7 +8,7 @@ Claim: the recurrent baseline that a Transformer should beat at equal cost. Plan
 
 A text classifier, from a file with a column of texts and a column of labels:
 
-    python scripts/train.py --config=configs/rnn.py --config.task.name=classify --config.model.num_classes=2 \
+    python scripts/train.py --config=configs/rnn.py --config.task.name=classify \
         --config.data.name=table:/path.csv --config.data.text=review --config.data.label=verdict \
         --workdir=runs/reviews
 """

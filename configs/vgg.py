@@ -21,7 +21,7 @@ from bigmodel import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Arguments: `data`, `classes`, `depth`, `width` of the dense layers, `batch_norm`."""
-    args = config_lib.parse_arg(arg, data="digits", classes=10, depth=11, width=512, batch_norm=True)
+    args = config_lib.parse_arg(arg, data="digits", classes=0, depth=11, width=512, batch_norm=True)
     config = ml_collections.ConfigDict()
     config.model = {"name": "vgg", "depth": args.depth, "width": args.width, "num_classes": args.classes}
     config.model.batch_norm = args.batch_norm

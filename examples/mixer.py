@@ -28,10 +28,10 @@ class Mixer(Family):
     patch: int = 2  # pixels a side
     token_width: int = 32  # hidden units of the MLPs across patches
     channel_width: int = 256  # of those across channels
-    num_classes: int = 10
+    num_classes: int = 0  # 0: from the data
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "depth", "width", "patch", "token_width", "channel_width", "num_classes")
+        yield from positive(self, "depth", "width", "patch", "token_width", "channel_width")
 
     def module(self) -> Callable[..., Any]:
         return Network

@@ -64,7 +64,9 @@ def main() -> int:
     args, overrides = cli.parse(flags)
     if args.target:
         accelerators.keep_to_cpu()  # before a family of one's own imports JAX
-    config = config_lib.load(args.config, overrides)
+    from bigmodel import tasks
+
+    config = tasks.sized(config_lib.load(args.config, overrides), say=print)
     assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
     if args.search < 0:
         raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")

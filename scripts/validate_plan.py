@@ -314,7 +314,9 @@ def _chosen(cases: dict[str, Any], only: str) -> dict[str, Any]:
 
 def _load(path: str, overrides: dict[str, Any]) -> Config:
     fixed = {"optim.name": "adamw", "optim.lr": 3e-4, "steps": 10**6}
-    return config_lib.load(ROOT / path, {**fixed, **overrides})
+    from bigmodel import tasks
+
+    return tasks.sized(config_lib.load(ROOT / path, {**fixed, **overrides}))
 
 
 def _prepare(config: Config, calibration: Any) -> tuple[float, float, Callable[[], Any]]:

@@ -84,7 +84,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt": {
         "model.depth": 2, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
     },
-    "cnn": {"model.channels": (8, 16), "model.width": 16},
+    "cnn": {"model.channels": (8, 16), "model.width": 16, "model.num_classes": 10},
     "moe": {
         "model.depth": 1, "model.width": 32, "model.heads": 4, "model.vocab_size": 64, "seq_len": 16,
         "model.experts": 4,
@@ -98,16 +98,27 @@ TINY: dict[str, dict[str, Any]] = {
         "seq_len": 16,
     },
     "rnn": {"model.depth": 2, "model.width": 32, "model.vocab_size": 64, "seq_len": 16},
-    "vit": {"model.depth": 1, "model.width": 32, "model.heads": 4, "model.pool": "cls"},
-    "resnet": {"model.depth": 10, "model.channels": (8, 8, 16, 16)},
-    "own_model": {"model.depth": 2, "model.width": 16, "model.token_width": 8, "model.channel_width": 32},
-    "mlp": {"model.widths": (32, 32), "model.dropout": 0.0},
-    "alexnet": {"model.channels": (4, 8, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
-    "vgg": {"model.depth": 11, "model.channels": (4, 4, 8, 8, 8), "model.width": 16, "model.dropout": 0.0},
-    "inception": {"model.multiplier": 0.05, "model.dropout": 0.0},
+    "vit": {
+        "model.depth": 1, "model.width": 32, "model.heads": 4, "model.pool": "cls", "model.num_classes": 10,
+    },
+    "resnet": {"model.depth": 10, "model.channels": (8, 8, 16, 16), "model.num_classes": 10},
+    "own_model": {
+        "model.depth": 2, "model.width": 16, "model.token_width": 8, "model.channel_width": 32,
+        "model.num_classes": 10,
+    },
+    "mlp": {"model.widths": (32, 32), "model.dropout": 0.0, "model.num_classes": 10},
+    "alexnet": {
+        "model.channels": (4, 8, 8, 8, 8), "model.width": 16, "model.dropout": 0.0, "model.num_classes": 10,
+    },
+    "vgg": {
+        "model.depth": 11, "model.channels": (4, 4, 8, 8, 8), "model.width": 16, "model.dropout": 0.0,
+        "model.num_classes": 10,
+    },
+    "inception": {"model.multiplier": 0.05, "model.dropout": 0.0, "model.num_classes": 10},
     "detector": {
         "model.channels": (8, 8, 16, 16), "model.width": 16, "model.head_depth": 1, "model.depth": 10,
         "model.stem": "small", "model.levels": (3, 4), "data.image_size": 32, "data.augment": "",
+        "model.num_classes": 4,
     },
     "gan": {
         "model.width": 8, "model.discriminator_width": 8, "model.latent": 8, "model.num_classes": 0,
@@ -193,7 +204,7 @@ def of_task(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def sized(size: str, family: str = "gpt", **overrides: Any) -> Config:
     """configs/<family>.py at a published size, for what needs no arrays."""
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return config_lib.load(f"{ROOT}/configs/{family}.py:size={size}", changes)
+    return tasks.sized(config_lib.load(f"{ROOT}/configs/{family}.py:size={size}", changes))
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -64,7 +64,8 @@ def assert_one_line(args: list[str], words: list[str], path: pathlib.Path) -> No
     ran = run_script("train.py", *args, f"--workdir={path}")
     print(f"{ran.seconds:.2f} s: {ran.err.strip()}")
     assert ran.code == 2, ran
-    assert {line.split()[0] for line in ran.out.splitlines()} <= {"start", "data"}  # and nothing was trained
+    said = {line.split()[0] for line in ran.out.splitlines()}
+    assert said <= {"start", "sizes", "data"}  # and nothing was trained
     (line,) = ran.err.splitlines()
     assert line.startswith("error: ")
     assert "Traceback" not in line

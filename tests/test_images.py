@@ -37,7 +37,7 @@ def digits(tmp_path_factory):
 def config(digits: str, task: dict | None = None, **data) -> config_lib.Config:
     tree = {"data": {"name": "digits", "data_dir": digits} | data, "batch_size": 32}
     return config_lib.from_dict(
-        tree | {"model": {"name": "cnn"}, "task": {"name": "classify"} | (task or {})}
+        tree | {"model": {"name": "cnn", "num_classes": 10}, "task": {"name": "classify"} | (task or {})}
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, by_path, mesh_keys, steps
 
 from bigmodel import config as config_lib
-from bigmodel import evaluate, mesh, models, program
+from bigmodel import evaluate, mesh, models, program, tasks
 from bigmodel.config import Config, InputError
 from bigmodel.data import ratings
 from bigmodel.data.builders import clicks
@@ -55,6 +55,7 @@ def config(kind: str, name: str = "lowrank_ratings", **keys: Any) -> Config:
 
 
 def build(c: Config) -> program.Program:
+    c = tasks.sized(c)
     size = math.prod(max(n, 1) for n in c.mesh.sizes().values())
     return program.build(c, mesh.make_mesh(c, jax.devices()[:size]), batch_spec(c))
 

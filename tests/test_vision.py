@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, batch_spec, build, built, by_path, random_batch, start, steps, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import evaluate, mesh, models, program, train
+from bigmodel import evaluate, mesh, models, program, tasks, train
 from bigmodel.config import InputError
 from bigmodel.data import open_source
 from bigmodel.models import ops
@@ -28,6 +28,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("alexnet", "vgg"
 
 
 def define(size: int, **model: Any) -> Any:
+    model = {"num_classes": 1000, **model}
     config = config_lib.from_dict({"model": model, "task": {"name": "classify"}, "batch_size": 2})
     return models.define(config, {"image": jax.ShapeDtypeStruct((2, size, size, 3), np.float32)})
 
@@ -153,7 +154,7 @@ def test_auxiliary_classifiers_train_and_are_gone_in_evaluation():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_builds(path):
-    config = config_lib.load(path, {"microbatches": 1})
+    config = tasks.sized(config_lib.load(path, {"microbatches": 1}))
     whole = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), batch_spec(config))
     assert flops.model_flops(whole) > 0
 

@@ -48,6 +48,12 @@ def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
     fingerprint.same_on_all_hosts(config_lib.flatten(config_lib.to_dict(config)) | about | files)
 
 
+def last_config(path: pathlib.Path) -> Config | None:
+    """Returns the config of the run in `path`; None where it saved no step."""
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        return workdir.last_config(path) if checkpoints.latest() is not None else None
+
+
 def agree_on_data(*pipelines: Pipeline) -> None:
     """Makes sure that all hosts read the same data. Raises InputError on every host where they do not."""
     found = [pipeline.fingerprint() for pipeline in pipelines]

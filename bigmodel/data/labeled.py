@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from bigmodel.config import Config, Data
+from bigmodel.config import Config, Data, InputError
 from bigmodel.data import balance, images, labels, sources, tables, texts, transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
+from bigmodel.data.sizes import Size, short
 from bigmodel.data.source import Source
 
 
@@ -36,6 +37,25 @@ def shapes(config: Config, facts: Facts) -> Shapes:
     if kind == "image":
         return images.shapes(config, facts)
     return texts.shapes(config, facts) if kind == "text" else tables.shapes(config, facts)
+
+
+def classes(config: Config, facts: Facts) -> Size:
+    """Reads how many outputs the label asks for; the records too where its numbers are classes."""
+    d, kind = config.data, config.task.label_kind
+    read = {"image": ("image",), "text": (d.text,)}.get(kind_of(config, facts), ())
+    labels.require(config, facts.features, *read)
+    label = labels.numbered(config, facts.features, facts.names)
+    labels.check_kind(config, label)
+    of = f"of {short(d.name)}"
+    if kind == "numbers" or (kind == "classes" and not label.num_classes):
+        width = label.shape[0] if label.shape else 1
+        if width is None:
+            raise InputError(f"data.label={d.label!r} of data.name={d.name!r} varies; set model.num_classes")
+        return Size(width, f"{'numbers' if kind == 'numbers' else 'classes'} {of}", rounded=False)
+    if label.num_classes:
+        return Size(label.num_classes, f"classes {of}", rounded=False)
+    largest = labels.column(facts.open(d.split, (d.label,)), d.label).max()
+    return Size(max(int(largest), 0) + 1, f"0 to {largest} in {d.label!r} {of}", rounded=False)
 
 
 def examples(config: Config, split: str, facts: Facts, train: bool) -> Parts:
@@ -72,7 +92,7 @@ def of_images(config: Config, split: str, facts: Facts, train: bool) -> Parts:
 
 def _of_texts(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     d = config.data
-    tokenizer = texts.fitting_tokenizer(config, facts, special=2 if config.model.starts == "cls" else 0)
+    tokenizer = texts.fitting_tokenizer(config, facts, special=texts.special_ids(config))
     arrange = texts.whole_texts(config, tokenizer)
     texts.shapes(config, facts)  # whatever is wrong with the features
     opened = facts.open(split, tuple(filter(None, (d.text, d.label, d.group))))

@@ -155,17 +155,8 @@ def require(config: Config, features: Mapping[str, Feature], *needed: str) -> No
 
 def check(config: Config, label: Feature) -> None:
     """Raises InputError for a label that does not suit the task or the model."""
+    check_kind(config, label)
     name, kind, classes = config.data.name, config.task.label_kind, classes_of(config)
-    if kind == "class" and (label.shape or not label.dtype.startswith(("int", "uint"))):
-        raise InputError(
-            f"data.label={config.data.label!r} of data.name={name!r} is not one class an example; set "
-            "task.name to multilabel or regress, or data.label to a feature of names or of whole numbers"
-        )
-    if kind != "class" and label.dtype == "text":
-        raise InputError(
-            f"data.label={config.data.label!r} of data.name={name!r} is text; set task.name to "
-            "classify, or correct what is no number in it"
-        )
     if kind != "numbers" and (label.num_classes or 0) > classes:
         raise InputError(
             f"model.num_classes is too small for data.name={name!r}: set it to {label.num_classes}"
@@ -177,9 +168,25 @@ def check(config: Config, label: Feature) -> None:
         )
 
 
+def check_kind(config: Config, label: Feature) -> None:
+    """Raises InputError for a label that does not suit the task."""
+    name, kind = config.data.name, config.task.label_kind
+    if kind == "class" and (label.shape or not label.dtype.startswith(("int", "uint"))):
+        raise InputError(
+            f"data.label={config.data.label!r} of data.name={name!r} is not one class an example; set "
+            "task.name to multilabel or regress, or data.label to a feature of names or of whole numbers"
+        )
+    if kind != "class" and label.dtype == "text":
+        raise InputError(
+            f"data.label={config.data.label!r} of data.name={name!r} is text; set task.name to "
+            "classify, or correct what is no number in it"
+        )
+
+
 def name_of(config: Config) -> str:
     """The feature that is learned; nothing for a model that is told of no classes."""
-    return config.data.label if classes_of(config) else ""
+    task = config.task
+    return config.data.label if task.one_output or (task.label_kind and classes_of(config)) else ""
 
 
 def classes_of(config: Config) -> int:

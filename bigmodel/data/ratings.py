@@ -23,6 +23,7 @@ import numpy as np
 from bigmodel.config import Config, InputError, Rank
 from bigmodel.data import delimited, labels, sources
 from bigmodel.data.facts import Facts
+from bigmodel.data.sizes import Size, Sizes, short
 from bigmodel.data.transforms import Batch
 
 KEYS = ("user", "item", "rating", "timestamp")
@@ -87,7 +88,7 @@ def load(config: Config, facts: Facts | None = None) -> Ratings:
     )
     model = config.model
     for key, room, largest in (("users", model.users, found.users), ("items", model.items, found.items)):
-        if room <= largest:
+        if 0 < room <= largest:
             raise InputError(
                 f"model.{key} is {room}, but data.name={d.name!r} has {largest} and "
                 f"the unknown one; set model.{key} to {-(-(largest + 1) // 128) * 128} or more"
@@ -98,13 +99,22 @@ def load(config: Config, facts: Facts | None = None) -> Ratings:
 def ids(config: Config, facts: Facts) -> dict[str, dict[str, int]]:
     """The ids of users and items by name. Reads no ratings where the facts are kept."""
 
-    def made(key: str) -> list[str]:
-        return list(load(config).names[key])
-
+    found = functools.cache(lambda: load(config).names)
     return {
-        "user": _ids(facts.get("users", lambda: made("user"))),
-        "item": _ids(facts.get("items", lambda: made("item"))),
+        "user": _ids(facts.get("users", lambda: list(found()["user"]))),
+        "item": _ids(facts.get("items", lambda: list(found()["item"]))),
     }
+
+
+def sizes(config: Config, facts: Facts) -> Sizes:
+    """Returns what reads how many users and items there are, and the unknown one."""
+    known = functools.cache(lambda: ids(config, facts))
+
+    def count(key: str) -> Size:
+        number = len(known()[key])
+        return Size(number + 1, f"{number:,} of {short(config.data.name)} and the unknown one")
+
+    return {"users": lambda: count("user"), "items": lambda: count("item")}
 
 
 def _names(values: np.ndarray) -> list[str]:

@@ -24,6 +24,7 @@ from bigmodel.config import Config, InputError
 from bigmodel.data import cells, labels
 from bigmodel.data import fitted as fitted_lib
 from bigmodel.data.facts import Facts
+from bigmodel.data.sizes import Size, short
 from bigmodel.data.source import Feature, Source
 from bigmodel.data.transforms import Batch
 
@@ -162,12 +163,19 @@ def fitted(config: Config, workdir: pathlib.Path | None = None, facts: Facts | N
 
     columns = Columns(**facts.get("columns", made, compare=False))
     room = config.model.rows
-    if columns.rows > room:
+    if 0 < room < columns.rows:
         raise InputError(
             f"model.rows is {room}, but the table's {len(columns.categories)} columns of categories need "
             f"{columns.rows}; set model.rows to {-(-columns.rows // 128) * 128} or more"
         )
     return columns
+
+
+def rows(config: Config, facts: Facts) -> Size:
+    """Counts the categories over all columns, the unknown ones among them; 0: there are no such columns."""
+    _, categories = kinds(config, facts.features)
+    count = fitted(config, facts=facts).rows if categories else 0
+    return Size(count, f"{count:,} categories in {len(categories)} columns of {short(config.data.name)}")
 
 
 class Encoded:

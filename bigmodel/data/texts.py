@@ -14,6 +14,7 @@ from bigmodel.config import Config, InputError
 from bigmodel.data import corpus, labels, objectives, pretrained, tokenizers, transforms
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
+from bigmodel.data.sizes import Size, short
 
 
 def shapes(config: Config, facts: Facts) -> Shapes:
@@ -23,6 +24,26 @@ def shapes(config: Config, facts: Facts) -> Shapes:
     labels.check(config, labels.numbered(config, features, facts.names))
     tokens: Shapes = dict.fromkeys(("tokens", "segments", "positions"), ((config.seq_len,), np.int32))
     return tokens | labels.shapes(config)
+
+
+def special_ids(config: Config) -> int:
+    """Returns how many ids the model's inputs need beyond the tokenizer's: [MASK] and [CLS], or none."""
+    return 2 if config.model.starts == "cls" else 0
+
+
+def vocabulary(config: Config, facts: Facts, special: int) -> Size:
+    """Reads the ids that a tokenizer makes: from its name, or from its file; and `special` ones of the task.
+
+    A byte-pair encoding need not be trained for that.
+    """
+    name = config.data.tokenizer
+    kind, _, size = name.partition(":")
+    least = {"bytes": 257, "bpe": int(size or 0) if kind == "bpe" else 0}.get(kind, 0)
+    if kind == "hf":
+        tokenizer = corpus.get_tokenizer(config, facts.workdir)
+        least, special = tokenizer.vocab_size, 0 if getattr(tokenizer, "special", {}) else special
+    others = f" and {special} special ones" if special else ""
+    return Size(least + special, f"{least:,} of {name if kind != 'hf' else short(name)}{others}")
 
 
 def fitting_tokenizer(config: Config, facts: Facts, special: int) -> tokenizers.Tokenizer:

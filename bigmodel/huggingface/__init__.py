@@ -234,7 +234,7 @@ def describes(directory: pathlib.Path, config: Config) -> bool:
     stored, hf = read_json(directory / NAMES), read_json(directory / "config.json")
     tensors = {name for name, _, _ in stored["names"].values()}
     tree = configs.read(hf, tensors | stored["names"].keys(), str(directory / "config.json"))
-    return config_lib.from_dict(tree).model == config.model
+    return config_lib.from_dict(tree).model.filled(config.model) == config.model
 
 
 def as_imported(directory: pathlib.Path, tensors: Mapping[str, np.ndarray], config: Config) -> Arrays:

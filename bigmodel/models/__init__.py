@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import jax
 
-from bigmodel import mesh
-from bigmodel.config import Config
+from bigmodel import mesh, trees
+from bigmodel.config import Config, InputError
 from bigmodel.models import distilled, lora, module, quantized
 
 
@@ -28,6 +28,12 @@ def define(
 def _alone(config: Config, spec: Mapping[str, jax.ShapeDtypeStruct], rules: mesh.Rules) -> module.Definition:
     make = config.model.module()
     definition = module.define(lambda rngs: make(config, spec, rngs))
+    empty = [path for path, x in trees.by_path(definition.params_spec).items() if 0 in x.shape]
+    if empty:
+        raise InputError(
+            f"model.{', model.'.join(config.model.open_sizes)}: 0 makes {empty[0]} empty; set the size, or "
+            "take it from the data by tasks.sized(config)"
+        )
     definition = dataclasses.replace(definition, rules=rules)
     storage = lora.storage(definition, quantized.storage(definition, config.quantize), config.lora)
     return definition.stored(storage)

@@ -71,6 +71,7 @@ def of_run(built: Program, compiled: Any, steps_left: int | None = None) -> Rece
 def build(config: Config, aim: Target) -> Program:
     """The very Program that `train` runs, on the target's mesh."""
     chips.check_dtype(aim.chip, config.compute_dtype)
+    config = tasks.sized(config)
     return program.build(config, mesh.make_mesh(config, aim.devices), tasks.batch_spec(config))
 
 

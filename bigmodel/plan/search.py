@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from bigmodel import units
+from bigmodel import tasks, units
 from bigmodel.config import Config, InputError
 from bigmodel.plan import machine as machine_lib
 from bigmodel.plan import planner
@@ -75,6 +75,7 @@ def search(
     Raises:
         InputError: no such target.
     """
+    config = tasks.sized(config)
     aim = target_lib.of(config, spec)
     found = list(candidates(config, aim, over))
     capacity = machine_lib.of(aim).capacity_bytes or math.inf

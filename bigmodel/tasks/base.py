@@ -23,6 +23,7 @@ from bigmodel.data import labels
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
+from bigmodel.data.sizes import Sizes
 from bigmodel.metrics import Metrics
 
 K = TypeVar("K", bound=TaskKeys)
@@ -74,6 +75,10 @@ class Task(abc.ABC, Generic[K]):
     @abc.abstractmethod
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         """Opens a split: the examples, and how a batch is made of them."""
+
+    def sizes(self, facts: Facts) -> Sizes:
+        """Returns what reads the sizes of a model that these data decide, by key of the model."""
+        return {}
 
     def class_names(self, facts: Facts) -> tuple[str, ...]:
         """Returns the names of the classes; () where they have none."""

@@ -27,11 +27,12 @@ from jax import Array
 
 from bigmodel import config as keys
 from bigmodel import metrics, pictures
-from bigmodel.config import Data
+from bigmodel.config import Data, InputError
 from bigmodel.data import boxes, labels, tfds
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
+from bigmodel.data.sizes import Size, Sizes, short
 from bigmodel.metrics import Metrics
 from bigmodel.tasks.base import Batch, Examples, ReportTo, Row, Task, focal
 from bigmodel.tasks.labels import title
@@ -49,6 +50,15 @@ class Detect(Task[keys.Detect]):
 
     def shapes(self, facts: Facts) -> Shapes:
         return boxes.shapes(self.config, facts)
+
+    def sizes(self, facts: Facts) -> Sizes:
+        def classes() -> Size:
+            name, label = self.config.data.name, facts.features.get("objects/label")
+            if label is None or not label.num_classes:
+                raise InputError(f"data.name={name!r} does not say its classes; set model.num_classes")
+            return Size(label.num_classes, f"classes of {short(name)}", rounded=False)
+
+        return {"num_classes": classes}
 
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         config, d = self.config, self.config.data

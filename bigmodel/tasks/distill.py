@@ -67,7 +67,7 @@ def check(config: Config, taught: Config) -> None:
     sizes = {"vocab_size": (model.vocab_size, teacher.vocab_size)}
     sizes["num_classes"] = (model.num_classes, teacher.num_classes)
     for key, (own, other) in sizes.items():
-        if own != other:
+        if own != other and own and other:
             raise InputError(f"distill.teacher={where} has model.{key}={other}; set model.{key} so")
     if taught.task.name != config.task.name:
         raise InputError(

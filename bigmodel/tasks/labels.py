@@ -29,10 +29,11 @@ import optax
 
 from bigmodel import config as keys
 from bigmodel import metrics, pictures
-from bigmodel.data import labeled
+from bigmodel.data import labeled, tables, texts
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
+from bigmodel.data.sizes import Size, Sizes
 from bigmodel.metrics import Metrics
 from bigmodel.tasks import rates
 from bigmodel.tasks.base import (
@@ -65,6 +66,17 @@ class LabelTask(Task[K]):
 
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         return labeled.examples(self.config, split, facts, train)
+
+    def sizes(self, facts: Facts) -> Sizes:
+        def rows() -> Size:
+            is_table = labeled.kind_of(self.config, facts) == "table"
+            return tables.rows(self.config, facts) if is_table else Size(0, "no table")
+
+        return {
+            "num_classes": lambda: labeled.classes(self.config, facts),
+            "vocab_size": lambda: texts.vocabulary(self.config, facts, texts.special_ids(self.config)),
+            "rows": rows,
+        }
 
     def weight(self, batch: Batch) -> jax.Array:
         return example_weight(batch).sum()

@@ -27,6 +27,7 @@ from bigmodel.data import ratings
 from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pipeline import Parts
+from bigmodel.data.sizes import Sizes
 from bigmodel.metrics import Metrics
 from bigmodel.tasks.base import Batch, Row, Task
 
@@ -38,6 +39,9 @@ class Rank(Task[keys.Rank]):
 
     def shapes(self, facts: Facts) -> Shapes:
         return ratings.shapes(self.config, facts)
+
+    def sizes(self, facts: Facts) -> Sizes:
+        return ratings.sizes(self.config, facts)
 
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         """The ratings of `data.split`, the last one of each user held out for evaluation."""

@@ -51,6 +51,7 @@ from bigmodel.data.facts import Facts
 from bigmodel.data.labels import Shapes
 from bigmodel.data.pairs import Rows
 from bigmodel.data.pipeline import EVAL_SEED, Parts
+from bigmodel.data.sizes import Sizes
 from bigmodel.metrics import Metrics
 from bigmodel.tasks.base import (
     Batch,
@@ -65,6 +66,13 @@ from bigmodel.tasks.base import (
 
 class _Words(Task[K]):
     """Tasks that predict tokens."""
+
+    def sizes(self, facts: Facts) -> Sizes:
+        return {"vocab_size": lambda: texts.vocabulary(self.config, facts, self.special_ids(facts))}
+
+    def special_ids(self, facts: Facts) -> int:
+        """Returns how many ids a new model has for the task, beyond those of the tokenizer."""
+        return texts.special_ids(self.config)
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
         with np.errstate(over="ignore"):
@@ -198,7 +206,7 @@ class Seq2Seq(_Words[keys.Seq2Seq]):
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         config, task, seed = self.config, self.keys, self.config.seed if train else EVAL_SEED
         inputs, targets, window = self._lengths(facts)
-        spans = 0 if _is_paired(facts) else objectives.span_counts(window, task.mask_rate, task.mean_span)[1]
+        spans = self._spans(facts)
         tokenizer = texts.fitting_tokenizer(config, facts, special=spans)
         vocab_size: int = config.model.vocab_size or tokenizer.vocab_size + spans
         shape: dict[str, Any] = {"inputs": inputs, "targets": targets, "end": tokenizer.separator}
@@ -225,6 +233,15 @@ class Seq2Seq(_Words[keys.Seq2Seq]):
         )
         about |= {"mask_rate": task.mask_rate, "mean_span": task.mean_span, "draws": seed}
         return Parts(packed, corrupt, about)
+
+    def special_ids(self, facts: Facts) -> int:
+        """Returns as many sentinels as T5's own vocabulary has, or as a text loses spans."""
+        return max(100, self._spans(facts))
+
+    def _spans(self, facts: Facts) -> int:
+        """Returns how many spans a text loses; 0 for pairs."""
+        window = self._lengths(facts)[2]
+        return objectives.span_counts(window, self.keys.mask_rate, self.keys.mean_span)[1] if window else 0
 
     def _lengths(self, facts: Facts) -> tuple[int, int, int]:
         """Tokens of inputs, of targets, and of the text that spans are cut from (pairs: 0)."""

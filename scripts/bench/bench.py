@@ -80,7 +80,10 @@ TARGETS = {  # of a task: what is to be predicted, and what weighs it
 
 def load_case(case: str) -> Config:
     fixed = {"optim.name": "adamw", "optim.lr": 3e-4, "steps": 10**6, "log.tensorboard": False}
-    return config_lib.load(f"{interleave.ROOT}/configs/{CASES[case].config}", CASES[case].overrides | fixed)
+    from bigmodel import tasks
+
+    path = f"{interleave.ROOT}/configs/{CASES[case].config}"
+    return tasks.sized(config_lib.load(path, CASES[case].overrides | fixed))
 
 
 def random_batch(case: str, config: Config, seed: int) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def ours(path: str, batch: int, quantized: bool = False) -> Run:
     from bigmodel.infer import generate
 
     kind = {"quantize.weights": "int8"} if quantized else {}
-    config = config_lib.load(interleave.ROOT / path, {"batch_size": 1, "compute_dtype": "float32", **kind})
+    overrides = {"batch_size": 1, "compute_dtype": "float32", **kind}
+    config = tasks.sized(config_lib.load(interleave.ROOT / path, overrides))
     built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), tasks.batch_spec(config))
     params, rest = jax.jit(built.model.init)(jax.random.key(0))
     decoder = decoder_lib.Decoder(built, {"params": params, "rest": rest})
@@ -58,7 +59,7 @@ def torch(path: str, batch: int) -> Run:
 
     from bigmodel import config as config_lib
 
-    config = config_lib.load(interleave.ROOT / path)
+    config = tasks.sized(config_lib.load(interleave.ROOT / path))
     c: Any = config.model
     t.set_num_threads(os.cpu_count() or 1)
     t.manual_seed(0)

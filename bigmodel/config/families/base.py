@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from bigmodel.config import parsing
 
@@ -22,6 +23,9 @@ class Family:
     """
 
     name: str = ""
+
+    # Keys that are taken from the data where they are 0 (tasks.sized), if they are fields of the family.
+    from_data: ClassVar[tuple[str, ...]] = ("vocab_size", "num_classes", "rows", "users", "items")
 
     # Keys that data, decoding and the planner read: a family that has one declares it as a field.
     vocab_size = 0  # ids of tokens
@@ -100,6 +104,17 @@ class Family:
     def divides(self) -> Mapping[str, Mapping[str, int]]:
         """Axis of the mesh -> the sizes, by key, that it must divide. An axis that is not here stays at 1."""
         return {"data": {}, "fsdp": {}, "tensor": {}}
+
+    @property
+    def open_sizes(self) -> tuple[str, ...]:
+        """Keys whose value is to be taken from the data."""
+        fields = {field.name for field in dataclasses.fields(self)}
+        return tuple(key for key in self.from_data if key in fields and not getattr(self, key))
+
+    def filled(self, other: Family) -> Self:
+        """Takes its open sizes from another model of the same family."""
+        sizes = {key: getattr(other, key) for key in self.open_sizes if self.name == other.name}
+        return dataclasses.replace(self, **sizes)
 
     def resolve(self) -> Self:
         """Fills in sizes that follow from others."""

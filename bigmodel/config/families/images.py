@@ -22,10 +22,11 @@ class CNN(Family):
     name: str = "cnn"
     channels: tuple[int, ...] = (64, 128)
     width: int = 256
-    num_classes: int = 10
+    num_classes: int = 0  # 0: from the data
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "channels", "width", "num_classes")
+        yield from positive(self, "channels", "width")
+        yield from at_least_0(self, "num_classes")
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class MLP(Family):
     name: str = "mlp"
     widths: tuple[int, ...] = (512, 512)  # of the hidden layers; (): none, a linear model
     dropout: float = 0.0
-    num_classes: int = 10
-    rows: int = 0  # tables: categories over all columns, an unknown one for each among them
+    num_classes: int = 0  # 0: from the data
+    rows: int = 0  # tables: categories over all columns, an unknown one for each; 0: from the data
     embed_width: int = 16  # of a category
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, *(("widths",) if self.widths else ()), "num_classes", "embed_width")
-        yield from at_least_0(self, "rows")
+        yield from positive(self, *(("widths",) if self.widths else ()), "embed_width")
+        yield from at_least_0(self, "num_classes", "rows")
         yield from rate(self)
 
 
@@ -64,10 +65,11 @@ class AlexNet(Family):
     channels: tuple[int, ...] = (64, 192, 384, 256, 256)
     width: int = 4096  # of the two dense layers
     dropout: float = 0.5
-    num_classes: int = 1000
+    num_classes: int = 0  # 0: from the data
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "channels", "width", "num_classes")
+        yield from positive(self, "channels", "width")
+        yield from at_least_0(self, "num_classes")
         if len(self.channels) != 5:
             yield "channels", f"is {self.channels}: AlexNet has five convolutions, give five numbers"
         yield from rate(self)
@@ -86,12 +88,13 @@ class VGG(Family):
     width: int = 4096  # of the two dense layers
     batch_norm: bool = False
     dropout: float = 0.5
-    num_classes: int = 1000
+    num_classes: int = 0  # 0: from the data
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.depth not in VGG_STAGES:
             yield "depth", f"is {self.depth}: choose one of {', '.join(map(str, VGG_STAGES))}"
-        yield from positive(self, "channels", "width", "num_classes")
+        yield from positive(self, "channels", "width")
+        yield from at_least_0(self, "num_classes")
         if len(self.channels) != 5:
             yield "channels", f"is {self.channels}: VGG has five stages, give five numbers"
         yield from rate(self)
@@ -111,12 +114,13 @@ class ResNet(Family):
     depth: int = 50  # 10 (not in the paper), 18, 34 (basic blocks), 50, 101, 152 (bottlenecks)
     stem: Stem = "imagenet"
     channels: tuple[int, ...] = (64, 128, 256, 512)  # of the stages; a bottleneck gives out four times that
-    num_classes: int = 1000
+    num_classes: int = 0  # 0: from the data
 
     def problems(self) -> Iterable[tuple[str, str]]:
         if self.depth not in RESNET_STAGES:
             yield "depth", f"is {self.depth}: choose one of {', '.join(map(str, RESNET_STAGES))}"
-        yield from positive(self, "channels", "num_classes")
+        yield from positive(self, "channels")
+        yield from at_least_0(self, "num_classes")
         if len(self.channels) != 4:
             yield "channels", f"is {self.channels}: ResNet has four stages, give four numbers"
 
@@ -144,10 +148,10 @@ class Inception(Family):
     multiplier: float = 1.0  # of every layer's channels
     aux: bool = False  # auxiliary classifiers while training; task.aux_weight is their weight
     dropout: float = 0.2
-    num_classes: int = 1000
+    num_classes: int = 0  # 0: from the data
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "num_classes")
+        yield from at_least_0(self, "num_classes")
         if self.multiplier <= 0:
             yield "multiplier", f"is {self.multiplier}: set it above 0"
         yield from rate(self)
@@ -158,6 +162,7 @@ class GAN(Family):
     """DCGAN (Radford et al. 2015), or a ResNet GAN (Miyato et al. 2018): a generator and a discriminator."""
 
     tasks = ("gan",)
+    from_data = ()
     made_by = "bigmodel.models.gan:GAN"
     walked_by = "bigmodel.compress.walks:gan"
     units = MappingProxyType({"channels": ("width", "discriminator_width")})
@@ -197,7 +202,7 @@ class Detector(Family):
     width: int = 256  # channels of the feature pyramid and the heads
     head_depth: int = 4  # 3x3 convolutions in each of the two heads, before the last one
     groups: int = 0  # of channels in a head's GroupNorm; 0: 8, or what of it divides the width
-    num_classes: int = 80
+    num_classes: int = 0  # 0: from the data
 
     def resolve(self) -> Self:
         return dataclasses.replace(self, groups=self.groups or math.gcd(8, self.width))
@@ -212,7 +217,8 @@ class Detector(Family):
 
     def problems(self) -> Iterable[tuple[str, str]]:
         yield from self.backbone().problems()
-        yield from positive(self, "width", "head_depth", "groups", "num_classes")
+        yield from positive(self, "width", "head_depth", "groups")
+        yield from at_least_0(self, "num_classes")
         if self.groups > 0 and self.width % self.groups:
             yield (
                 "groups",

@@ -20,22 +20,24 @@ class Recommender(Family):
     units = MappingProxyType({"channels": ("width", "widths", "bottom")})
     name: str = "recommender"
     kind: Literal["mf", "ncf", "two_tower", "dlrm"] = "mf"
-    users: int = 1024  # rows of the users' table: one for whoever is unknown, then one for each user
-    items: int = 512
-    rows: int = 0  # dlrm: categories over all columns, an unknown one for each among them
+    users: int = (
+        0  # rows of the users' table: one for whoever is unknown, one for each; 0: from the data
+    )
+    items: int = 0  # likewise
+    rows: int = 0  # dlrm: categories over all columns, an unknown one for each; 0: from the data
     width: int = 16  # of an embedding (ncf: of its product part)
     widths: tuple[int, ...] = (64, 32, 16)  # ncf's network, each tower, dlrm's last network
     bottom: tuple[int, ...] = (64, 32)  # dlrm: hidden layers under the numbers
     temperature: float = 0.1  # two_tower: cosines are divided by it
-    num_classes: int = 2  # dlrm
+    num_classes: int = 0  # dlrm; 0: from the data
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return LABEL_TASKS if self.kind == "dlrm" else ("rank",)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "users", "items", "width", "widths", "num_classes")
-        yield from at_least_0(self, "rows")
+        yield from positive(self, "width", "widths")
+        yield from at_least_0(self, "users", "items", "rows", "num_classes")
         if self.bottom:
             yield from positive(self, "bottom")
         if self.temperature <= 0:

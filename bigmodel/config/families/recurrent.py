@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Self
 
-from bigmodel.config.families.base import LABEL_TASKS, Family, positive, rate
+from bigmodel.config.families.base import LABEL_TASKS, Family, at_least_0, positive, rate
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class RNN(Family):
     depth: int = 2
     width: int = 512
     embed_width: int = 0  # 0: width
-    vocab_size: int = 264
+    vocab_size: int = 0  # 0: from data.tokenizer
     dropout: float = 0.0  # between the layers, not from step to step
     tie_embeddings: bool = False  # a language model's output layer is the embedding's table
-    num_classes: int = 2  # of a classifier, or numbers of a regression
+    num_classes: int = 0  # of a classifier, or numbers of a regression; 0: from the data
 
     def resolve(self) -> Self:
         return dataclasses.replace(self, embed_width=self.embed_width or self.width)
@@ -44,5 +44,6 @@ class RNN(Family):
         return 6.0 * products
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "depth", "width", "embed_width", "vocab_size", "num_classes")
+        yield from positive(self, "depth", "width", "embed_width")
+        yield from at_least_0(self, "vocab_size", "num_classes")
         yield from rate(self)

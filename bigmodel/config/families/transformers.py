@@ -131,10 +131,10 @@ class GPT(Transformer):
     tasks = ("lm", *LABEL_TASKS)
     made_by = "bigmodel.models.gpt:GPT"
     name: str = "gpt"
-    vocab_size: int = 264  # bytes need 257; a multiple of 8 can be sharded
+    vocab_size: int = 0  # 0: from data.tokenizer
     position: Literal["learned", "rope"] = "learned"
     tie_embeddings: bool = True
-    num_classes: int = 2  # of a classifier, or numbers of a regression, which read the last token
+    num_classes: int = 0  # of a classifier, or numbers of a regression; 0: from the data
 
     def attention_flops(self, seq_len: int) -> float:
         """Training FLOPs per token of scores and sums, over all of the window (PaLM, appendix B)."""
@@ -148,7 +148,7 @@ class GPT(Transformer):
         return None if self.experts else 6.0 * products + self.attention_flops(seq_len)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "vocab_size", "num_classes")
+        yield from at_least_0(self, "vocab_size", "num_classes")
         yield from super().problems()
 
 
@@ -160,7 +160,7 @@ class BERT(Transformer):
     starts = "cls"
     made_by = "bigmodel.models.bert:BERT"
     name: str = "bert"
-    vocab_size: int = 264  # [MASK] and [CLS] are its last two ids
+    vocab_size: int = 0  # [MASK] and [CLS] are its last two ids; 0: from data.tokenizer
     norm_eps: float = 1e-12
     norm_order: Literal["pre", "post"] = "post"
     position: Literal["learned", "rope"] = "learned"
@@ -168,10 +168,10 @@ class BERT(Transformer):
     token_types: int = 2  # a type for each sentence of a pair; 0: none
     pooler: bool = False  # Dense + tanh on the first position: what next-sentence prediction reads
     head: Literal["mlm", "none"] = "mlm"  # of the task mlm; none: the encoder alone
-    num_classes: int = 2  # of a classifier, or numbers of a regression
+    num_classes: int = 0  # of a classifier, or numbers of a regression; 0: from the data
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "vocab_size", "num_classes")
+        yield from at_least_0(self, "vocab_size", "num_classes")
         yield from super().problems()
         if self.token_types < 0:
             yield "token_types", f"is {self.token_types}: set it to 0 or more"
@@ -185,7 +185,7 @@ class T5(Transformer):
     starts = ""
     made_by = "bigmodel.models.t5:T5"
     name: str = "t5"
-    vocab_size: int = 384  # the sentinels are its last ids, counted down
+    vocab_size: int = 0  # the sentinels are its last ids, counted down; 0: from data.tokenizer
     decoder_depth: int = 0  # 0: as deep as the encoder
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = 1e-6
@@ -197,7 +197,7 @@ class T5(Transformer):
     bias: bool = False
     tie_embeddings: bool = True  # v1.1: false
     scale_output: bool = True  # a tied table's output is scaled by 1 / sqrt(width), as it is for the input
-    num_classes: int = 2  # of a classifier, or numbers of a regression: the encoder alone, and its mean
+    num_classes: int = 0  # of a classifier, or numbers of a regression (the encoder's mean); 0: from the data
 
     @property
     def cached_layers(self) -> int:
@@ -215,7 +215,8 @@ class T5(Transformer):
         return dataclasses.replace(resolved, decoder_depth=self.decoder_depth or self.depth)
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "vocab_size", "decoder_depth", "num_classes")
+        yield from positive(self, "decoder_depth")
+        yield from at_least_0(self, "vocab_size", "num_classes")
         yield from super().problems()
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             yield "relative_buckets", f"is {self.relative_buckets}: choose a multiple of 4"
@@ -233,7 +234,7 @@ class ViT(Transformer):
     name: str = "vit"
     patch: int = 4  # pixels a side
     pool: Literal["cls", "mean"] = "cls"  # what the classifier reads: an extra token, or the patches' mean
-    num_classes: int = 10
+    num_classes: int = 0  # 0: from the data
     norm_eps: float = 1e-6
     position: Literal["learned"] = "learned"
     mlp: Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"] = "gelu_exact"
@@ -243,5 +244,6 @@ class ViT(Transformer):
         return {"patch": self.patch, "pool": self.pool}
 
     def problems(self) -> Iterable[tuple[str, str]]:
-        yield from positive(self, "patch", "num_classes")
+        yield from positive(self, "patch")
+        yield from at_least_0(self, "num_classes")
         yield from super().problems()
