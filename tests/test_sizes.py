@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import jax
-import numpy as np
 import pytest
 from conftest import ROOT, tiny
 
@@ -108,7 +107,6 @@ def test_a_plan_is_of_the_program_that_a_run_trains(tmp_path, capsys):
     again = train.run(config.replace(steps=2), tmp_path / "run")
     assert again.step == 2
     assert "sizes" not in capsys.readouterr().out
-    np.testing.assert_array_equal(again.program.state_spec["params"]["embed"]["rows"].shape, (8, 16))
 
 
 def test_a_run_is_not_resumed_on_other_classes(tmp_path):

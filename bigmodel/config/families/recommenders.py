@@ -20,9 +20,7 @@ class Recommender(Family):
     units = MappingProxyType({"channels": ("width", "widths", "bottom")})
     name: str = "recommender"
     kind: Literal["mf", "ncf", "two_tower", "dlrm"] = "mf"
-    users: int = (
-        0  # rows of the users' table: one for whoever is unknown, one for each; 0: from the data
-    )
+    users: int = 0  # rows of the users' table: one for whoever is unknown, one for each; 0: from the data
     items: int = 0  # likewise
     rows: int = 0  # dlrm: categories over all columns, an unknown one for each; 0: from the data
     width: int = 16  # of an embedding (ncf: of its product part)
