@@ -173,7 +173,7 @@ def classification(score_NK: np.ndarray, label: np.ndarray, k: int = 5) -> dict[
 
 
 def regression(value_NK: np.ndarray, label_NK: np.ndarray) -> dict[str, Any]:
-    """Mean squared and absolute error, and R2 averaged over the outputs; None where they are not finite.
+    """Mean squared error, its root, mean absolute error, R2 averaged over the outputs; None if not finite.
 
     R2 of an output whose labels are all equal is 1 where all are met, else 0, as in scikit-learn; of one
     example it is None.
@@ -182,9 +182,11 @@ def regression(value_NK: np.ndarray, label_NK: np.ndarray) -> dict[str, Any]:
     error_NK = value_NK.astype(np.float64) - label_NK
     miss_K, spread_K = (np.square(x).sum(0) for x in (error_NK, label_NK - label_NK.mean(0)))
     r2_K = np.where(spread_K > 0, 1 - miss_K / np.where(spread_K > 0, spread_K, 1), miss_K == 0)
+    mse = np.square(error_NK).mean()
     return {
         "examples": len(value_NK),
-        "mse": _finite(np.square(error_NK).mean()),
+        "mse": _finite(mse),
+        "rmse": _finite(mse**0.5),
         "mae": _finite(np.abs(error_NK).mean()),
         "r2": _finite(np.where(np.isnan(miss_K), np.nan, r2_K).mean()) if len(value_NK) > 1 else None,
     }

@@ -18,7 +18,7 @@ from bigmodel import config as config_lib
 from bigmodel import mesh, program
 from bigmodel.config import Config, InputError
 from bigmodel.data import ratings, tables, transforms
-from bigmodel.infer import loading
+from bigmodel.infer import loading, predict
 from bigmodel.infer.predict import Predictor
 from bigmodel.program import Program, State
 
@@ -52,6 +52,7 @@ def recommender(folder: pathlib.Path) -> Case:
         own = jax.device_get(built.predict(state, built.put(batch)))["scores"][0, 0]
         np.testing.assert_allclose(rows[0]["score"], own, rtol=1e-5)
         assert len({row["score"] for row in rows}) > 3
+        assert [row["known"] for row in rows] == [True, True, True, False, False]
 
     pairs = [["u0", "film 0"], ["u1", "film 3"], ["u7", "film 0"], ["nobody", "film 0"], ["u0", "nothing"]]
     return config, [["user", "item"], *pairs], check
@@ -151,7 +152,7 @@ def test_a_file_is_predicted_and_gone_on_with(case, tmp_path):
     assert ran.code == 0, ran.err
     whole = out.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    names = [line[0] if lines[0] == ["image"] else str(index) for index, line in enumerate(lines[1:])]
+    names = [line[0] if lines[0] == ["image"] else index for index, line in enumerate(lines[1:])]
     assert [row["input"] for row in rows] == names
     check(*loading.load(run), rows)
     out.write_text(whole[: len(whole) // 2])  # cut short within a line
@@ -196,6 +197,48 @@ def test_a_model_that_writes_text_is_refused():
     built = program.build(config, mesh.make_mesh(config, jax.devices()[:1]), batch_spec(config))
     with pytest.raises(InputError, match=r"writes text; use scripts/generate\.py"):
         Predictor(built, {"params": {}, "rest": {}})
+
+
+@pytest.mark.parametrize("kind", ["mf", "ncf", "two_tower"])
+def test_the_top_items_are_those_of_scoring_each(kind, tmp_path):
+    lines = [[f"u{u}", f"film {(u * i) % 11}", 1 + u * i % 5, i] for u in range(12) for i in range(6)]
+    films = write(tmp_path / "films.csv", [["user", "item", "rating", "timestamp"], *lines])
+    changes = {"data.name": f"ratings:{films}", "model.users": 64, "model.items": 32, "batch_size": 4}
+    config = config_lib.load(f"{ROOT}/configs/recommender.py:kind={kind}", changes)
+    run = saved(tmp_path / "run", config)
+    predictor = Predictor.load(run)
+    assert predictor.ids is not None
+    names = list(predictor.ids["item"])
+    rows, _ = predictor.predict([{"user": "u7", "item": name} for name in names])
+    each = {name: row["score"] for name, row in zip(names, rows, strict=True)}
+    order = sorted(names, key=lambda name: -each[name])
+    found = predictor.top("u7", 5)
+    assert [row["item"] for row in found] == order[:5]
+    np.testing.assert_allclose([row["score"] for row in found], [each[name] for name in order[:5]], atol=1e-5)
+    rated = predict.rated(config, run, "u7")
+    mine = {line[1] for line in lines if line[0] == "u7" and line[3] < 5}  # the last one is held out
+    assert {names[at - 1] for at in rated} == mine
+    found = predictor.top("u7", 99, rated)
+    assert [row["item"] for row in found] == [name for name in order if name not in mine]
+    with pytest.raises(InputError, match="--user=u99 is not among the training ratings"):
+        predictor.top("u99", 5)
+
+
+@pytest.mark.slow
+def test_the_script_gives_top_items_and_carries_columns(tmp_path):
+    config, lines, _ = recommender(tmp_path)
+    run = saved(tmp_path / "run", config)
+    ran = run_script("predict.py", f"--workdir={run}", "--top=3", "--user=u1", "--include-rated")
+    assert ran.code == 0, ran.err
+    assert len([json.loads(line)["item"] for line in ran.out.splitlines()]) == 3
+    lines = [[*line, note] for line, note in zip(lines, ["id", "007", "1e5", "x", "y", "z"], strict=True)]
+    flags = [f"--workdir={run}", f"--inputs={write(tmp_path / 'in.csv', lines)}", f"--out={tmp_path}/out"]
+    assert run_script("predict.py", *flags, "--keep=id,user").code == 0
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [row["row"] for row in rows][:2] == [{"id": "007", "user": "u0"}, {"id": "1e5", "user": "u1"}]
+    for wrong in (["--keep=nothing"], ["--top=3"]):
+        ran = run_script("predict.py", *flags, *wrong)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
 
 
 # ------------------------------------------------------------------------------------- as training reads it
@@ -297,7 +340,7 @@ def test_bad_rows_of_a_file_are_named_by_line(tmp_path):
             script().inputs_of(path, ("age",))
     path.write_text('town,age\n"Ro\nm",3\n,\nOslo,\n')
     rows = script().inputs_of(path, ("age",))
-    assert [(name, row["town"]) for name, row in rows] == [("0", "Ro\nm"), ("1", ""), ("2", "Oslo")]
+    assert [(name, row["town"]) for name, row in rows] == [(0, "Ro\nm"), (1, ""), (2, "Oslo")]
     assert script().located(path, 1, "input 1: no") == f"{path} line 5: input 2: no"
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import base64
 import binascii
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import cv2
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel import data, mesh, tasks, trees
-from bigmodel.config import InputError
+from bigmodel.config import Config, InputError
 from bigmodel.data import boxes as box_data
 from bigmodel.data import cells, labels, ratings, tables, transforms
 from bigmodel.data.tables import Columns
@@ -126,6 +127,33 @@ class Predictor:
             rows, tokens = rows + new, tokens + count
         return rows, tokens
 
+    def top(self, user: str, count: int, apart_from: Collection[int] = ()) -> list[Row]:
+        """Returns the `count` items with the highest scores for a user, the best first: {"item", "score"}.
+
+        Args:
+            apart_from: ids of items to leave out; see `rated`.
+
+        Raises:
+            InputError: no recommender of items, a user whom training did not know, or a score that is not
+                finite.
+        """
+        if self.ids is None:
+            raise InputError(
+                f"task.name={self.program.config.task.name} has no items for users; use --inputs"
+            )
+        user_id = labels.id_of(user, self.ids["user"], 0)
+        if not user_id:
+            raise InputError(f"--user={user} is not among the training ratings; give one who is")
+        every = {"seen": np.zeros((self.rows, 1), np.int32)}  # scores of all items, as in evaluation
+        outputs, _ = self._outputs_of([{"user": user_id}], every)
+        score_V = outputs["all"][0]
+        names = {at: name for name, at in self.ids["item"].items() if at not in set(apart_from)}
+        ids_N = np.array(sorted(names), np.int64)
+        if not np.isfinite(score_V[ids_N]).all():
+            raise InputError(f"--user={user}: some scores are not finite; the run has diverged")
+        best = ids_N[np.argsort(-score_V[ids_N], kind="stable")[:count]].tolist()
+        return [{"item": names[at], "score": float(score_V[at])} for at in best]
+
     def read(self, item: Any, number: int = 0) -> dict[str, Any]:
         """One input -> its arrays of a batch. Raises InputError with its number."""
         try:
@@ -170,10 +198,12 @@ class Predictor:
             rows.append(write(out))
         return rows, tokens
 
-    def _outputs_of(self, read: Sequence[dict[str, Any]]) -> tuple[dict[str, np.ndarray], int]:
-        """-> (the model's outputs for a batch of inputs, how many tokens it read)."""
+    def _outputs_of(
+        self, read: Sequence[dict[str, Any]], extra: Mapping[str, np.ndarray] = MappingProxyType({})
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """-> (the model's outputs for a batch of inputs, how many tokens it read); `more`: other arrays."""
         size, spec = self.program.config.batch_size, self.program.batch_spec
-        batch = {key: np.zeros(s.shape, s.dtype) for key, s in spec.items()}
+        batch = {key: np.zeros(s.shape, s.dtype) for key, s in spec.items()} | dict(extra)
         batch["mask"] = (np.arange(size) < len(read)).astype(np.float32)
         for row, arrays in enumerate(read):
             for key in arrays.keys() & spec.keys():
@@ -364,8 +394,16 @@ def _read_row(predictor: Predictor, item: Any) -> dict[str, Any]:
 
 
 def _read_pair(predictor: Predictor, item: Any) -> dict[str, Any]:
-    """A user and an item, by name; whoever is not among the ratings is the unknown one."""
+    """A user and an item, by name; whoever is not among the ratings is the unknown one, and not `known`."""
     assert predictor.ids is not None
     if not isinstance(item, Mapping) or any(item.get(key) is None for key in predictor.ids):
         raise InputError(f"a row with columns {' and '.join(predictor.ids)} is needed")
-    return {key: labels.id_of(item[key], ids, 0) for key, ids in predictor.ids.items()}
+    found = {key: labels.id_of(item[key], ids, 0) for key, ids in predictor.ids.items()}
+    return {**found, "known": all(found.values())}
+
+
+def rated(config: Config, directory: pathlib.Path, user: str) -> list[int]:
+    """Returns the ids of the items that a user rated in the training data, which are read."""
+    found = ratings.load(config, data.Facts(config, directory))
+    mine = found.user == labels.id_of(user, found.names["user"], 0)
+    return found.item[mine & ~found.is_test].tolist()

@@ -198,6 +198,9 @@ class Multilabel(LabelTask[keys.Multilabel]):
 class Regress(LabelTask[keys.Regress]):
     """Numbers for each example."""
 
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        return {"rmse": values["mse"] ** 0.5}
+
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """Squared error, or Huber's (1964), averaged over the outputs; `label` [B, V]."""
         error_BV, huber_delta = outputs["logits"].astype(jnp.float32) - batch["label"], self.keys.huber_delta

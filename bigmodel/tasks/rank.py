@@ -77,8 +77,11 @@ class Rank(Task[keys.Rank]):
         return {name: x for name, x in outputs.items() if name != "in_batch"}
 
     def answer(self, out: Mapping[str, np.ndarray], names: Sequence[str], columns: Any) -> Row:
-        """The user's score of the item: a rating, or a logit."""
-        return {"score": float(out["scores"][0])}
+        """The user's score of the item: a rating, or a logit; and whether training knew both."""
+        return {"score": float(out["scores"][0]), "known": bool(out["known"])}
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        return {"rmse": values["mse"] ** 0.5} if "mse" in values else {}
 
 
 def _mean(value_B: jax.Array, mask_B: jax.Array) -> tuple[jax.Array, jax.Array]:
