@@ -11,7 +11,7 @@ import pytest
 from conftest import run_script, tiny
 
 from bigmodel import config as config_lib
-from bigmodel import log, train
+from bigmodel import log, tasks, train
 from bigmodel.checkpoint import best as best_lib
 from bigmodel.checkpoint.best import Best
 from bigmodel.checkpoint.checkpoints import Checkpoints
@@ -90,6 +90,19 @@ def test_the_best_of_a_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     resumed = best_lib.resumed("-eval/test/loss", tmp_path, 4, [1, 3, 4])  # 2 was removed, 9 is to come
     assert (resumed.step, resumed.value, resumed.since) == (3, 0.4, 1)
+
+
+def test_tokens_a_second_do_not_count_padding(tmp_path, capsys):
+    (tmp_path / "pairs.tsv").write_text("".join(f"{'a' * (i % 9 + 1)}\tb {i}\n" for i in range(90)))
+    keys = {"data__name": f"pairs:{tmp_path}/pairs.tsv", "model__vocab_size": 384, "task__pack": False}
+    run = train.run(tiny("t5", **keys, steps=2, log__every_steps=1, log__tensorboard=False), tmp_path / "run")
+    config = run.program.config
+    share = (tasks.make_pipeline(config, "train")[0]["segments"] > 0).mean()
+    assert 0.1 < share < 0.7
+    took = [logged(run.workdir, f"perf/{name}")[2] for name in ("step_time_s", "input_wait_s")]
+    expected = share * config.batch_size * config.seq_len / sum(took)
+    assert logged(run.workdir, "perf/tokens_per_s")[2] == pytest.approx(expected)
+    assert f"padding   {1 - share:.0%} of a batch's positions" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ callbacks and the end

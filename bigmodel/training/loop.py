@@ -47,6 +47,18 @@ class Run:
     callbacks: Sequence[Callback] = ()
 
 
+def filled(run: Run) -> float:
+    """The share of a batch's positions that hold a token, as the first batch shows it; 1 for other data."""
+    if "segments" not in run.program.batch_spec:
+        return 1.0
+    share = float((run.train_data[0]["segments"] > 0).mean())
+    if share < 0.995:
+        log.say(
+            f"padding   {1 - share:.0%} of a batch's positions, which the plan counts and tokens/s does not"
+        )
+    return share
+
+
 class Loop:
     """The steps of one run. Metrics are read one step late, so that the device never waits for the host."""
 
@@ -76,6 +88,7 @@ class Loop:
         self.samples: Samples | None = None
         self.enough = False  # the run ends early: by eval.patience or a callback
         self.saved = -1
+        self.filled = filled(run)
 
     def run(self, start: int) -> Result:
         run, step = self.run_, start
@@ -181,7 +194,7 @@ class Loop:
         perf = {"step_time_s": step_s, "input_wait_s": wait_s}
         total_s = step_s + wait_s
         unit = "tokens" if "tokens" in self.run_.program.batch_spec else "examples"
-        per_s = self.receipt["tokens_per_step"] / total_s
+        per_s = self.receipt["tokens_per_step"] * self.filled / total_s
         perf[f"{unit}_per_s"] = per_s
         if (joules := self.ledger.joules()) is not None:
             perf["joules"] = joules
