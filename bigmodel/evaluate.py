@@ -10,7 +10,7 @@ import numpy as np
 
 from bigmodel import mesh
 from bigmodel.config import InputError
-from bigmodel.data import Pipeline, Prefetch, open_source
+from bigmodel.data import Pipeline, Prefetch, labels
 from bigmodel.data.corpus import special_id
 from bigmodel.data.sources import features_of
 from bigmodel.data.tokenizers import Tokenizer
@@ -179,7 +179,7 @@ def bleu(program: Program, state: State, tokenizer: Tokenizer) -> dict[str, floa
         return {}
     import sacrebleu
 
-    source = open_source(d.name, d.eval_split, d.data_dir, keys=("source", "target"))
+    source = labels.open_split(config, d.eval_split, ("source", "target"))
     size, start = config.batch_size, special_id(tokenizer, config.model.vocab_size, "start")
     count = len(source) if config.eval.batches < 0 else min(len(source), config.eval.batches * size)
     decoder = Decoder(program, state, end=tokenizer.ends, start=start)

@@ -16,6 +16,10 @@ class Data:
     data_dir: str | None = None  # None: TFDS's own default (~/tensorflow_datasets or $TFDS_DATA_DIR)
     # bytes | bpe:VOCAB_SIZE (trained on the training split) | hf:DIR; the workdir keeps it
     tokenizer: str = "bytes"
+    columns: tuple[str, ...] = ()  # files: NAME:COLUMN where they have other names, as user:userId
+    # blocks: of each file of text:, spread over it, go to test; auto: the end of one file, some of several
+    split_by: Literal["auto", "blocks"] = "auto"
+    test_fraction: float = 0.1  # files without splits of their own: so much of them is test
     shuffle: bool = True
     cache: bool = True  # keep decoded images in memory, and token files on disk, after the first read
     prefetch: int = 2  # batches made ready ahead of the step

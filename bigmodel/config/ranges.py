@@ -43,6 +43,11 @@ def data_problems(data: Any) -> Iterable[tuple[str, str]]:
             yield key, f"is {getattr(data, key)}: set it to 0 or more"
     if not 0 < data.eval_crop <= 1:
         yield "eval_crop", f"is {data.eval_crop}: choose a value above 0, up to 1"
+    if not 0 < data.test_fraction < 1:
+        yield "test_fraction", f"is {data.test_fraction}: choose a value between 0 and 1, such as 0.1"
+    for pair in data.columns:
+        if not all(pair.partition(":")):
+            yield "columns", f"has {pair!r}; write NAME:COLUMN, such as user:userId"
     if data.std and min(data.std) <= 0:
         yield "std", f"is {data.std}: give numbers above 0, such as 0.229,0.224,0.225"
 

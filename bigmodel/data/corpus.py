@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bigmodel.config import Config, InputError
-from bigmodel.data import fitted, token_cache, tokenizer_files
+from bigmodel.data import fitted, labels, token_cache, tokenizer_files
 from bigmodel.data.pretrained import Pretrained
 from bigmodel.data.source import Source
 from bigmodel.data.sources import open_source
@@ -121,7 +121,9 @@ def _trained(config: Config, size: int) -> BPE:
 def open_text(config: Config, split: str) -> Source:
     """The source of documents, each as `text`. Raises InputError for a dataset without text."""
     d = config.data
-    source = open_source(d.name, split, d.data_dir, keys=(d.text,), only=(), max_skipped=d.max_skipped)
+    how = labels.reading(config)
+    how["only"], how["required"] = (), (d.text,) if d.name.startswith("text:") else ()
+    source = open_source(d.name, split, d.data_dir, keys=(d.text,), **how)
     if d.text not in source.features:
         raise InputError(
             f"data.name={d.name!r} has no feature {d.text!r}, which task.name={config.task.name} needs; set "
@@ -136,6 +138,7 @@ class _Column:
     def __init__(self, source: Source, key: str) -> None:
         self._source, self._key, self.features = source, key, {"text": source.features[key]}
         self.fingerprint, self.num_bytes = f"{source.fingerprint} text={key}", source.num_bytes
+        self.split_rule = source.split_rule
 
     def __len__(self) -> int:
         return len(self._source)

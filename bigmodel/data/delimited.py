@@ -1,4 +1,4 @@
-"""CSV and TSV files with a header, as columns of text or numbers; errors name the file and the line."""
+"""CSV, TSV, parquet and JSON lines as columns of text or numbers; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
 from bigmodel.config import InputError
-from bigmodel.data import cells, source, text_files
-from bigmodel.data.source import ALL, Feature
+from bigmodel.data import cells, columnar, source, text_files
+from bigmodel.data.source import ALL, Feature, Reading
 
 log = logging.getLogger("bigmodel")
 
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     hash: np.ndarray  # uint64 (n,), of the cells as written: what decides a row's split, wherever it stands
 
     def where(self, index: int) -> str:
-        return f"{self.path[index]} line {self.line[index]}"
+        return columnar.where(self.path[index], self.line[index])
 
     def digest(self) -> str:
         return hashlib.sha256(self.hash.tobytes()).hexdigest()[:16]
@@ -62,17 +62,6 @@ class _Skips:
         log.warning("skipped %d of at most %d: %s %s", self._count, self._most, where, problem)
 
 
-class Reading(TypedDict, total=False):
-    """Settings of reading columns. By default a column is numeric where nearly all its cells are numbers."""
-
-    text: Collection[str]  # columns that are text, whatever their cells look like
-    numbers: Collection[str]  # and that are numbers
-    only: Collection[str] | None  # columns that may be numbers at all; None: all
-    required: Collection[str]  # a row without a value there is a bad one
-    decimal: str  # the sign before a number's fraction; auto: as the cells tell
-    max_skipped: int  # so many bad rows are left out, each with a warning
-
-
 class _How(NamedTuple):
     """`Reading` as a key of a cache."""
 
@@ -82,6 +71,7 @@ class _How(NamedTuple):
     required: frozenset[str]
     decimal: str
     max_skipped: int
+    columns: tuple[str, ...]
     empty: bool  # rows whose cells are all empty count, too
     fix: str  # of a bad row
 
@@ -91,13 +81,13 @@ def _how(empty: bool = False, **how: Unpack[Reading]) -> _How:
     only = how.get("only")
     return _How(
         text, numbers, None if only is None else frozenset(only), required,
-        how.get("decimal", "auto"), how.get("max_skipped", 0), empty,
+        how.get("decimal", "auto"), how.get("max_skipped", 0), tuple(how.get("columns", ())), empty,
         "correct it" if empty else "correct it, or skip such rows by data.max_skipped",
     )  # fmt: skip
 
 
 def read(name: str, **how: Unpack[Reading]) -> Rows:
-    """The rows of `table:GLOB` or `ratings:GLOB`.
+    """The rows of `table:GLOB`, `ratings:GLOB` and other files with columns.
 
     Raises:
         InputError: no file, headers that differ, numbers that may be read in two ways, quotes that do not
@@ -107,12 +97,15 @@ def read(name: str, **how: Unpack[Reading]) -> Rows:
     return _read(tuple(map(_stamp, paths)), _how(**how))
 
 
-def rows_of(path: str, numbers: Collection[str] = (), decimal: str = "auto") -> list[tuple[int, Row]]:
+def rows_of(
+    path: str, numbers: Collection[str] = (), decimal: str = "auto", columns: Collection[str] = ()
+) -> list[tuple[int, Row]]:
     """(line, {column: its number or text}) of each row of one file, read as `read` does; NaN is a missing
     number. Raises InputError as `read`."""
-    table = _read((_stamp(path),), _how(empty=True, numbers=numbers, only=numbers, decimal=decimal))
-    columns = [column.tolist() for column in table.columns.values()]
-    rows = (dict(zip(table.columns, cells, strict=True)) for cells in zip(*columns, strict=True))
+    how = _how(empty=True, numbers=numbers, only=numbers, decimal=decimal, columns=columns)
+    table = _read((_stamp(path),), how)
+    cells_of = [column.tolist() for column in table.columns.values()]
+    rows = (dict(zip(table.columns, cells, strict=True)) for cells in zip(*cells_of, strict=True))
     return list(zip(table.line.tolist(), rows, strict=True))
 
 
@@ -128,13 +121,21 @@ def _read(stamp: tuple[tuple[str, int, int], ...], how: _How) -> Rows:
         list[tuple[str, int, list[str]]](),
         set[str](),
     )
+    text = set[str]()
     for path, _, _ in stamp:
-        delimiter, lines = _lines(path, skips, how.empty)
-        signs.add(delimiter)
-        _, first = next(lines, (0, []))
-        first = [cell.strip() for cell in first]
+        if columnar.is_columnar(path):
+            found = columnar.read(path, skips.bad)
+            first, lines = found.header, iter(found.rows)
+        else:
+            delimiter, lines = _lines(path, skips, how.empty)
+            signs.add(delimiter)
+            first = [cell.strip() for cell in next(lines, (0, []))[1]]
         if not all(first) or len(set(first)) < len(first) or not first:
             raise InputError(f"{path} line 1 is no header of different names: {first}; write one")
+        calls = _calls(path, first, how)
+        first = [calls.get(name, name) for name in first]
+        if columnar.is_columnar(path):
+            text |= {calls.get(name, name) for name in found.text}
         if header is not None and first != header:
             raise InputError(f"{path} has another header than {stamp[0][0]}; give files of one kind")
         header = first
@@ -156,7 +157,36 @@ def _read(stamp: tuple[tuple[str, int, int], ...], how: _How) -> Rows:
     )
     if lacking := how.required - set(header):
         how = how._replace(required=how.required - lacking)  # who asks for such a column says so
+    how = how._replace(text=how.text | (text - how.numbers))
     return _with_numbers(_complete(table, how, skips), how, "," not in signs, skips)
+
+
+# Other names of columns that a task needs, in lower case and without underscores.
+ALIASES = {
+    "user": ("userid", "uid", "reviewerid"), "item": ("itemid", "movieid", "productid", "bookid", "asin"),
+    "rating": ("score", "stars", "overall"), "timestamp": ("time", "date", "unixreviewtime"),
+}  # fmt: skip
+
+
+def _calls(path: str, header: list[str], how: _How) -> dict[str, str]:
+    """Returns what columns of the file are called here: as data.columns says, or by a well-known name.
+
+    Raises:
+        InputError: data.columns names a column that is not there, or makes two of one name.
+    """
+    calls = {}
+    for pair in how.columns:
+        name, _, column = pair.partition(":")
+        if column not in header:
+            raise InputError(f"data.columns has {pair!r}, but {path} has {', '.join(header)}; correct it")
+        if name in header and name != column:
+            raise InputError(f"data.columns has {pair!r}, but {path} has a column {name!r} too; rename one")
+        calls[column] = name
+    for name in sorted(how.required - set(header) - set(calls.values())):
+        alike = [x for x in header if x.lower().replace("_", "") in (name, *ALIASES.get(name, ()))]
+        if len(alike) == 1:
+            calls[alike[0]] = name
+    return calls
 
 
 def _objects(values: list[str]) -> np.ndarray:
@@ -303,7 +333,10 @@ class TableFiles:
             chosen = table.columns[SPLIT] == split
         else:
             source.check_split(name, split)
-            chosen = (table.hash % np.uint64(10) == 0) == (split == "test")
+            fraction = how.get("test_fraction", source.TEST_FRACTION)
+            tests = np.array([source.is_test(each, fraction) for each in table.hash.tolist()])
+            chosen = tests == (split == "test")
+        self.split_rule = "as the column 'split' says" if SPLIT in table.columns else "by a hash of each row"
         if not chosen.any():
             raise InputError(
                 f"data.name={name!r} has no rows in split {split!r}; give more, or another split"

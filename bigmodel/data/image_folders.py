@@ -1,24 +1,24 @@
 """Images in files of one's own: `folder:DIR`, a directory for each class, or `images:GLOB`, lists of files.
 
 folder:flowers              flowers/rose/1.jpg ...; or flowers/train/rose/..., flowers/test/rose/...
-images:flowers.csv          a header with `path` and, for labels, `label`; paths are relative to the file
+images:flowers.csv          columns `path` and, for labels, `label`; paths are relative to the file (or .tsv,
+                            .parquet, .jsonl)
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
 from bigmodel.config import InputError
-from bigmodel.data import source, text_files, tfds
-from bigmodel.data.source import ALL, Feature
+from bigmodel.data import columnar, delimited, source, text_files, tfds
+from bigmodel.data.source import ALL, Feature, Reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 SPLITS = {"train": "train", "training": "train", "test": "test", "val": "test", "validation": "test"}
@@ -35,21 +35,23 @@ class Listed(NamedTuple):
 class ImageFiles:
     """Images decoded as RGB when they are read; labels are numbers, the place of their class's name.
 
-    Where neither directories nor a column `split` say otherwise, about a tenth of the images, by a hash of
-    their names, are `test`, the others `train`.
+    Where neither directories nor a column `split` say otherwise, about `test_fraction` of the images, by a
+    hash of their names, are `test`, the others `train`.
     """
 
-    def __init__(self, name: str, split: str) -> None:
+    def __init__(self, name: str, split: str, **how: Unpack[Reading]) -> None:
         """Lists the files; reads none.
 
         Raises:
             InputError: no such directory or file, no image, an unknown split, a class without a name.
         """
         source.check_split(name, split)
-        images, self._root = listed(name)
-        self.features = features_of(name)
+        images, self._root = listed(name, **how)
+        self.features = features_of(name, **how)
+        self.split_rule = "as they lie or are listed" if images[0].split else "by a hash of each path"
+        fraction = how.get("test_fraction", source.TEST_FRACTION)
         numbers = {label: number for number, label in enumerate(self.features["label"].names)}
-        chosen = [x for x in images if split == ALL or _split_of(x, self._root) == split]
+        chosen = [x for x in images if split == ALL or _split_of(x, self._root, fraction) == split]
         if not chosen:
             raise InputError(f"data.name={name!r} has no image in split {split!r}; give more images")
         self._paths = [x.path for x in chosen]
@@ -80,23 +82,23 @@ class ImageFiles:
             ) from None
 
 
-def features_of(name: str) -> Mapping[str, Feature]:
+def features_of(name: str, **how: Unpack[Reading]) -> Mapping[str, Feature]:
     """Returns the features; class names are the labels, sorted. Raises InputError as `ImageFiles`."""
-    names = tuple(sorted({image.label for image in listed(name)[0]}))
+    names = tuple(sorted({image.label for image in listed(name, **how)[0]}))
     return {
         "image": Feature((None, None, 3), "uint8"),
         "label": Feature((), "int64", len(names), names),
     }
 
 
-def listed(name: str) -> tuple[list[Listed], str]:
+def listed(name: str, **how: Unpack[Reading]) -> tuple[list[Listed], str]:
     """Returns the images of `folder:DIR` or `images:GLOB`, sorted by path, and the directory they lie in."""
     if name.startswith("folder:"):
         root = pathlib.Path(name.partition(":")[2]).expanduser()
         if not root.is_dir():
             raise InputError(f"data.name={name!r}: {root} is no directory; give one, such as folder:flowers")
         return _in_folders(name, root), str(root)
-    found = [image for path in source.paths(name, "images:flowers.csv") for image in _in_list(path)]
+    found = [image for path in source.paths(name, "images:flowers.csv") for image in _in_list(path, **how)]
     if not found:
         raise InputError(f"data.name={name!r} lists no image; write a line for each, path,label")
     return sorted(found), os.path.commonpath([os.path.dirname(image.path) for image in found])
@@ -121,25 +123,26 @@ def _in_folders(name: str, root: pathlib.Path) -> list[Listed]:
     return found
 
 
-def _in_list(path: str) -> list[Listed]:
-    text = text_files.read_bytes(path).decode("utf-8-sig", "replace")
-    rows = csv.DictReader(text.splitlines())
-    if "path" not in (rows.fieldnames or ()):
-        raise InputError(f"{path} has no column 'path'; its header must be path,label or path,label,split")
-    found = []
-    for row in rows:
-        file, label, split = row["path"] or "", row.get("label") or "", (row.get("split") or "").lower()
+def _in_list(path: str, **how: Unpack[Reading]) -> list[Listed]:
+    rows, found = delimited.rows_of(path, columns=how.get("columns", ())), []
+    if "path" not in rows[0][1]:
+        raise InputError(
+            f"{path} has no column 'path'; it must have path,label or path,label,split, or set data.columns"
+        )
+    for number, row in rows:
+        file, label, split = row["path"], row.get("label", ""), row.get("split", "").lower()
+        where = columnar.where(path, number)
         if not file or (split and split not in SPLITS):
-            raise InputError(f"{path} line {rows.line_num}: give a path, and train, test or nothing as split")
+            raise InputError(f"{where}: give a path, and train, test or nothing as split")
         file = os.path.join(os.path.dirname(path), os.path.expanduser(file))
         if not os.path.isfile(file):
-            raise InputError(f"{path} line {rows.line_num}: {file} does not exist; correct the path")
+            raise InputError(f"{where}: {file} does not exist; correct the path")
         found.append(Listed(file, label, SPLITS.get(split, "")))
     return found
 
 
-def _split_of(image: Listed, root: str) -> str:
+def _split_of(image: Listed, root: str, fraction: float) -> str:
     if image.split:
         return image.split
     number = text_files.content_hash(os.path.relpath(image.path, root).encode())
-    return "test" if number % 10 == 0 else "train"
+    return "test" if source.is_test(number, fraction) else "train"

@@ -74,7 +74,8 @@ def of_images(config: Config, split: str, facts: Facts, train: bool) -> Parts:
     images.check(config, source.features)
 
     def label_of() -> np.ndarray:  # without decoding an image
-        alone = sources.open_source(d.name, split, d.data_dir, keys=(d.label,), cache=False)
+        how = labels.reading(config)
+        alone = sources.open_source(d.name, split, d.data_dir, keys=(d.label,), cache=False, **how)
         return labels.column(alone, d.label).astype(np.int64)
 
     def where(index: int) -> str:
@@ -143,10 +144,12 @@ def _balanced(
     """
     d, weigh = config.data, config.task.weighs_classes
     records, facts = labels.Records(source, config, where), {"source": source.fingerprint}
+    parts = Parts(records, prepare(None), facts, split_rule=source.split_rule)
     if not train or (d.balance == "none" and not weigh):
-        return Parts(records, prepare(None), facts)
+        return parts
     label_N = label_of()
     counts = np.bincount(label_N, minlength=labels.classes_of(config))
     order = None if d.balance == "none" else balance.order(d.balance, label_N, config.seed)
     facts |= {"balance": d.balance} if order else {}
-    return Parts(records, prepare(balance.class_weights(counts) if weigh else None), facts, order=order)
+    finish = prepare(balance.class_weights(counts)) if weigh else parts.finish
+    return parts._replace(finish=finish, facts=facts, order=order)

@@ -15,8 +15,8 @@ import numpy as np
 
 from bigmodel.config import Config, InputError
 from bigmodel.data import cells, sources
-from bigmodel.data.delimited import Reading, TableFiles
-from bigmodel.data.source import Feature, Source
+from bigmodel.data.delimited import TableFiles
+from bigmodel.data.source import Feature, Reading, Source
 from bigmodel.data.transforms import Batch
 
 Shapes = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape after the batch's dimension, dtype)
@@ -204,7 +204,7 @@ def column(source: Source, key: str) -> np.ndarray:
 
 def features(config: Config) -> Mapping[str, Feature]:
     """The features of the dataset that a text or a table comes from."""
-    return sources.features_of(config.data.name, config.data.data_dir, **_reading(config))
+    return sources.features_of(config.data.name, config.data.data_dir, **reading(config))
 
 
 def open_split(
@@ -216,13 +216,13 @@ def open_split(
     numbers: Collection[str] = (),
 ) -> Source:
     """A split of the dataset. `text`, `numbers`: columns of a table, whatever their cells look like."""
-    d, how = config.data, _reading(config)
+    d, how = config.data, reading(config)
     how["text"], how["numbers"] = {*how["text"], *text}, numbers
     return sources.open_source(d.name, split, d.data_dir, keys=keys, cache=d.cache, **how)
 
 
-def _reading(config: Config) -> Reading:
-    """Settings of reading a table; problems in columns that the model does not read are ignored."""
+def reading(config: Config) -> Reading:
+    """Settings of reading files; problems in columns that the model does not read are ignored."""
     d, name = config.data, name_of(config)
     return {
         "text": {d.text, *d.categorical} | (set(d.ignore) - {name, d.group}),
@@ -230,6 +230,9 @@ def _reading(config: Config) -> Reading:
         "required": {name} - {""},
         "decimal": d.decimal,
         "max_skipped": d.max_skipped,
+        "columns": d.columns,
+        "split_by": d.split_by,
+        "test_fraction": d.test_fraction,
     }
 
 
@@ -269,7 +272,7 @@ class Numbered:
         """Args: names: of a column's values, see facts.py; a group not among them gets the next id."""
         self._source, self._where, self._label = source, where, config.data.label
         self.features, self.fingerprint = source.features, source.fingerprint
-        self.num_bytes = source.num_bytes
+        self.num_bytes, self.split_rule = source.num_bytes, source.split_rule
         label, group = config.data.label, config.data.group
         keys = {label, group} - {""}
         if label and source.features[label].dtype != "text":

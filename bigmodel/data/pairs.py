@@ -98,7 +98,7 @@ class _Alternating:
 
     def __init__(self, source: Source) -> None:
         self._source, self.features = source, {"text": source.features["source"]}
-        self.num_bytes = source.num_bytes
+        self.num_bytes, self.split_rule = source.num_bytes, source.split_rule
         self.fingerprint = f"both texts of {source.fingerprint}"
 
     def __len__(self) -> int:

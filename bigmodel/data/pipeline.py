@@ -54,6 +54,8 @@ class Parts(NamedTuple):
     facts: dict[str, Any]
     mix: Mix | None = None  # (rows, their partners, positions in the run) -> rows
     order: Order | None = None  # the examples at positions of the run, where it is not a shuffle of all
+    amount: str = ""  # of the data, for people; "": so many examples
+    split_rule: str = ""  # see source.py
 
 
 class Pipeline:
@@ -81,6 +83,8 @@ class Pipeline:
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
         self.num_examples = len(self._examples)
+        self.amount = parts.amount or f"{self.num_examples:,} examples"
+        self.split_rule = parts.split_rule
         self.class_names, self._fitted = class_names, fitted
         self._len = sys.maxsize if max_batches is None else max_batches
         self._order = (parts.order or _order(self.num_examples, seed)) if max_batches is None else None

@@ -24,6 +24,7 @@ from bigmodel.config import Config, InputError, Rank
 from bigmodel.data import delimited, labels, sources
 from bigmodel.data.facts import Facts
 from bigmodel.data.sizes import Size, Sizes, short
+from bigmodel.data.source import TEST_FRACTION
 from bigmodel.data.transforms import Batch
 
 KEYS = ("user", "item", "rating", "timestamp")
@@ -64,6 +65,10 @@ def load(config: Config, facts: Facts | None = None) -> Ratings:
     )  # stable: of equal times, the later line is last
     if d.eval_split not in ("test", "validation"):
         raise InputError(f"data.eval_split={d.eval_split!r}: ratings are held out as test or validation")
+    if d.split_by != "auto" or d.test_fraction != TEST_FRACTION:
+        raise InputError(
+            "data.split_by and data.test_fraction divide no ratings: each user's last is held out"
+        )
     if d.eval_split == "validation":
         order = order[~_is_last(columns["user"][order])]
     user, item, rating = (columns[key][order] for key in KEYS[:3])
@@ -151,6 +156,7 @@ def _columns(config: Config) -> tuple[Mapping[str, np.ndarray], str]:
             required=KEYS,
             decimal=d.decimal,
             max_skipped=d.max_skipped,
+            columns=d.columns,
         )
         _require(config, table.columns)
         names = {key: table.columns[key].astype(str) for key in KEYS[:2]}
@@ -172,7 +178,7 @@ def _require(config: Config, there: Mapping[str, object]) -> None:
     if missing:
         raise InputError(
             f"data.name={config.data.name!r} has no column {missing[0]!r}; task.name=rank needs "
-            f"{', '.join(KEYS)}, in any order, but it has {', '.join(there)}"
+            f"{', '.join(KEYS)}, in any order, but it has {', '.join(there)}; correct it, or set data.columns"
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Source(Protocol):
 
     fingerprint: str  # name, version, split, length and bytes: two equal ones hold the same records
     num_bytes: int  # as stored; 0 when unknown
+    split_rule: str  # in words, how the records were divided; "" where the dataset has its own splits
 
     def __len__(self) -> int: ...
 
@@ -43,6 +44,28 @@ class Source(Protocol):
             InputError: a record is damaged.
         """
         ...
+
+
+class Reading(TypedDict, total=False):
+    """Settings of reading files. By default a column is numeric where nearly all its cells are numbers."""
+
+    text: Collection[str]  # columns that are text, whatever their cells look like
+    numbers: Collection[str]  # and that are numbers
+    only: Collection[str] | None  # columns that may be numbers at all; None: all
+    required: Collection[str]  # a row without a value there is a bad one
+    decimal: str  # the sign before a number's fraction; auto: as the cells tell
+    max_skipped: int  # so many bad rows are left out, each with a warning
+    columns: Collection[str]  # name:column for each column that is called otherwise in the files
+    split_by: str  # blocks: of each text, spread over it; auto
+    test_fraction: float  # of the records, or of a text
+
+
+TEST_FRACTION = 0.1
+
+
+def is_test(content_hash: int, fraction: float) -> bool:
+    """Decides by a hash of its content whether a record is held out; more are where `fraction` is larger."""
+    return content_hash % 10 * 1000 + content_hash // 10 % 1000 < fraction * 10_000
 
 
 def check_split(name: str, split: str) -> None:

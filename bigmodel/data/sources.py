@@ -15,19 +15,22 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Unpack
 
 from bigmodel.config import InputError
-from bigmodel.data import delimited, image_folders, tfds
+from bigmodel.data import columnar, delimited, image_folders, tfds
 from bigmodel.data.delimited import TableFiles
+from bigmodel.data.pair_files import PairFiles
+from bigmodel.data.source import TEST_FRACTION, Reading
 from bigmodel.data.source import Feature as Feature
 from bigmodel.data.source import Source as Source
-from bigmodel.data.text_files import PairFiles, TextFiles
+from bigmodel.data.text_files import TextFiles
 
 log = logging.getLogger("bigmodel")
 
 
-# Prefix of data.name -> the class of a split, and the features by name. `table:` has settings of its own.
-FILES: dict[str, tuple[Callable[[str, str], Source], Callable[[str], Mapping[str, Feature]]]] = {
-    "text": (TextFiles, lambda name: TextFiles.features),
-    "pairs": (PairFiles, lambda name: PairFiles.features),
+# Prefix of data.name -> the class of a split, and the features by name.
+FILES: dict[str, tuple[Callable[..., Source], Callable[..., Mapping[str, Feature]]]] = {
+    "table": (TableFiles, delimited.features),
+    "text": (TextFiles, lambda name, **how: TextFiles.features),
+    "pairs": (PairFiles, lambda name, **how: PairFiles.features),
     "folder": (image_folders.ImageFiles, image_folders.features_of),
     "images": (image_folders.ImageFiles, image_folders.features_of),
 }
@@ -40,7 +43,9 @@ def _prefix(name: str) -> str:
         InputError: a plain path, with the prefix that fits it.
     """
     prefix = name.partition(":")[0]
-    if prefix == "table" or prefix in FILES:
+    if prefix == "text" and columnar.is_columnar(name):
+        return "table"
+    if prefix in FILES:
         return prefix
     path = pathlib.Path(name)
     plain = path.is_file() or path.suffix in SUFFIXES or name.startswith(("/", "./", "../", "~"))
@@ -53,7 +58,10 @@ def _prefix(name: str) -> str:
     return ""
 
 
-SUFFIXES = {".txt": "text", ".md": "text", ".csv": "table", ".tsv": "table"}  # the likeliest prefix of each
+SUFFIXES = {  # the likeliest prefix of each
+    ".txt": "text", ".md": "text", ".csv": "table", ".tsv": "table", ".parquet": "table",
+    ".jsonl": "text", ".ndjson": "text",
+}  # fmt: skip
 
 
 def open_source(
@@ -63,7 +71,7 @@ def open_source(
     *,
     keys: Collection[str] | None = None,
     cache: bool = True,
-    **table: Unpack[delimited.Reading],
+    **how: Unpack[Reading],
 ) -> Source:
     """Opens a split of a dataset; a bundled one is made first if need be.
 
@@ -74,22 +82,25 @@ def open_source(
         data_dir: TFDS's directory; None is its own default.
         keys: the features to read; None reads all plain ones (images, labels, text).
         cache: keep decoded records of fixed size in memory, so each is decoded once.
-        table: how a table's columns are read.
+        how: files are read and divided.
 
     Raises:
         InputError: unknown or not prepared dataset, unknown split, no data, no random access.
     """
     prefix = _prefix(name)
-    if prefix == "table":
-        return TableFiles(name, split, **table)
+    if how.get("split_by", "auto") == "blocks" and prefix != "text":
+        raise InputError(f"data.split_by=blocks cuts text: files, but data.name={name!r}; set it to auto")
     if prefix:
-        return FILES[prefix][0](name, split)
+        return FILES[prefix][0](name, split, **how)
+    if how.get("test_fraction", TEST_FRACTION) != TEST_FRACTION or how.get("columns"):
+        raise InputError(
+            f"data.name={name!r} has splits and names of its own; leave out data.test_fraction and "
+            "data.columns"
+        )
     return tfds.TfdsSource(name, split, data_dir, keys=keys, cache=cache)
 
 
-def features_of(
-    name: str, data_dir: str | None = None, **table: Unpack[delimited.Reading]
-) -> Mapping[str, Feature]:
+def features_of(name: str, data_dir: str | None = None, **how: Unpack[Reading]) -> Mapping[str, Feature]:
     """The features of a dataset whose data need not be there (they are part of its TFDS code); a table's
     columns are read from its files.
 
@@ -97,8 +108,6 @@ def features_of(
         InputError: unknown dataset.
     """
     prefix = _prefix(name)
-    if prefix == "table":
-        return delimited.features(name, **table)
     if prefix:
-        return FILES[prefix][1](name)
+        return FILES[prefix][1](name, **how)
     return tfds.features(name, data_dir)

@@ -192,7 +192,7 @@ class Encoded:
             )
         self._keep = tuple(key for key in (d.label, d.group) if key)
         self.features, self.fingerprint = source.features, source.fingerprint
-        self.num_bytes = source.num_bytes
+        self.num_bytes, self.split_rule = source.num_bytes, source.split_rule
 
     def __len__(self) -> int:
         return len(self._source)

@@ -1,42 +1,49 @@
-"""Files that need no TFDS: text, a document a file, and pairs of texts, one on each line."""
+"""Text files, a document a file: what is read, and which parts of it are held out."""
 
 from __future__ import annotations
 
 import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import Unpack
 
 import numpy as np
 
 from bigmodel.config import InputError
-from bigmodel.data.source import ALL, Feature, check_split, paths
+from bigmodel.data.source import ALL, TEST_FRACTION, Feature, Reading, check_split, is_test, paths
+
+BLOCKS = 10  # of a file that go to test, each with what follows it up to the next
 
 
 class TextFiles:
-    """`text:GLOB`: each file is a document; about a tenth of them, by a hash of the content, are `test`.
+    """`text:GLOB`: each file is a document; about `test_fraction` of them, by a hash of the content, are
+    `test`, the others `train`. Of a single file its end is `test`, from the start of a line.
 
-    The others are `train`. Of a single file, the last 10 % (from the next start of a line) are `test`.
+    With split_by=blocks ten blocks of each file, spread over it, are `test`, what is between them `train`.
     """
 
     features: Mapping[str, Feature] = {"text": Feature((), "text")}
 
-    def __init__(self, name: str, split: str) -> None:
+    def __init__(self, name: str, split: str, **how: Unpack[Reading]) -> None:
         check_split(name, split)
+        by_block, fraction = how.get("split_by") == "blocks", how.get("test_fraction", TEST_FRACTION)
         texts = paths(name, "text:books/*.txt")
         self._parts: list[tuple[str, int, int]] = []  # path, first byte, end byte
         contents = {path: content_hash(read_bytes(path)) for path in texts}
-        tests = test_hashes(set(contents.values()))
+        tests = test_hashes(set(contents.values()), fraction)
+        is_single = len(tests) == len(set(contents.values()))
+        self.split_rule = "the end of the file" if is_single else "files by a hash of their content"
+        self.split_rule = f"{BLOCKS} blocks of each file" if by_block else self.split_rule
         digest = hashlib.sha256()
         for path in texts:
             content = read_bytes(path)
             if split == ALL:
-                start, end = 0, len(content)
-            elif len(tests) == len(set(contents.values())):  # one text only
-                cut = content.find(b"\n", int(len(content) * 0.9)) + 1 or len(content)
-                start, end = (0, cut) if split == "train" else (cut, len(content))
+                spans = [(0, len(content))]
+            elif by_block or is_single:
+                spans = _spans(content, split, BLOCKS if by_block else 1, fraction)
             else:
-                start, end = 0, len(content) if (contents[path] in tests) == (split == "test") else 0
-            if end > start:
+                spans = [(0, len(content))] if (contents[path] in tests) == (split == "test") else []
+            for start, end in spans:
                 self._parts.append((path, start, end))
                 digest.update(hashlib.sha256(content[start:end]).digest())
         if not self._parts:
@@ -68,9 +75,22 @@ def content_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
-def test_hashes(hashes: set[int]) -> set[int]:
-    """About a tenth of the files' hashes, but at least one, and not all where there are two."""
-    tests = {each for each in hashes if each % 10 == 0}
+def _spans(content: bytes, split: str, count: int, fraction: float) -> list[tuple[int, int]]:
+    """Cuts a text at starts of lines into `count` blocks, whose ends are `test` -> (first, end byte)."""
+
+    def line(share: float) -> int:
+        at = int(len(content) * share)
+        return content.find(b"\n", at) + 1 or len(content) if at else 0
+
+    ends = [line((block + 1) / count) for block in range(count - 1)] + [len(content)]
+    starts, cuts = [0, *ends[:-1]], [line((block + 1 - fraction) / count) for block in range(count)]
+    both = zip(cuts, ends, strict=True) if split == "test" else zip(starts, cuts, strict=True)
+    return [(start, end) for start, end in both if end > start]
+
+
+def test_hashes(hashes: set[int], fraction: float) -> set[int]:
+    """About `fraction` of the files' hashes, but at least one, and not all where there are two."""
+    tests = {each for each in hashes if is_test(each, fraction)}
     return tests if 0 < len(tests) < len(hashes) else {min(hashes)}
 
 
@@ -79,63 +99,3 @@ def read_bytes(path: str) -> bytes:
         return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"data.name: {path} cannot be read: {error.strerror}") from error
-
-
-# ------------------------------------------------------------------------------------------- parallel text
-
-
-class PairFiles:
-    """`pairs:GLOB`: files with a source and its target on each line, a tab between them.
-
-    Every line is a record: `source`, `target`, and `text`, which is both (for a tokenizer to learn from).
-
-    About a tenth of the lines, by a hash of the content, are `test`, the others `train`.
-    """
-
-    features: Mapping[str, Feature] = {name: Feature((), "text") for name in ("source", "target", "text")}
-
-    def __init__(self, name: str, split: str) -> None:
-        """Reads all lines.
-
-        Raises:
-            InputError: no file, an unknown split, a line that is no pair or no UTF-8.
-        """
-        check_split(name, split)
-        lines = [line for path in paths(name, "pairs:data/*.tsv") for line in _lines(path)]
-        test = split == "test"
-        self._lines = [x for x in lines if split == ALL or (content_hash(x) % 10 == 0) == test]
-        if not self._lines:
-            raise InputError(f"data.name={name!r} has no line in split {split!r}; give more lines")
-        self.num_bytes = sum(map(len, self._lines))
-        digest = hashlib.sha256(b"\n".join(self._lines)).hexdigest()[:16]
-        self.fingerprint = f"pairs/{split} records={len(self)} bytes={self.num_bytes} sha256={digest}"
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        out = {key: np.empty(len(indices), object) for key in self.features}
-        for row, index in enumerate(indices):
-            line = self._lines[index]
-            source, _, target = line.partition(b"\t")
-            out["source"][row], out["target"][row], out["text"][row] = source, target, line
-        return out
-
-
-def _lines(path: str) -> list[bytes]:
-    """The lines of a file, each checked; empty ones are left out."""
-    lines = read_bytes(path).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        columns = line.removesuffix(b"\r").split(b"\t")
-        if columns == [b""]:
-            continue
-        if len(columns) != 2 or not columns[0].strip() or not columns[1].strip():
-            found = f"{len(columns)} columns" if len(columns) != 2 else "an empty column"
-            raise InputError(f"{path} line {number} has {found}; write source, one tab, target")
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path} line {number} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-            ) from None
-    return [line.removesuffix(b"\r") for line in lines if line.removesuffix(b"\r")]

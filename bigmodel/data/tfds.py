@@ -45,6 +45,7 @@ class TfdsSource:
         if not len(self._records):
             raise InputError(f"data.name={name!r} has no records in split {split!r}; choose another split")
         splits = builder.info.splits  # a part of a split does not know its bytes
+        self.split_rule = ""
         self.num_bytes = int(splits[split].num_bytes if split in splits else builder.info.dataset_size)
         self.fingerprint = f"{builder.info.full_name}/{split} records={len(self)} bytes={self.num_bytes}"
         self._threads: ThreadPoolExecutor | None = None

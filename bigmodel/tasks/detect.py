@@ -68,7 +68,12 @@ class Detect(Task[keys.Detect]):
         about: dict[str, Any] = {"source": source.fingerprint}
         changing = ("image_size", "augment") if train else ()
         about |= {key: getattr(d, key) for key in changing if getattr(d, key) != getattr(Data, key)}
-        return Parts(boxes.Records(source, config, where), boxes.Prepare(config, train), about)
+        return Parts(
+            boxes.Records(source, config, where),
+            boxes.Prepare(config, train),
+            about,
+            split_rule=source.split_rule,
+        )
 
     def weight(self, batch: Batch) -> Array:
         return self._weight(batch).sum()

@@ -50,7 +50,9 @@ class Rank(Task[keys.Rank]):
         about |= {"held_out": "validation"} if config.data.eval_split == "validation" else {}
         if train and task.rank_loss == "binary":
             about |= {"negatives": task.negatives, "draws": config.seed}
-        return Parts(ratings.Split(found, not train), ratings.finisher(config, found, train), about)
+        rows, last = ratings.Split(found, not train), "last but one" if "held_out" in about else "last"
+        finish, rule = ratings.finisher(config, found, train), f"the {last} rating of each user"
+        return Parts(rows, finish, about, amount=f"{len(rows):,} ratings", split_rule=rule)
 
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """The loss; of evaluation also HR@k and NDCG@k, k being `task.top_k`, among all candidates."""

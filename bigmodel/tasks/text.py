@@ -45,6 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmodel import config as keys
+from bigmodel import units
 from bigmodel.config import Config, InputError
 from bigmodel.data import corpus, objectives, texts, tokenizers, transforms
 from bigmodel.data.facts import Facts
@@ -91,8 +92,8 @@ class LM(_Words[keys.LM]):
 
     def examples(self, split: str, facts: Facts, train: bool) -> Parts:
         tokenizer = texts.fitting_tokenizer(self.config, facts, special=0)
-        packed, about = _packed(self.config, split, tokenizer, self.config.seq_len)
-        return Parts(packed, lambda batch, serials: dict(batch), about)
+        packed, about, amount, rule = _packed(self.config, split, tokenizer, self.config.seq_len)
+        return Parts(packed, lambda batch, serials: dict(batch), about, amount=amount, split_rule=rule)
 
     def weight(self, batch: Batch) -> jax.Array:
         return self._weight(batch).sum()
@@ -126,7 +127,7 @@ class MLM(_Words[keys.MLM]):
         tokenizer = texts.fitting_tokenizer(config, facts, special=2)
         vocab_size: int = config.model.vocab_size or tokenizer.vocab_size + 2
         mask_id, cls = (corpus.special_id(tokenizer, vocab_size, role) for role in ("mask", "cls"))
-        packed, about = _packed(
+        packed, about, amount, rule = _packed(
             config, split, tokenizer, config.seq_len - 3 if task.next_sentence else config.seq_len
         )
         mask = functools.partial(
@@ -155,7 +156,7 @@ class MLM(_Words[keys.MLM]):
 
         pairs = task.next_sentence and (bool(task.goes_on) or "0 goes on")
         about |= {"mask_rate": task.mask_rate, "next_sentence": pairs, "draws": seed}
-        return Parts(packed, finish, about)
+        return Parts(packed, finish, about, amount=amount, split_rule=rule)
 
     def weight(self, batch: Batch) -> jax.Array:
         return self._weight(batch).sum()
@@ -221,8 +222,9 @@ class Seq2Seq(_Words[keys.Seq2Seq]):
             def finish(batch: Mapping[str, np.ndarray], serials: np.ndarray) -> transforms.Batch:
                 return objectives.sequence_pairs(batch["pairs"].tolist(), **shape)
 
-            return Parts(rows, finish, about)
-        packed, about = _packed(config, split, tokenizer, window)
+            amount = f"{len(source):,} pairs"
+            return Parts(rows, finish, about, amount=amount, split_rule=source.split_rule)
+        packed, about, amount, rule = _packed(config, split, tokenizer, window)
         corrupt = functools.partial(
             objectives.corrupt_spans,
             seed=seed,
@@ -232,7 +234,7 @@ class Seq2Seq(_Words[keys.Seq2Seq]):
             **shape,
         )
         about |= {"mask_rate": task.mask_rate, "mean_span": task.mean_span, "draws": seed}
-        return Parts(packed, corrupt, about)
+        return Parts(packed, corrupt, about, amount=amount, split_rule=rule)
 
     def special_ids(self, facts: Facts) -> int:
         """Returns as many sentinels as T5's own vocabulary has, or as a text loses spans."""
@@ -292,11 +294,13 @@ def embedding(out: Mapping[str, np.ndarray], config: Config) -> Row:
 
 def _packed(
     config: Config, split: str, tokenizer: tokenizers.Tokenizer, length: int
-) -> tuple[corpus.Packed, dict[str, Any]]:
+) -> tuple[corpus.Packed, dict[str, Any], str, str]:
+    """Returns packed text, its part of a fingerprint, and how much it is and how it was divided."""
     source = corpus.open_text(config, split)
     stream = corpus.token_stream(source, tokenizer, cache=config.data.cache)
     about = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
-    return corpus.Packed(stream, tokenizer, length), about
+    amount = f"{units.quantity(source.num_bytes)}B"
+    return corpus.Packed(stream, tokenizer, length), about, amount, source.split_rule
 
 
 def _all_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
