@@ -143,7 +143,7 @@ GOOD = "user,item,rating,timestamp\n" + "".join(f"{u},{i},3,{i}\n" for u in rang
 @pytest.mark.parametrize(
     ("content", "keys", "message"),
     [
-        (GOOD.replace("timestamp", "time"), {}, r"has no column 'timestamp'.*user, item, rating, timestamp"),
+        (GOOD.replace("timestamp", "when"), {}, r"has no column 'timestamp'.*user, item, rating, timestamp"),
         (GOOD + "1,2,good,9\n", {}, r"t\.csv line 26 has 'good' in 'rating', a column of numbers"),
         (GOOD + "1,2,,9\n", {}, r"t\.csv line 26 has no rating"),
         (GOOD + "1,2,3\n", {}, r"t\.csv line 26 has 3 cells, but the header 4"),
