@@ -14,19 +14,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import disk, log, mesh, selfcheck, tasks, workdir
+from bigmodel import disk, log, mesh, preview, selfcheck, tasks, workdir
 from bigmodel.checkpoint import best as best_lib
 from bigmodel.checkpoint import start
 from bigmodel.checkpoint.best import Best
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config
-from bigmodel.data import Pipeline
 from bigmodel.ledger import Ledger
 from bigmodel.metrics import Sums
 from bigmodel.plan import fits, planner
@@ -88,7 +87,7 @@ def run(
                     for name, each in config_lib.eval_sets(config).items()
                 }
                 start.agree_on_data(train_data, *eval_data.values())
-            log.say(_split_line(config, train_data, eval_data))
+            log.say(preview.division(config, train_data, eval_data))
             the_program = planner.build_within_budget(config, the_mesh)
         the_run = Run(the_program, path, train_data, eval_data, spent, end, callbacks)
         return _train(the_run, stack, force)
@@ -142,14 +141,6 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
         loop.sums = Sums(checkpoints.meta(first_step).get("interval"))
     with disk.after(loop.write_ledger):
         return loop.run(first_step)
-
-
-def _split_line(config: Config, train_data: Pipeline, eval_data: Mapping[str, Pipeline]) -> str:
-    """Says how much data each set has, and how a file was divided."""
-    sets = {config.data.split: train_data, **eval_data}
-    rule = f" ({train_data.split_rule})" if train_data.split_rule else ""
-    amounts = ", ".join(f"{each.amount} {name}" for name, each in sets.items())
-    return f"data      {config.data.name}: {amounts}{rule}"
 
 
 def _check_best(run: Run, best: Best) -> None:

@@ -76,6 +76,16 @@ class Columns:
             out["categorical"] = np.stack([np.array(column, np.int32) for column in ids], 1)
         return out
 
+    def decode(self, row: Mapping[str, np.ndarray]) -> dict[str, str]:
+        """One row of `encode` -> {column: its number or category}."""
+        out = {}
+        for (key, (_, mean, deviation)), x in zip(self.numeric.items(), row.get("numeric", ()), strict=True):
+            out[key] = f"{x * deviation + mean:.6g}"
+        for (key, unknown, known), number in zip(self._ids, row.get("categorical", ()), strict=True):
+            names = {id: name for name, id in known.items()} | {unknown: "unknown"}
+            out[key] = names[int(number)]
+        return out
+
     def _standardised(self, key: str, values: np.ndarray) -> np.ndarray:
         fill, mean, deviation = self.numeric[key]
         out = (np.where(np.isnan(values), fill, values) - mean) / deviation
