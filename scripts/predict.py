@@ -4,13 +4,13 @@
     python scripts/predict.py --workdir=runs/mf --inputs=pairs.csv --out=scores.jsonl
     python scripts/predict.py --workdir=runs/mf --top=10 --user=7
 
---inputs: a directory of images (png, jpg, jpeg; searched through), or a CSV or TSV, which is read as one of
-training. A model that reads text wants the column that it learned from, or `text`; one that reads images
-`image` (paths, relative to the CSV), one that reads a table the table's columns, a recommender `user` and
-`item` as its ratings call them, a GAN `serial`, a number for each image, which comes as base64 of a PNG.
-Other columns are not minded, but those that --keep names are carried over, as `row`. Each line has `input`
-(a path, or the row's number, from 0) and the prediction; `known` is false of a user or an item that training
-did not know.
+--inputs: a directory of images (png, jpg, jpeg; searched through), or a .csv, .tsv, .jsonl or .parquet, which
+is read as one of training. A model that reads text wants the column that it learned from, or `text`; one
+that reads images `image` or `path` (relative to the file), one that reads a table the table's columns, a
+recommender `user` and `item` as its ratings call them, a GAN `serial`, a number for each image, which comes
+as base64 of a PNG. Other columns are not minded, but those that --keep names are carried over, as `row`.
+Each line has `input` (a path, or the row's number, from 0) and the prediction; `known` is false of a user or
+an item that training did not know.
 
 --top prints the items with the highest scores for a user, without those that training rated
 (--include-rated: with them).
@@ -37,7 +37,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 def main() -> int:
     flags = cli.workdir_parser(__doc__)
-    flags.add_argument("--inputs", type=pathlib.Path, help="a directory or a CSV")
+    flags.add_argument("--inputs", type=pathlib.Path, help="a directory or a file with columns")
     flags.add_argument("--out", type=pathlib.Path, help="a .jsonl; what is there is kept")
     flags.add_argument("--keep", default="", metavar="A,B", help="columns to carry over; *: all")
     flags.add_argument("--top", type=int, default=0, metavar="N", help="the best items for --user")
@@ -66,7 +66,8 @@ def write_predictions(predictor: Predictor, inputs: pathlib.Path, out: pathlib.P
 
     size, decimal = predictor.program.config.batch_size, predictor.program.config.data.decimal
     numbers = tuple(predictor.columns.numeric) if predictor.columns else ()
-    named = inputs_of(inputs, numbers, decimal, predictor.reads == "image")
+    reads_images, columns = predictor.reads == "image", predictor.program.config.data.columns
+    named = inputs_of(inputs, numbers, decimal, reads_images, columns, predictor.ids or ())
     rows_carried = carried(inputs, keep, len(named))
     done = done_in(out, [name for name, _ in named])
     with out.open("a") as file:
@@ -106,14 +107,16 @@ def carried(path: pathlib.Path, keep: str, count: int) -> list[dict[str, Any]]:
 
 
 def inputs_of(
-    path: pathlib.Path, numbers: Collection[str] = (), decimal: str = "auto", images: bool = True
-) -> list[tuple[str | int, Any]]:
+    path: pathlib.Path, numbers: Collection[str] = (), decimal: str = "auto", images: bool = True,
+    columns: Collection[str] = (), ids: Collection[str] = (),
+) -> list[tuple[str | int, Any]]:  # fmt: skip
     """(path or number, what the predictor reads) of every input.
 
     Args:
         numbers: columns of numbers; the others are text.
-        decimal: data.decimal of the config.
-        images: a column `image` holds paths.
+        decimal, columns: data.decimal and data.columns of the config.
+        images: a column `image`, or `path`, holds paths.
+        ids: columns that may have a well-known other name, as in training.
 
     Raises:
         InputError: as delimited.read; it is neither a directory of images nor a file.
@@ -127,7 +130,12 @@ def inputs_of(
         return [(str(file.relative_to(path)), file) for file in files]
     if not path.is_file():
         raise InputError(f"--inputs={path} is no directory and no file; give one of these")
-    rows = [row for _, row in delimited.rows_of(str(path), numbers, decimal)]
+    header = delimited.rows_of(str(path))[0][1].keys()
+    calls = [pair for pair in columns if pair.partition(":")[2] in header]
+    calls += [f"{x}:{delimited.known_as(x, header)}" for x in ids if delimited.known_as(x, header)]
+    calls += ["image:path"] if images and "path" in header else []
+    calls = [pair for pair in dict.fromkeys(calls) if pair.partition(":")[0] not in header]
+    rows = [row for _, row in delimited.rows_of(str(path), numbers, decimal, calls)]
     if images and "image" in rows[0]:
         return [(row["image"], path.parent / row["image"]) for row in rows]
     return list(enumerate(rows))

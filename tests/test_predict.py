@@ -224,6 +224,15 @@ def test_the_top_items_are_those_of_scoring_each(kind, tmp_path):
         predictor.top("u99", 5)
 
 
+def test_users_and_images_have_the_names_that_training_takes(tmp_path):
+    path = write(tmp_path / "pairs.csv", [["userId", "movieId", "note"], ["u1", "film 3", "x"]])
+    assert script().inputs_of(path, ids=("user", "item")) == [
+        (0, {"user": "u1", "item": "film 3", "note": "x"}),
+    ]  # fmt: skip
+    path = write(tmp_path / "images.csv", [["path", "label"], ["a/1.png", "rose"]])
+    assert script().inputs_of(path) == [("a/1.png", tmp_path / "a/1.png")]
+
+
 @pytest.mark.slow
 def test_the_script_gives_top_items_and_carries_columns(tmp_path):
     config, lines, _ = recommender(tmp_path)
@@ -280,6 +289,16 @@ def test_a_file_is_predicted_however_it_is_written(tmp_path):
         path.write_bytes(as_file(rows, delimiter, decimal, bom, gap, missing))
         inputs = [row for _, row in script().inputs_of(path, numbers)]
         assert predictor.predict(inputs)[0] == expected, (delimiter, decimal, bom, gap, missing)
+    lines = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    records = [line | {"age": None if line["age"] == "" else line["age"]} for line in lines]
+    path = tmp_path / "inputs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert predictor.predict([row for _, row in script().inputs_of(path, numbers)])[0] == expected
+    path.write_text("".join(json.dumps({"Years" if k == "age" else k: v for k, v in record.items()}) + "\n"
+                            for record in records))  # fmt: skip
+    renamed = script().inputs_of(path, numbers, columns=["age:Years", "kind:class"])
+    assert predictor.predict([row for _, row in renamed])[0] == expected
+    path = tmp_path / "inputs.csv"
     other_order = [[row[2], row[1], "carried", row[0]] for row in rows]
     other_order[0][2] = "note"
     path.write_bytes(as_file(other_order, ",", ".", False, "", ""))

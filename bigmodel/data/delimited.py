@@ -183,10 +183,15 @@ def _calls(path: str, header: list[str], how: _How) -> dict[str, str]:
             raise InputError(f"data.columns has {pair!r}, but {path} has a column {name!r} too; rename one")
         calls[column] = name
     for name in sorted(how.required - set(header) - set(calls.values())):
-        alike = [x for x in header if x.lower().replace("_", "") in (name, *ALIASES.get(name, ()))]
-        if len(alike) == 1:
-            calls[alike[0]] = name
+        if column := known_as(name, header):
+            calls[column] = name
     return calls
+
+
+def known_as(name: str, header: Collection[str]) -> str:
+    """Returns the one column with a well-known other name of `name`; "" where none or several have one."""
+    alike = [x for x in header if x.lower().replace("_", "") in (name, *ALIASES.get(name, ()))]
+    return alike[0] if len(alike) == 1 else ""
 
 
 def _objects(values: list[str]) -> np.ndarray:
