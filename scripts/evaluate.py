@@ -61,7 +61,10 @@ def main() -> int:
         d = program.config.data
         about = f"{path}, step {int(state['step']):,}: {d.name}, {d.eval_split}"
         groups = data.Facts(program.config, path).names(d.group) if "group" in examples else ()
-        to = ReportTo(path / "evaluation", pipeline.class_names, groups, features, pipeline.read, about)
+        to = ReportTo(
+            path / "evaluation", pipeline.class_names, groups, features,
+            read=pipeline.read, where=pipeline.where, about=about,
+        )  # fmt: skip
         report = evaluate.report(program, examples, to)
         drawn = pictures.save(path / "evaluation", evaluate.draw(program, state, pipeline))
         report["pictures"] = [*report.get("pictures", []), *drawn]

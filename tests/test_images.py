@@ -394,6 +394,9 @@ def test_a_directory_for_each_class_is_a_dataset(flowers):
     for batch in (train[0], train[3], held_out[0]):
         bright, real = batch["image"].mean((1, 2, 3)) > 0, batch["mask"] > 0
         np.testing.assert_array_equal(bright[real], batch["label"][real] == 1)
+    assert held_out.where is not None
+    for index, label in enumerate(held_out.read(np.arange(held_out.num_examples))["label"]):
+        assert pathlib.Path(held_out.where(index)).parent == flowers / ("rose", "tulip")[label]
     everything = open_source(f"folder:{flowers}", "all")
     assert sorted(everything.read(np.arange(40))["label"]) == [0] * 20 + [1] * 20
 

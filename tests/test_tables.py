@@ -171,8 +171,13 @@ def test_a_classifier_of_rows_learns_and_its_groups_are_compared(people, tmp_pat
     assert values["nll"] == pytest.approx(sk.log_loss(is_1, softmax(examples["output"])), rel=1e-5)
     assert run.best_step == 120
     assert run.metrics["eval/test/roc_auc"] == values["roc_auc"]
-    to = ReportTo(tmp_path / "out", groups=["Bern", "Oslo", "Rom"])
+    to = ReportTo(tmp_path / "out", groups=["Bern", "Oslo", "Rom"], where=held_out.where)
     report = evaluate.report(built, examples, to)
+    lines = pathlib.Path(people.partition(":")[2]).read_text().splitlines()
+    for row in report["mistakes"]:
+        path, _, number = row["where"].partition(" line ")
+        assert path == people.partition(":")[2]
+        assert lines[int(number) - 1].split(",")[2] == row["label"]
     assert (tmp_path / "out" / "groups.png").exists()
     assert report["roc_auc"]["macro"] > 0.95
     assert {row["group"] for row in report["gaps"]["groups"]} == {"Bern", "Oslo", "Rom"}

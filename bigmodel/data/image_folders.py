@@ -65,6 +65,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def where(self, index: int) -> str:
+        return self._paths[index]
+
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Raises InputError for a file that is no image; the message names it."""
         out = np.empty(len(indices), object)

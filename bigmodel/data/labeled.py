@@ -78,9 +78,7 @@ def of_images(config: Config, split: str, facts: Facts, train: bool) -> Parts:
         alone = sources.open_source(d.name, split, d.data_dir, keys=(d.label,), cache=False, **how)
         return labels.column(alone, d.label).astype(np.int64)
 
-    def where(index: int) -> str:
-        return f"data.name={d.name!r} split {split!r} record {index}"
-
+    where = labels.where(config, source, split)
     prepare = functools.partial(images.Prepare, config, train)
     parts = _balanced(config, train, source, where, prepare, label_of)
     if not train:
@@ -144,7 +142,7 @@ def _balanced(
     """
     d, weigh = config.data, config.task.weighs_classes
     records, facts = labels.Records(source, config, where), {"source": source.fingerprint}
-    parts = Parts(records, prepare(None), facts, split_rule=source.split_rule)
+    parts = Parts(records, prepare(None), facts, split_rule=source.split_rule, where=where)
     if not train or (d.balance == "none" and not weigh):
         return parts
     label_N = label_of()

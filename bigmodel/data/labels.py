@@ -16,6 +16,7 @@ import numpy as np
 from bigmodel.config import Config, InputError
 from bigmodel.data import cells, sources
 from bigmodel.data.delimited import TableFiles
+from bigmodel.data.image_folders import ImageFiles
 from bigmodel.data.source import Feature, Reading, Source
 from bigmodel.data.transforms import Batch
 
@@ -237,8 +238,8 @@ def reading(config: Config) -> Reading:
 
 
 def where(config: Config, source: Source, split: str) -> Where:
-    """A file and its line, if the source has them, or the number of a record."""
-    if isinstance(source, TableFiles):
+    """A file, or a line of one, if the source has them, or the number of a record."""
+    if isinstance(source, TableFiles | ImageFiles):
         return source.where
     return lambda index: f"data.name={config.data.name!r} split {split!r} record {index}"
 

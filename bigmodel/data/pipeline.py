@@ -56,6 +56,7 @@ class Parts(NamedTuple):
     order: Order | None = None  # the examples at positions of the run, where it is not a shuffle of all
     amount: str = ""  # of the data, for people; "": so many examples
     split_rule: str = ""  # see source.py
+    where: Callable[[int], str] | None = None  # an example's file, or its line of one, for people
 
 
 class Pipeline:
@@ -84,7 +85,7 @@ class Pipeline:
         self._process_index, self._process_count = process_index, process_count
         self.num_examples = len(self._examples)
         self.amount = parts.amount or f"{self.num_examples:,} examples"
-        self.split_rule = parts.split_rule
+        self.split_rule, self.where = parts.split_rule, parts.where
         self.class_names, self._fitted = class_names, fitted
         self._len = sys.maxsize if max_batches is None else max_batches
         self._order = (parts.order or _order(self.num_examples, seed)) if max_batches is None else None

@@ -41,6 +41,7 @@ class ReportTo(NamedTuple):
     groups: Sequence[str] = ()  # names of the groups of data.group; none: their numbers
     features: Features | None = None  # of images, for distances between sets of them
     read: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None  # rows of a batch by `index`
+    where: Callable[[int], str] | None = None  # an example's place in the data, by `index`
     about: str = ""  # the run, its step and its data, for pictures
 
 

@@ -223,7 +223,7 @@ class Regress(LabelTask[keys.Regress]):
         distance_N = np.abs(value_NK - label_NK).sum(1)
         rows = [
             {
-                "index": int(examples["index"][n]),
+                **_place(examples, n, to),
                 "label": label_NK[n].tolist(),
                 "prediction": value_NK[n].tolist(),
             }
@@ -285,7 +285,7 @@ def _report(
     at = rates.surest_mistakes(wrong_NK, np.abs(score_NK - 0.5) if not one else score_NK)
     out["mistakes"] = [
         {
-            "index": int(examples["index"][n]),
+            **_place(examples, n, to),
             "label": titles[label[n]] if one else bool(is_NK[n, k]),
             "prediction" if one else "class": titles[k],
             "probability": float(score_NK[n, k]),
@@ -298,6 +298,11 @@ def _report(
         image_NHWC = pictures.pixels(task.config, rows["image"])
         figures["mistakes"] = pictures.mistakes(image_NHWC, out["mistakes"])
     return out | {"pictures": pictures.write(to.directory, figures, to.about)}
+
+
+def _place(examples: Examples, n: int, to: ReportTo) -> dict[str, Any]:
+    index = int(examples["index"][n])
+    return {"index": index} | ({"where": to.where(index)} if to.where else {})
 
 
 def title(names: Sequence[str], label: int) -> str:
