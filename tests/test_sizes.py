@@ -66,7 +66,7 @@ def test_a_table_decides_classes_and_rows(tmp_path):
     assert (model.num_classes, model.rows) == (3, 8)
     (line,) = said
     assert "model.num_classes 3 (classes of t.csv)" in line
-    assert "model.rows 8 (8 categories in 1 columns of t.csv)" in line
+    assert "model.rows 8 (8 categories of t.csv, each column's unknown one among them)" in line
     number = {**keys, "data.label": "age", "task.name": "regress"}
     assert tasks.sized(config_lib.override(config, number)).model.num_classes == 1
     (tmp_path / "n.csv").write_text("x,label\n" + "".join(f"{n},{n % 4}\n" for n in range(60)))
@@ -107,6 +107,15 @@ def test_a_plan_is_of_the_program_that_a_run_trains(tmp_path, capsys):
     again = train.run(config.replace(steps=2), tmp_path / "run")
     assert again.step == 2
     assert "sizes" not in capsys.readouterr().out
+
+
+def test_sizes_of_a_run_that_set_them_stay(tmp_path):
+    keys = {"data__name": table(tmp_path / "t.csv"), "data__label": "verdict", **FAST}
+    config = tiny("mlp", **keys, model__num_classes=7, model__rows=40, batch_size=8)
+    train.run(config, tmp_path / "run")
+    open_again = config_lib.override(config, {"model.num_classes": 0, "model.rows": 0, "steps": 2})
+    model = train.run(open_again, tmp_path / "run").program.config.model
+    assert (model.num_classes, model.rows) == (7, 40)
 
 
 def test_a_run_is_not_resumed_on_other_classes(tmp_path):

@@ -272,6 +272,20 @@ def corpus_file(tmp_path):
 # ----------------------------------------------------------------------------------------- plain paths
 
 
+def test_a_plain_path_is_answered_by_its_columns(tmp_path):
+    image = {"path": "a.png", "label": "b"}
+    for file, rows, prefix in [
+        ("r.csv", ratings(("userId", "movieId", "rating", "timestamp")), "ratings"),
+        ("r.parquet", ratings(), "ratings"),
+        ("i.csv", [image], "images"),
+        ("p.jsonl", [{"source": "a", "target": "b"}], "pairs"),
+        ("t.csv", ROWS, "table"),
+    ]:
+        path = write(tmp_path / file, rows)
+        with pytest.raises(InputError, match=f"write {prefix}:{path} "):
+            open_source(str(path), "train")
+
+
 @pytest.mark.parametrize(
     ("file", "prefix"),
     [("a.txt", "text"), ("a.csv", "table"), ("a.parquet", "table"), ("a.jsonl", "text"), ("", "folder")],

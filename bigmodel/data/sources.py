@@ -50,7 +50,8 @@ def _prefix(name: str) -> str:
     path = pathlib.Path(name)
     plain = path.is_file() or path.suffix in SUFFIXES or name.startswith(("/", "./", "../", "~"))
     if plain and ":" not in name:
-        kind = "folder" if path.expanduser().is_dir() else SUFFIXES.get(path.suffix, "text")
+        path = path.expanduser()
+        kind = "folder" if path.is_dir() else _kind_by_columns(path) or SUFFIXES.get(path.suffix, "text")
         raise InputError(
             f"data.name={name!r} is a path, not a dataset's name; write {kind}:{name} (prefixes are text:, "
             "pairs:, table:, ratings:, folder:, images:)"
@@ -58,6 +59,22 @@ def _prefix(name: str) -> str:
     return ""
 
 
+def _kind_by_columns(path: pathlib.Path) -> str:
+    """Returns the prefix that a file's columns speak for; "" if they are any table's, or it is large."""
+    is_columnar = columnar.is_columnar(path.name)
+    if not path.is_file() or not (is_columnar or path.suffix in (".csv", ".tsv")):
+        return ""
+    try:
+        small = path.stat().st_size < LARGE
+        row = set(delimited.rows_of(str(path))[0][1] if small else ())
+    except InputError:
+        return ""
+    pairs = is_columnar and {"source", "target"} <= row
+    rates = all(key in row or delimited.known_as(key, row) for key in ("user", "item"))
+    return "ratings" if rates else "images" if "path" in row else "pairs" if pairs else ""
+
+
+LARGE = 1 << 26  # bytes: a file that is not read for a message
 SUFFIXES = {  # the likeliest prefix of each
     ".txt": "text", ".md": "text", ".csv": "table", ".tsv": "table", ".parquet": "table",
     ".jsonl": "text", ".ndjson": "text",

@@ -185,7 +185,9 @@ def rows(config: Config, facts: Facts) -> Size:
     """Counts the categories over all columns, the unknown ones among them; 0: there are no such columns."""
     _, categories = kinds(config, facts.features)
     count = fitted(config, facts=facts).rows if categories else 0
-    return Size(count, f"{count:,} categories in {len(categories)} columns of {short(config.data.name)}")
+    return Size(
+        count, f"{count:,} categories of {short(config.data.name)}, each column's unknown one among them"
+    )
 
 
 class Encoded:
