@@ -79,6 +79,20 @@ def test_missing_values(tmp_path, suffix):
         read(tmp_path / f"t{suffix}")
 
 
+def test_json_lines_need_not_name_the_same_columns(tmp_path):
+    write(tmp_path / "a.jsonl", [{"x": n, "kind": "a"} for n in range(20)])
+    write(tmp_path / "b.jsonl", [{"y": n / 2, "x": 20 + n} for n in range(20)])
+    found = read(tmp_path / "*.jsonl")
+    assert found["x"].tolist() == list(range(40))
+    assert np.isnan(found["y"][:20]).all()
+    assert found["y"][20:].tolist() == [n / 2 for n in range(20)]
+    assert found["kind"].tolist() == [b"a"] * 20 + [b""] * 20
+    write(tmp_path / "a.parquet", [{"x": n, "kind": "a"} for n in range(20)])
+    write(tmp_path / "b.parquet", [{"x": n} for n in range(20)])
+    with pytest.raises(InputError, match=r"b\.parquet has another header than .*a\.parquet"):
+        read(tmp_path / "*.parquet")
+
+
 def test_what_is_nested_is_left_out(tmp_path):
     rows = [{"a": n, "meta": {"b": n}, "list": [n]} for n in range(20)]
     for suffix in (".jsonl", ".parquet"):

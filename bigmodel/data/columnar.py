@@ -28,6 +28,17 @@ def is_columnar(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def is_ragged(path: str) -> bool:
+    """Returns true for JSON lines, where a file names only the columns that its rows have."""
+    return path.lower().endswith((".jsonl", ".ndjson"))
+
+
+def laid_out(row: list[str], header: list[str], names: list[str]) -> list[str]:
+    """Returns a row's cells in another order of columns; those that it lacks are empty."""
+    cells = dict(zip(header, row, strict=True))
+    return [cells.get(name, "") for name in names]
+
+
 def where(path: str, number: int) -> str:
     """Names the place of a row, for messages."""
     return f"{path} {'row' if path.lower().endswith('.parquet') else 'line'} {number}"

@@ -126,6 +126,7 @@ def _read(stamp: tuple[tuple[str, int, int], ...], how: _How) -> Rows:
         if columnar.is_columnar(path):
             found = columnar.read(path, skips.bad)
             first, lines = found.header, iter(found.rows)
+            signs.add(",")  # numbers have decimal points
         else:
             delimiter, lines = _lines(path, skips, how.empty)
             signs.add(delimiter)
@@ -136,6 +137,11 @@ def _read(stamp: tuple[tuple[str, int, int], ...], how: _How) -> Rows:
         first = [calls.get(name, name) for name in first]
         if columnar.is_columnar(path):
             text |= {calls.get(name, name) for name in found.text}
+        if header is not None and columnar.is_ragged(path):
+            names = list(dict.fromkeys([*header, *first]))
+            rows = [(at, line, columnar.laid_out(row, header, names)) for at, line, row in rows]
+            lines = iter([(line, columnar.laid_out(row, first, names)) for line, row in lines])
+            header = first = names
         if header is not None and first != header:
             raise InputError(f"{path} has another header than {stamp[0][0]}; give files of one kind")
         header = first

@@ -61,7 +61,7 @@ class TextFiles:
         out = np.empty(len(indices), object)
         for row, index in enumerate(indices):
             path, start, end = self._parts[index]
-            out[row] = read_bytes(path)[start:end]
+            out[row] = read_bytes(path, start, end)
             if len(out[row]) != end - start:
                 raise InputError(f"{path} became shorter while it was read; start again")
             try:
@@ -94,8 +94,11 @@ def test_hashes(hashes: set[int], fraction: float) -> set[int]:
     return tests if 0 < len(tests) < len(hashes) else {min(hashes)}
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, start: int = 0, end: int | None = None) -> bytes:
+    """Reads a file from byte `start` up to `end`. Raises InputError where it cannot be read."""
     try:
-        return pathlib.Path(path).read_bytes()
+        with pathlib.Path(path).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
     except OSError as error:
         raise InputError(f"data.name: {path} cannot be read: {error.strerror}") from error
