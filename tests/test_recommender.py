@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, by_path, mesh_keys, steps
 
 from bigmodel import config as config_lib
-from bigmodel import evaluate, mesh, models, program, tasks
+from bigmodel import evaluate, log, mesh, models, program, tasks, train
 from bigmodel.config import Config, InputError
 from bigmodel.data import ratings
 from bigmodel.data.builders import clicks
@@ -225,6 +225,18 @@ def test_ranks_among_all_items_are_those_of_a_plain_sort(films, kind):
     placed = jax.device_put(jax.device_get(state), jax.tree.map(lambda s: s.sharding, many.state_spec))
     for name, value in evaluate.run(many, placed, data).items():
         assert value == pytest.approx(values[name], rel=1e-5), name
+
+
+def test_factors_start_at_the_mean_rating(films, tmp_path):
+    keys = {"optim__lr": 1e-9, "optim__ema_decay": 0.9, "eval__batches": 1, "log__tensorboard": False}
+    run = train.run(config("mf", films, steps=1, **keys), tmp_path)
+    found = ratings.load(run.program.config)
+    mean = found.rating[~found.is_test].mean()
+    assert [float(run.state[part]["mean"]) for part in ("params", "ema")] == pytest.approx(
+        [mean] * 2, abs=1e-5
+    )
+    (loss,) = (row["train/loss"] for row in log.read_metrics(tmp_path) if "train/loss" in row)
+    assert loss < 2 * found.rating.var()  # not the square of the mean
 
 
 def test_the_softmax_over_a_batch_by_hand():

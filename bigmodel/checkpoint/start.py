@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from bigmodel import config as config_lib
-from bigmodel import log, workdir
+from bigmodel import log, trees, workdir
 from bigmodel.checkpoint import fingerprint, teachers, transfer
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config, InputError
-from bigmodel.data import Pipeline, fitted
+from bigmodel.data import Facts, Pipeline, fitted
 from bigmodel.program import Program, State
 
 Resume = Literal["auto", "never", "must"]
@@ -95,6 +96,17 @@ def _written(path: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
+def _as_the_data_say(built: Program, state: State, path: pathlib.Path) -> State:
+    """The state with the task's `first_values`, in the parameters and their averages."""
+    values = built.task.first_values(Facts(built.config, path))
+    for part in {"params", "ema"} & state.keys() if values else ():
+        leaves = {name: x for name, x in trees.by_path(state[part]).items() if name in values}
+        for name, x in leaves.items():
+            leaves[name] = jax.device_put(np.full(x.shape, values[name], x.dtype), x.sharding)
+        state = {**state, part: trees.with_leaves(state[part], leaves)}
+    return state
+
+
 def initial_state(built: Program, path: pathlib.Path, checkpoints: Checkpoints) -> State:
     """The newest checkpoint's state; at a run's first start random or imported parameters."""
     imported = transfer.is_imported(checkpoints)
@@ -102,6 +114,7 @@ def initial_state(built: Program, path: pathlib.Path, checkpoints: Checkpoints) 
         return checkpoints.restore(built.state_spec)[0]
     config = built.config
     state = teachers.fill(built, built.init(jax.random.key(config.seed)), path)
+    state = _as_the_data_say(built, state, path)
     if source := str(path) if imported else config.init.from_:
         state, report = transfer.load(built, state, source, config.init.skip)
         log.say("\n".join(report.lines()))

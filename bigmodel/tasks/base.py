@@ -91,6 +91,10 @@ class Task(abc.ABC, Generic[K]):
         feature = facts.features[key]
         return tuple(facts.names(key)) if feature.dtype == "text" else feature.names
 
+    def first_values(self, facts: Facts) -> Mapping[str, float]:
+        """Returns what the data say of parameters, by path: a run starts there, where the model has them."""
+        return {}
+
     # -------------------------------------------------------------------------------- loss and predictions
 
     def weight(self, batch: Batch) -> jax.Array:

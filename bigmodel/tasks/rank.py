@@ -54,6 +54,13 @@ class Rank(Task[keys.Rank]):
         finish, rule = ratings.finisher(config, found, train), f"the {last} rating of each user"
         return Parts(rows, finish, about, amount=f"{len(rows):,} ratings", split_rule=rule)
 
+    def first_values(self, facts: Facts) -> Mapping[str, float]:
+        """The mean of the training ratings, from which a model of ratings has only to differ."""
+        if self.keys.rank_loss != "rating":
+            return {}
+        found = ratings.load(self.config, facts)
+        return {"mean": float(found.rating[~found.is_test].mean())}
+
     def terms(self, outputs: Any, batch: Batch, train: bool) -> Metrics:
         """The loss; of evaluation also HR@k and NDCG@k, k being `task.top_k`, among all candidates."""
         mask_B = batch["mask"]
