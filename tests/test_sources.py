@@ -143,6 +143,15 @@ def test_a_language_model_reads_a_column_of_texts(tmp_path, suffix):
         tasks.make_pipeline(config_lib.override(config, {"data.text": "text"}), "train")
 
 
+def test_an_evaluation_set_has_columns_of_its_own(tmp_path):
+    name = f"text:{write(tmp_path / 'b.jsonl', [{'body': f'text {n}'} for n in range(50)])}"
+    (tmp_path / "a.txt").write_text("some text\n" * 99)
+    sets = {"other": {"name": name, "split": "all", "columns": ["text:body"]}}
+    config = tiny("gpt", data__name=f"text:{tmp_path}/a.txt", model__vocab_size=264, eval__sets=sets)
+    batch = tasks.make_pipeline(config_lib.eval_sets(config)["other"], "eval")[0]
+    assert bytes(x for x in batch["tokens"][0].tolist() if x < 256).startswith(b"text 0text 1")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_pairs_in_columns_are_those_of_lines(tmp_path, suffix):
     pairs = [(f"one {n}", f"un {n}") for n in range(50)]

@@ -109,7 +109,7 @@ def check(config: Config) -> None:
         raise InputError(f"{key} {problem}")
 
 
-SET_KEYS = ("name", "split", "data_dir", "max_skipped", "decimal")
+SET_KEYS = ("name", "split", "data_dir", "columns", "max_skipped", "decimal")
 
 
 def eval_sets(config: Config) -> dict[str, Config]:
