@@ -79,7 +79,7 @@ VARIANTS: dict[str, Variant] = {
     "mixture": Variant("moe", LM, 64, tokens=True, decodes=True),
     "mixture of llamas": Variant("moe", LLAMA, 64, tokens=True),
     "bert": Variant("bert", LM, 64, tokens=True),
-    "bert, classifier": Variant("bert", CLASSES, 32),
+    "bert, classifier": Variant("bert", {**CLASSES, "model.heads": 8}, 32),
     "t5": Variant("t5", LM, 64, tokens=True, decodes=True),
     "vit": Variant("vit", {"model.heads": 8}, 32),
     "lstm": Variant("rnn", {"model.depth": 1, "model.width": 64}, 64, tokens=True),
