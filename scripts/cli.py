@@ -7,12 +7,17 @@ import contextlib
 import ctypes
 import errno
 import io
+import math
 import os
+import pathlib
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import yaml
 
 from bigmodel.machines import accelerators
 
@@ -133,6 +138,38 @@ def say(line: str) -> None:
     if os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0")) == "0":
         with contextlib.suppress(OSError):
             os.write(1, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def assumptions(texts: Iterable[str]) -> dict[str, float]:
+    """The values of --assume flags: KEY=VALUE, or YAML files of KEY: VALUE lines."""
+    return dict(_assumption(*pair) for text in texts for pair in _pairs(text))
+
+
+def _pairs(text: str) -> list[tuple[str, Any]]:
+    """`KEY=VALUE`, or a YAML file of KEY: VALUE lines."""
+    if not text.endswith((".yaml", ".yml")):
+        key, _, value = text.partition("=")
+        return [(key, value)]
+    try:
+        tree = yaml.safe_load(pathlib.Path(text).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--assume={text}: cannot be read ({error}); give KEY: VALUE lines") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"--assume={text}: holds no KEY: VALUE lines, such as watts: 250")
+    return list(tree.items())
+
+
+def _assumption(key: str, value: Any) -> tuple[str, float]:
+    keys = ("watts", "pue", "kg_co2e_per_kwh", "dollars_per_chip_hour")
+    try:
+        number = float(value)
+        if key not in keys or not 0 <= number < math.inf:
+            raise ValueError
+        return key, number
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--assume={key}={value}: give KEY=NUMBER, 0 or more, with a KEY of {', '.join(keys)}"
+        ) from error
 
 
 def keep_memory() -> None:

@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import pathlib
 import sys
 from typing import Any
 
 import cli
-import yaml
 
 from bigmodel import config as config_lib
 from bigmodel.config import InputError
@@ -64,10 +62,15 @@ def main() -> int:
     args, overrides = cli.parse(flags)
     if args.target:
         accelerators.keep_to_cpu()  # before a family of one's own imports JAX
+<<<<<<< HEAD
     from bigmodel import tasks
 
     config = tasks.sized(config_lib.load(args.config, overrides), say=print)
     assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
+=======
+    config = config_lib.load(args.config, overrides)
+    assume = cli.assumptions(args.assume)
+>>>>>>> 69d1a2d (Sweeps: a study is priced, capped, resumed and compared; Optuna keeps its state)
     if args.search < 0:
         raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")
     if args.show_sharding:
@@ -125,33 +128,6 @@ def _serve(config: config_lib.Config, args: argparse.Namespace, assume: dict[str
     if args.json:
         args.json.write_text(json.dumps(plan, indent=2) + "\n")
     return 0
-
-
-def _pairs(text: str) -> list[tuple[str, Any]]:
-    """`KEY=VALUE`, or a YAML file of KEY: VALUE lines."""
-    if not text.endswith((".yaml", ".yml")):
-        key, _, value = text.partition("=")
-        return [(key, value)]
-    try:
-        tree = yaml.safe_load(pathlib.Path(text).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--assume={text}: cannot be read ({error}); give KEY: VALUE lines") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"--assume={text}: holds no KEY: VALUE lines, such as watts: 250")
-    return list(tree.items())
-
-
-def _assumption(key: str, value: Any) -> tuple[str, float]:
-    keys = ("watts", "pue", "kg_co2e_per_kwh", "dollars_per_chip_hour")
-    try:
-        number = float(value)
-        if key not in keys or not 0 <= number < math.inf:
-            raise ValueError
-        return key, number
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"--assume={key}={value}: give KEY=NUMBER, 0 or more, with a KEY of {', '.join(keys)}"
-        ) from error
 
 
 if __name__ == "__main__":

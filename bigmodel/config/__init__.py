@@ -5,7 +5,7 @@ config = load("configs/gpt.py:size=124m", ["optim.lr=3e-4"])
 
 from bigmodel.config.adapt import Distill, Init, Lora, Prune, Quantize
 from bigmodel.config.data import Data
-from bigmodel.config.files import describe, difference, from_dict, load, override, parse_arg
+from bigmodel.config.files import describe, difference, from_dict, load, override, parse_arg, sweep
 from bigmodel.config.optim import OTHERS, Group, Optim
 from bigmodel.config.parsing import InputError
 from bigmodel.config.run import Check, Checkpoint, Config, Eval, Log, Mesh, eval_sets, flatten, to_dict
@@ -61,5 +61,6 @@ __all__ = [
     "load",
     "override",
     "parse_arg",
+    "sweep",
     "to_dict",
 ]

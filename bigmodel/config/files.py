@@ -58,6 +58,14 @@ def describe(spec: str | pathlib.Path, overrides: Iterable[str] | Mapping[str, A
     return reference.table(from_dict(tree), list(flatten(tree)))
 
 
+def sweep(spec: str | pathlib.Path) -> list[dict[str, Any]]:
+    """Settings of several runs that a config file's `sweep()` returns; [] without one. Raises as `load`."""
+    path = pathlib.Path(str(spec).partition(":")[0])
+    _read(spec)  # with its errors
+    function = getattr(parsing.read_file(path, "--config file"), "sweep", None)
+    return [] if function is None else [dict(each) for each in function()]
+
+
 def _read(spec: str | pathlib.Path) -> dict[str, Any]:
     path_text, _, arg = str(spec).partition(":")
     return dict(_get_config(pathlib.Path(path_text), arg or None).to_dict())

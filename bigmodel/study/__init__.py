@@ -1,1 +1,1 @@
-"""Compares runs with each other: what a larger one would reach, and which one a budget buys."""
+"""HOW DO RUNS COMPARE? Sweeps priced before they start, and scaling laws."""
