@@ -62,15 +62,10 @@ def main() -> int:
     args, overrides = cli.parse(flags)
     if args.target:
         accelerators.keep_to_cpu()  # before a family of one's own imports JAX
-<<<<<<< HEAD
     from bigmodel import tasks
 
     config = tasks.sized(config_lib.load(args.config, overrides), say=print)
-    assume = dict(_assumption(*pair) for text in args.assume for pair in _pairs(text))
-=======
-    config = config_lib.load(args.config, overrides)
     assume = cli.assumptions(args.assume)
->>>>>>> 69d1a2d (Sweeps: a study is priced, capped, resumed and compared; Optuna keeps its state)
     if args.search < 0:
         raise InputError(f"--search={args.search}: give how many ways to compile, 1 or more")
     if args.show_sharding:

@@ -133,10 +133,12 @@ class _Sweep:
 
     @functools.cache  # noqa: B019
     def _priced(self, items: tuple[tuple[str, str], ...]) -> dict[str, float]:
+        from bigmodel import tasks
         from bigmodel.study import price
 
         try:
-            found = price.of_receipt(self.pricer.receipt(self._config(dict(items))))
+            config = tasks.sized(self._config(dict(items)))
+            found = price.of_receipt(self.pricer.receipt(config))
         except InputError as error:
             raise InputError(f"trial {_named(dict(items))}: {error}") from error
         if self.cap and self.cap.key not in found:

@@ -376,5 +376,8 @@ def die_with_parent(command: Sequence[str]) -> list[str]:
     """The command, which Linux sends SIGTERM when its parent is killed: a run then saves, and ends."""
     if sys.platform != "linux":
         return list(command)
-    first = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}); "
-    return [sys.executable, "-c", first + "os.execvp(sys.argv[1], sys.argv[1:])", *command]
+    first = (
+        f"import ctypes, os, sys as s; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}); "
+        "os.execvp(s.argv[1], s.argv[1:])"
+    )
+    return [sys.executable, "-c", first, *command]
