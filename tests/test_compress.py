@@ -377,7 +377,7 @@ def config_of(family, **keys):
     if family not in ("mf", "ncf", "two_tower", "dlrm"):
         return tiny(family, **keys)
     changes = {key.replace("__", "."): value for key, value in {**RECOMMENDERS, **keys}.items()}
-    return config_lib.load(f"{ROOT}/configs/recommender.py:kind={family}", changes)
+    return tasks.sized(config_lib.load(f"{ROOT}/configs/recommender.py:kind={family}", changes))
 
 
 def build_of(config):

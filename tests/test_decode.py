@@ -57,7 +57,9 @@ def planned(name: str) -> Compiler:
     return Compiler(planner.build(built(name).config, aim), aim)
 
 
-@pytest.mark.parametrize("name", ["dense", "int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["dense", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int8", "bfloat16"))]
+)
 def test_what_a_serving_plan_prices_is_what_the_decoder_runs(name):
     run, plan = decoder(name), planned(name)
     for rows, prompt in ((2, [3] * 5), (1, [3] * 32)):

@@ -93,7 +93,7 @@ def outputs(built: Program, state: State, batch: dict[str, np.ndarray], name: st
     return np.asarray(apply(state["params"], state["rest"], batch))
 
 
-@pytest.mark.parametrize("codes", ["int8", "int4"])
+@pytest.mark.parametrize("codes", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_quantized_language_model_is_exported(codes, tmp_path):
     keys = {"quantize__weights": codes, "model__vocab_size": 264, "batch_size": 2, "mesh__data": 1}
     built, state, model = exported(tmp_path, tiny("gpt", model__depth=1, **keys))

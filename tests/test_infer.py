@@ -80,9 +80,8 @@ def by_full_forward(name: str, prompt: tuple[int, ...], length: int) -> list[int
     [
         "learned",
         "llama",
-        "window",
         "t5",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("moe", "int8", "t5_moe")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "moe", "int8", "t5_moe")),
     ],
 )
 def test_the_cache_changes_no_token(name):
