@@ -84,6 +84,18 @@ def test_equal_exponents_and_overtraining_are_found_where_they_are():
     assert laws.optimal(over, 1e21).tokens < laws.optimal(PUBLISHED["hoffmann2022"], 1e21).tokens
 
 
+def test_runs_that_show_no_remaining_loss_say_so():
+    theta = np.array([-40.0, math.log(30), math.log(60), 0.2, 0.2, -np.inf, 0.0])
+    law = laws.fit(made_by(Law(theta), noise=0.002, seed=4), [], Settings(form="gadre", resamples=100))
+    assert any("E is 0" in line for line in laws.lines("", law))
+    low, high = law.intervals["E"]
+    assert low < 1e-3  # the truth, 0, is not ruled out
+    assert 1e-3 < high < 0.1  # nor is a little more
+    assert not any(
+        "E is 0" in line for line in laws.lines("", laws.fit(made_by(PUBLISHED["hoffmann2022"]), [], QUICK))
+    )
+
+
 def test_the_best_size_is_that_of_the_closed_form():
     for law in PUBLISHED.values():
         c = law.coefficients

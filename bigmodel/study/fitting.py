@@ -79,6 +79,9 @@ def fit(points: Points, form: str) -> np.ndarray:
 def resample(points: Points, form: str, theta_7: np.ndarray, weight_BN: np.ndarray) -> np.ndarray:
     """Fits a form again to each resample, rows of `weight_BN` as often as they were drawn -> theta [B, 7]."""
     free_P = np.linalg.lstsq(FORMS[form], np.where(np.isfinite(theta_7), theta_7, 0.0), rcond=None)[0]
+    free_P[0] = max(
+        free_P[0], points.log_loss.min() + np.log(0.02)
+    )  # at E = 0 log E has no slope to leave by
     free_BP, _ = _refine(points, form, np.tile(free_P, (len(weight_BN), 1)), weight_BN)
     return _theta(form, free_BP)
 

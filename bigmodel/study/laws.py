@@ -235,6 +235,8 @@ def lines(group: str, law: Law) -> list[str]:
         f"  form    {about['chosen']}",
         *(f"  {name:7} {value[name]:.4g} ({ends[name][0]:.4g} to {ends[name][1]:.4g})" for name in names),
     ]
+    if value["E"] < fitting.DELTA:
+        out.append("  E is 0 within these runs: larger ones, or more tokens, would show a loss that remains")
     frontier = about["frontier"]
     for what in ("params", "tokens"):
         power, (low, high) = frontier[f"{what}_exponent"], frontier[f"{what}_exponent_interval"]
