@@ -242,6 +242,7 @@ def test_empty_losses_are_left_out_and_no_law_is_no_law(tmp_path):
         laws.read("no.json")
 
 
+@pytest.mark.slow
 def test_real_runs_are_predicted_from_smaller_ones(tmp_path):
     """The proof on 96 language models: below 1e20 FLOPs the law is fitted, above it predicts within 1 %."""
     law = str(tmp_path / "law.json")

@@ -29,7 +29,7 @@ from bigmodel.study.trials import Settings, Space
 
 STOPPED = (75, 130)  # exit codes of a run that will resume
 DIVERGED = 3
-POLL_S = 0.5
+POLL_S = 0.2
 BEAT_S, DEAD_S = 10.0, 60.0  # how often a host says that its trial is alive; when others may take it over
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("none", "median", "halving")
