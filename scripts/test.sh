@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs the linters and the default test suite; arguments go to pytest.
-#   bash scripts/test.sh                 under 8 minutes on 2 cores, two test files at a time
+#   bash scripts/test.sh                 about 10 minutes on 2 cores, two test files at a time
 #   bash scripts/test.sh -m slow         likewise: -m fault
 #   bash scripts/test.sh -m mesh         every family over every mesh, an hour; writes tests/MESHES.md
 #   bash scripts/test.sh -m gpu -n 0     one at a time, as they share the GPU's memory
