@@ -84,17 +84,26 @@ class _Sweep:
         self.grid = [] if self.sampler else (own or self.space.grid())
         name = args.metric or f"eval/{next(iter(config_lib.eval_sets(base)))}/loss"
         self.metric = name.lstrip("-")
+        sets = [f"eval/{each}/" for each in config_lib.eval_sets(base)]
+        if not self.metric.startswith(tuple(sets)):
+            raise InputError(f"--metric={args.metric}: name one of an evaluation, such as {sets[0]}loss")
         self.maximize = not name.startswith("-") and not LOWER.search(self.metric)
         self.cap = price.parse_cap(args.cap)
         self.pricer = price.Pricer(args.target, cli.assumptions(args.assume))
         self.definition = sweep.Definition(
-            args.config, tuple(overrides), self.metric, self.maximize, self.sampler, args.prune
+            args.config,
+            tuple(overrides),
+            self.metric,
+            self.maximize,
+            self.sampler,
+            tuple(args.over) if self.sampler else (),
+            args.prune,
         )
         for settings in [*self.grid, *self._probes()]:
             self._config(settings)  # all are sound before the first starts
 
     def run(self) -> int:
-        from bigmodel.study import sweep
+        from bigmodel.study import price, sweep
 
         with cli.patience("planning"):
             plan = self._plan()
@@ -108,7 +117,13 @@ class _Sweep:
         command = [sys.executable, str(train), f"--config={self.args.config}"]
         command += [f"--config.{item}" for item in self.overrides]
         runner = sweep.Runner(
-            study, command, self._price, count=self.count, jobs=self.args.jobs, cap=self.cap
+            study,
+            command,
+            self._price,
+            count=self.count,
+            jobs=self.args.jobs,
+            cap=self.cap,
+            pue=self.pricer.assume.get("pue", price.PUE),
         )
         code = [0]
 
@@ -201,8 +216,7 @@ class _Sweep:
         from bigmodel.study import compare, price
 
         rows = study.rows()
-        done = [(row.settings, row.value) for row in rows if row.state == "complete"]
-        groups = compare.groups(done, self.maximize)
+        groups = compare.groups(study.results(), self.maximize)
         print("\n".join(compare.table(groups, self.metric)))
         states = {
             state: sum(row.state == state for row in rows) for state in dict.fromkeys(r.state for r in rows)

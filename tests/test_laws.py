@@ -242,6 +242,19 @@ def test_empty_losses_are_left_out_and_no_law_is_no_law(tmp_path):
         laws.read("no.json")
 
 
+def test_equal_numbers_of_two_groups_are_two_runs_and_two_losses_do_not_mix(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "params,tokens,data,loss_c4\n1e6,1e8,x,3.5\n1e6,1e8,y,3.5\n1e6,1e8,x,3.5\n"
+    )
+    runs, _ = points.read([str(tmp_path / "a.csv")], Columns(by="data"))
+    kept_runs, left_out = points.usable(runs)
+    assert [run.group for run in kept_runs] == ["x", "y"]
+    assert len(left_out) == 1
+    (tmp_path / "b.csv").write_text("params,tokens,loss\n1e6,1e8,2.5\n")
+    with pytest.raises(InputError, match="choose one by --loss"):
+        points.read([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], Columns())
+
+
 @pytest.mark.slow
 def test_real_runs_are_predicted_from_smaller_ones(tmp_path):
     """The proof on 96 language models: below 1e20 FLOPs the law is fitted, above it predicts within 1 %."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def fake(tmp_path: pathlib.Path, *flags: str) -> list[str]:
     return [sys.executable, str(tmp_path / "fake.py"), *flags]
 
 
-def study(path: pathlib.Path, over: list[str], **keys: str) -> Study:
+def study(path: pathlib.Path, over: list[str], **keys: Any) -> Study:
     definition = Definition("configs/mlp.py", (), "eval/test/loss", False, **keys)
     return Study(path / "study", definition, trials.parse(over))
 
@@ -166,6 +168,31 @@ def test_the_cap_is_kept_within_a_trials_price(tmp_path):
     assert starts(tmp_path) == [f"x={i}" for i in range(8)]
 
 
+def test_a_trial_that_goes_on_is_charged_once_and_one_of_another_host_is_charged(tmp_path):
+    made = study(tmp_path, ["x=0:2"])
+    made.enqueue(made.space.grid())
+    runner = Runner(made, fake(tmp_path), priced)
+    assert runner.committed("x=0") == {"dollars": 0.9, "total_flops": 1e9, "total_s": 9.0}
+    trial = made.next_trial(0)  # as another host would: it runs, and has a part of its ledger
+    trial.set_user_attr("owner", {"host": "another", "pid": 1, "time": time.time()})
+    (tmp_path / "study" / "x=0").mkdir()
+    (tmp_path / "study" / "x=0" / "ledger.json").write_text(json.dumps({"total_s": 4.0, "model_flops": 4e8}))
+    assert runner.spent()["total_s"] == 4
+    assert runner.committed("x=0")["total_s"] == 9
+    assert runner.committed("x=1")["total_s"] == 18
+
+
+def test_energy_is_counted_as_the_plan_counts_it(tmp_path):
+    (tmp_path / "ledger.json").write_text(json.dumps({"total_s": 4.0, "model_flops": 1.0, "joules": 3.6e6}))
+    planned = {"total_s": 8.0, "kwh": 5.0, "dollars": 6.0}
+    assert price.spent(tmp_path, planned, 1.5) == {
+        "total_s": 4.0,
+        "total_flops": 1.0,
+        "kwh": 1.5,
+        "dollars": 3.0,
+    }
+
+
 # ------------------------------------------------------------------------------------------------ the run
 
 
@@ -187,6 +214,15 @@ def test_runs_that_diverge_or_fail_do_not_end_the_study(tmp_path):
         "95": "diverged",
     }
     assert best(made) == "1"
+    assert [value for _, value in made.results()] == [pytest.approx(0.49), math.inf]
+
+
+def test_a_metric_that_no_run_has_ends_the_study_at_its_first_trial(tmp_path):
+    made = Study(tmp_path / "study", Definition("c", (), "eval/test/lost", False), trials.parse(["x=0,1"]))
+    made.enqueue(made.space.grid())
+    with pytest.raises(InputError, match="x=0 has no eval/test/lost, but eval/test/loss"):
+        Runner(made, fake(tmp_path), priced).run()
+    assert starts(tmp_path) == ["x=0"]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("random", marks=pytest.mark.slow)])
@@ -213,6 +249,9 @@ def test_another_study_in_the_same_directory_is_refused(tmp_path):
     study(tmp_path, ["x=0,1"])
     with pytest.raises(InputError, match="is a study with sampler '', not 'tpe'"):
         study(tmp_path, ["x=0,1"], sampler="tpe")
+    study(tmp_path / "b", ["x=0..1.0"], sampler="tpe", space=("x=0..1.0",))
+    with pytest.raises(InputError, match="is a study with space"):
+        study(tmp_path / "b", ["x=0..2.0"], sampler="tpe", space=("x=0..2.0",))
     with pytest.raises(InputError, match="--prune=nothing is unknown"):
         study(tmp_path, ["x=0,1"], prune="nothing")
 
@@ -327,6 +366,7 @@ def test_a_study_of_real_runs_goes_on_after_sigterm(tmp_path):
     [
         (["--over=optim.lr=1e-4..1e-1"], "is for --search=tpe:40"), (["--search=tpe"], "give tpe:N"),
         (["--over=optim.lr=1,x"], "trial optim.lr=x"), (["--over=seed=0:2", "--cap=5"], "--cap=5"),
+        (["--over=seed=0:2", "--metric=eval/tset/loss"], "--metric=eval/tset/loss"),
         (["--over=seed=0:2", "--jobs=0"], "--jobs=0"),
         (["--over=seed=0:2", "--target=v5e:2x4"], "goes with --dry_run"),
     ],

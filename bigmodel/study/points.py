@@ -43,28 +43,31 @@ def read(sources: Sequence[str], columns: Columns, *, with_loss: bool = True) ->
     """Reads tables, workdirs, and directories of workdirs -> the runs, and the name of their loss.
 
     Raises:
-        InputError: there is no such file, column or number; or, `with_loss`, no loss.
+        InputError: there is no such file, column or number; or, `with_loss`, no loss, or two sources whose
+            losses have other names.
     """
     runs: list[Run] = []
-    name = columns.loss
+    name, first = columns.loss, ""
     for text in sources:
         path = workdir.local(text, "the path")
         if path.is_dir():
             found, name = _from_workdirs(path, columns)
         else:
             found, name = _from_table(path, columns, with_loss)
+        if first and name != first:
+            raise InputError(f"{text} has the loss {name!r}, {sources[0]} {first!r}; choose one by --loss")
+        first = name
         runs += found
     return runs, name
 
 
 def usable(runs: Sequence[Run]) -> tuple[list[Run], list[dict[str, str]]]:
     """Splits runs -> those that a law can be fitted to, and the others, each with the reason."""
-    chosen: dict[tuple[float, ...], Run] = {}
+    chosen: dict[tuple[Any, ...], Run] = {}
     left_out = []
     for run in runs:
-        key = (run.params, run.tokens, run.loss)
-        same = next((each for each in [chosen.get(key)] if each and each.group == run.group), None)
-        if why := run.why or (f"a duplicate of {same.name}" if same else ""):
+        key = (run.group, run.params, run.tokens, run.loss)
+        if why := run.why or (f"a duplicate of {chosen[key].name}" if key in chosen else ""):
             left_out.append({"run": run.name, "group": run.group, "why": why})
         else:
             chosen[key] = run

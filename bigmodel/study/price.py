@@ -22,6 +22,7 @@ UNITS = {
     "s": ("total_s", 1.0), "min": ("total_s", 60.0), "h": ("total_s", 3600.0), "d": ("total_s", 86400.0),
     "$": ("dollars", 1.0), "kwh": ("kwh", 1.0), "flop": ("total_flops", 1.0),
 }  # fmt: skip
+PUE = receipt.ASSUMPTIONS["pue"][0]
 Price = dict[str, float]  # total_s, total_flops and, where they are known, kwh and dollars
 NUMBER = re.compile(r"dense<-?[\d.]+(?:E[+-]?\d+)?> : tensor<(?:f|bf)\d+>", re.IGNORECASE)  # not a whole one
 
@@ -100,7 +101,7 @@ def of_receipt(made: Mapping[str, Any]) -> Price:
     return {key: float(made[key]) for key, _ in UNITS.values() if made.get(key) is not None}
 
 
-def spent(directory: pathlib.Path, planned: Mapping[str, float]) -> Price:
+def spent(directory: pathlib.Path, planned: Mapping[str, float], pue: float = PUE) -> Price:
     """The price that a run has cost so far, by its ledger.json; {} before it has one.
 
     Args:
@@ -114,7 +115,7 @@ def spent(directory: pathlib.Path, planned: Mapping[str, float]) -> Price:
     out = {"total_s": ledger["total_s"], "total_flops": ledger["model_flops"]}
     out |= {key: share * planned[key] for key in ("dollars", "kwh") if key in planned}
     if "joules" in ledger and "kwh" in planned:
-        out["kwh"] = ledger["joules"] / 3.6e6 * receipt.ASSUMPTIONS["pue"][0]
+        out["kwh"] = ledger["joules"] / 3.6e6 * pue
     return out
 
 

@@ -45,6 +45,7 @@ class Definition:
     metric: str  # of an evaluation, such as eval/test/loss
     maximize: bool
     sampler: str = ""  # "": a grid
+    space: tuple[str, ...] = ()  # of a search, as --over gives it; a grid may grow
     prune: str = "none"
 
     def __post_init__(self) -> None:
@@ -148,6 +149,11 @@ class Study:
                 )
         return list(found.values())
 
+    def results(self) -> list[tuple[Settings, float]]:
+        """Settings and values of the trials that ended by themselves; one that diverged has the worst."""
+        rows = [row for row in self.rows() if row.state in ("complete", "diverged")]
+        return [(row.settings, row.value) for row in rows if row.value is not None]
+
     # ------------------------------------------------------------------------------------------- the next one
 
     def next_trial(self, count: int) -> Any | None:
@@ -195,16 +201,17 @@ class Runner:
 
     def __init__(
         self, study: Study, command: Sequence[str], pricer: Callable[[Settings], Price], *, count: int = 0,
-        jobs: int = 1, cap: Cap | None = None,
+        jobs: int = 1, cap: Cap | None = None, pue: float = price.PUE,
     ) -> None:  # fmt: skip
         """Args:
         command: trains one trial; `--config.KEY=VALUE` and `--workdir=DIR` are added.
         pricer: the planned price of a trial's settings.
         count: trials of a search, in all.
         jobs: trials at a time.
+        pue: power usage effectiveness, which `pricer` counts too.
         """
         self.study, self.command, self.pricer = study, command, pricer
-        self.count, self.jobs, self.cap = count, jobs, cap
+        self.count, self.jobs, self.cap, self.pue = count, jobs, cap, pue
         self.running: list[_Job] = []
         self.unpaid: str = ""  # the first trial that the cap does not pay for
         self.stopping = threading.Event()
@@ -226,15 +233,26 @@ class Runner:
             self._stop_all()
 
     def spent(self) -> Price:
-        """The price of all that ran or runs: by the ledgers, or for what runs by the plan if that is more."""
-        beyond, now = self.beyond_plan(), {job.name for job in self.running}
-        prices = []
+        """The price of all that ran, by the ledgers."""
+        return price.total([found for row in self.study.rows() if (found := self._spent(row))])
+
+    def _spent(self, row: Row) -> Price:
+        return price.spent(row.directory, self.pricer(row.settings), self.pue)
+
+    def committed(self, name: str) -> Price:
+        """The price of all that ran, runs here or on other hosts, and of the trial `name`.
+
+        A trial that has not ended costs the plan and `beyond_plan`, or what it spent if that is more.
+        """
+        beyond, prices = self.beyond_plan(), []
         for row in self.study.rows():
-            so_far = price.spent(row.directory, self.pricer(row.settings))
-            if row.name in now:
+            so_far = self._spent(row)
+            if row.state == "running" or row.name == name:
                 planned = self.pricer(row.settings)
-                planned = {key: value + beyond.get(key, 0.0) for key, value in planned.items()}
-                so_far = {key: max(value, so_far.get(key, 0.0)) for key, value in planned.items()}
+                so_far = {
+                    key: max(value + beyond.get(key, 0.0), so_far.get(key, 0.0))
+                    for key, value in planned.items()
+                }
             if so_far:
                 prices.append(so_far)
         return price.total(prices)
@@ -244,8 +262,7 @@ class Runner:
         extra = []
         for row in self.study.rows():
             if row.state == "complete":
-                planned = self.pricer(row.settings)
-                spent = price.spent(row.directory, planned)
+                planned, spent = self.pricer(row.settings), self._spent(row)
                 extra.append({key: spent.get(key, value) - value for key, value in planned.items()})
         return {key: value / len(extra) for key, value in price.total(extra).items()}
 
@@ -256,7 +273,7 @@ class Runner:
         if trial is None:
             return False
         name, settings = trial.user_attrs["name"], trial.user_attrs["settings"]
-        if self.cap and not self._pays_for(settings):
+        if self.cap and self.committed(name).get(self.cap.key, 0.0) > self.cap.amount:
             self.unpaid = name
             _release(trial)
             return False
@@ -277,11 +294,6 @@ class Runner:
         self.running.append(_Job(trial, name, directory, process))
         return True
 
-    def _pays_for(self, settings: Settings) -> bool:
-        assert self.cap is not None
-        each = (self.spent(), self.pricer(settings), self.beyond_plan())
-        return sum(part.get(self.cap.key, 0.0) for part in each) <= self.cap.amount
-
     def _look_after(self, job: _Job) -> None:
         """Reports a trial's evaluations, stops it where the pruner says so, and notes how it ended."""
         code = job.process.poll()
@@ -296,7 +308,10 @@ class Runner:
         last = value[-1][1] if value else None
         if job.pruned:
             self._tell(job, "pruned", last)
-        elif code == 0 and last is not None:
+        elif code == 0:
+            if last is None:
+                _release(job.trial)
+                raise InputError(self._no_metric(job))
             self._tell(job, "complete", last)
         elif code == DIVERGED:
             self._tell(job, "diverged", -math.inf if self.study.definition.maximize else math.inf)
@@ -306,6 +321,11 @@ class Runner:
             self.stopping.set()
         else:
             self._tell(job, "failed", None)
+
+    def _no_metric(self, job: _Job) -> str:
+        known = ", ".join(log.last_evaluation(job.directory)) or "no evaluation"
+        metric = self.study.definition.metric
+        return f"trial {job.name} has no {metric}, but {known}; choose one by --metric, with another --study"
 
     def _report(self, job: _Job) -> None:
         for step, value in _values(job.directory, self.study.definition.metric):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,18 +108,9 @@ def name(settings: Settings) -> str:
     """A directory's name, such as `lr=0.01,seed=2`; unique among trials of the same keys."""
     last = [key.rpartition(".")[2] for key in settings]
     keys = last if len(set(last)) == len(last) else list(settings)
-    text = ",".join(f"{key}={value}" for key, value in zip(keys, settings.values(), strict=True))
-    text = re.sub(r"[^\w=,.+\-]", "_", text)
-    if (
-        not text
-        or len(text) > LONGEST
-        or text != ",".join(f"{key}={value}" for key, value in zip(keys, settings.values(), strict=True))
-    ):
-        text = f"{text[: LONGEST - 9].strip(',')}-{_digest(settings)}"
-    return text
-
-
-def _digest(settings: Settings) -> str:
-    import hashlib
-
-    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
+    plain = ",".join(f"{key}={value}" for key, value in zip(keys, settings.values(), strict=True))
+    text = re.sub(r"[^\w=,.+\-]", "_", plain)
+    if text == plain and 0 < len(text) <= LONGEST:
+        return text
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
+    return f"{text[: LONGEST - 9].strip(',')}-{digest}"
