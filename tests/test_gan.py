@@ -185,11 +185,9 @@ def test_flops_are_those_of_the_step():
         if not keys:  # no gradient of latents and real images, nor of fakes for the discriminator's own sake
             unneeded = 2 * images * 8 * 4 * 4 * 32 + 2 * first
             assert counted == 3 * generator + 7 * discriminator - unneeded
-        task = tasks.make(part.config)
-        step = functools.partial(program.gradients, part.model, task, 1, None, frozen={})
+        step = functools.partial(program.gradients, program.Step(part.config, part.model, part.task, 1))
         with mesh.plain():
-            spec = part.state_spec
-            compiled = jax.jit(step).lower(spec, part.batch_spec, trained=spec["params"]).compile()
+            compiled = jax.jit(step).lower(part.state_spec, part.batch_spec).compile()
         theirs = compiled.cost_analysis()["flops"]
         assert counted == pytest.approx(theirs, rel=0.15), keys
 
