@@ -31,6 +31,7 @@ from bigmodel.infer.decode import LanguageModel, context
 from bigmodel.models import cache
 from bigmodel.program import Program, State
 
+INNER = ("losses", "aux_logits", "features")  # outputs that training alone reads: not exported
 PLATFORMS = ("cpu", "cuda", "tpu")
 Inputs = Mapping[str, Any]
 
@@ -99,7 +100,7 @@ def _forward(built: Program) -> tuple[Callable[..., Any], Inputs]:
 
     def forward(params: Any, rest: Any, batch: Inputs) -> Any:
         outputs, _ = model.apply(params, rest, batch, key=None, train=False)
-        read = {name: x for name, x in outputs.items() if name not in ("losses", "aux_logits", "features")}
+        read = {name: x for name, x in outputs.items() if name not in INNER}
         return read["logits"] if read.keys() == {"logits"} else read
 
     (b,) = export.symbolic_shape("b")
