@@ -14,7 +14,6 @@ import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from bigmodel import log, workdir
 from bigmodel.config import InputError
+from bigmodel.machines import processes
 from bigmodel.study import price, trials
 from bigmodel.study.price import Cap, Price
 from bigmodel.study.trials import Settings, Space
@@ -33,7 +33,6 @@ POLL_S = 0.2
 BEAT_S, DEAD_S = 10.0, 60.0  # how often a host says that its trial is alive; when others may take it over
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("none", "median", "halving")
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ class Runner:
         _await_free(directory)
         with (directory / "output.txt").open("ab") as output:
             process = subprocess.Popen(
-                die_with_parent([*self.command, *overrides, f"--workdir={directory}"]),
+                processes.die_with_parent([*self.command, *overrides, f"--workdir={directory}"]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -390,14 +389,3 @@ def _is_alive(attrs: Mapping[str, Any]) -> bool:
     if owner["host"] == socket.gethostname() and not pathlib.Path(f"/proc/{owner['pid']}").exists():
         return False
     return bool(time.time() - owner["time"] < DEAD_S)
-
-
-def die_with_parent(command: Sequence[str]) -> list[str]:
-    """The command, which Linux sends SIGTERM when its parent is killed: a run then saves, and ends."""
-    if sys.platform != "linux":
-        return list(command)
-    first = (
-        f"import ctypes, os, sys as s; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGTERM)}); "
-        "os.execvp(s.argv[1], s.argv[1:])"
-    )
-    return [sys.executable, "-c", first, *command]
