@@ -10,7 +10,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(command: Sequence[str]) -> list[str]:
-    """Returns the command, to which Linux sends SIGTERM when its parent is killed: a run then saves, and ends."""
+    """Returns a command that Linux sends SIGTERM when its parent is killed: a run then saves, and ends."""
     if sys.platform != "linux":
         return list(command)
     first = (
