@@ -76,7 +76,7 @@ def add_up(before: Mapping[str, Any], session: dict[str, Any]) -> dict[str, Any]
 
     Args:
         before: the content of ledger.json when the session began; {} if there was none.
-        session: `Ledger.report`.
+        session: `Ledger.report`, and its price.
     """
     earlier = before.get("sessions", [before] if before else [])
     sessions = [each for each in earlier if isinstance(each, dict) and _is_report(each)] + [session]
@@ -92,8 +92,12 @@ def add_up(before: Mapping[str, Any], session: dict[str, Any]) -> dict[str, Any]
         "step_s": seconds.get("step", 0.0) / steps if steps else None,
         "sessions": sessions,
     }
-    if all("joules" in each for each in sessions):
-        out["joules"] = sum(each["joules"] for each in sessions)
+    for key in ("joules", "chip_hours", "dollars", "kwh"):
+        if all(key in each for each in sessions):
+            out[key] = sum(each[key] for each in sessions)
+        else:
+            out.pop(key, None)
+    if "joules" in out:
         out["step_j"] = sum(each["step_j"] * each["steps"] for each in sessions) / max(steps, 1)
         out["joules_from"] = "; ".join(dict.fromkeys(each["joules_from"] for each in sessions))
     return out

@@ -1,7 +1,7 @@
 """Trains a config in a directory: plan, restore, then the loop of bigmodel/training/loop.py.
 
 Exit codes (`Result.exit_code`, and what scripts/train.py exits with):
-    0   done: `steps` steps are trained and saved, or eval.patience or a callback ended the run
+    0   done: `steps` steps are trained and saved, or eval.patience, a callback or the budget ended the run
     2   bad input (InputError); nothing was overwritten
     3   the loss or the gradient is not finite (NotFinite); the last good checkpoint stays the newest
     4   the program compiled for this mesh is wrong (selfcheck.WrongProgram); no step was trained
@@ -31,7 +31,7 @@ from bigmodel.metrics import Sums
 from bigmodel.plan import fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import State, steps_left
-from bigmodel.training import ending
+from bigmodel.training import ending, spending
 from bigmodel.training.loop import Loop, Run
 from bigmodel.training.records import Callback, Event, NotFinite, Result
 
@@ -88,12 +88,22 @@ def run(
                 }
                 start.agree_on_data(train_data, *eval_data.values())
             log.say(preview.division(config, train_data, eval_data))
-            the_program = planner.build_within_budget(config, the_mesh)
+            before = workdir.read_json(path / "ledger.json") if first else {}
+            known = spending.Start(
+                last=start.last_config(path),
+                newest=start.newest_step(path) or 0,
+                before=before,
+                data=train_data,
+                evaluated=sum(map(len, eval_data.values())),
+                ledger=spent,
+                force=force,
+            )
+            the_program = spending.build(known, config, the_mesh)
         the_run = Run(the_program, path, train_data, eval_data, spent, end, callbacks)
-        return _train(the_run, stack, force)
+        return _train(the_run, stack, before, force)
 
 
-def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
+def _train(run: Run, stack: contextlib.ExitStack, before: dict[str, Any], force: bool) -> Result:
     config = run.program.config
     checkpoints = stack.enter_context(
         Checkpoints(
@@ -109,8 +119,9 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
     checkpoints.best = best.step
     _check_best(run, best)
     enough = 0 < config.eval.patience <= best.since
+    used_up = spending.is_used_up(config, before)
     # Compiled before any array exists: what the step takes is known then. A run that is done needs none.
-    compiled = None if newest >= config.steps or enough else _compile(run, force)
+    compiled = None if newest >= config.steps or enough or used_up else _compile(run, force)
     with (
         run.ledger.timing("restore"),
         log.doing(f"start     {'reading a checkpoint' if newest else 'making the first state'}"),
@@ -119,8 +130,8 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
         state = start.initial_state(run.program, run.path, checkpoints)
     first_step = int(state["step"])
     left = steps_left(config, state)
-    if not left or enough:
-        key = "steps" if not left else "eval.patience"
+    if not left or enough or used_up:
+        key = "eval.patience" if enough and left else "budget" if config.budget else "steps"
         log.say(f"done: {run.path} is at step {first_step:,} of {config.steps:,}; raise {key} to go on")
         values = log.last_evaluation(run.path)
         return Result(DONE, first_step, values, run.path, run.program, state, best.step)
@@ -129,13 +140,14 @@ def _train(run: Run, stack: contextlib.ExitStack, force: bool) -> Result:
         receipt = planner.of_run(run.program, compiled, left)
     log.say("\n".join(receipts.table(receipt)))
     checked = _check_gradient(run, state, receipt, first_step)
-    before = _write_start(run, receipt, first_step)
+    spends = spending.Spending(config, before, run.ledger, run.program.mesh)
+    _write_start(run, receipt, first_step)
     if checked is not None:
         selfcheck.refuse_wrong(checked, config)
     writer = stack.enter_context(
         log.Writer(run.path, first_step=first_step, tensorboard=config.log.tensorboard)
     )
-    loop = Loop(run, compiled, state, checkpoints, writer, receipt, spent_before=before)
+    loop = Loop(run, compiled, state, checkpoints, writer, receipt, spending=spends)
     loop.ends_at, loop.checked, loop.best = first_step + left, checked, best
     if first_step:
         loop.sums = Sums(checkpoints.meta(first_step).get("interval"))
@@ -178,13 +190,12 @@ def _check_gradient(
     return found
 
 
-def _write_start(run: Run, receipt: receipts.Receipt, first_step: int) -> dict[str, Any]:
-    """Writes the config and the plan. -> the ledger of the sessions before this one."""
+def _write_start(run: Run, receipt: receipts.Receipt, first_step: int) -> None:
+    """Writes the config and the plan."""
     if first_step:
         log.say(f"resuming from step {first_step:,}")
     if jax.process_index() != 0:
-        return {}
+        return
     workdir.write_config(run.path, run.program.config)
     plan = run.path / "plan.json"
     workdir.write_json(plan, receipts.add_up(workdir.read_json(plan), receipt, first_step))
-    return workdir.read_json(run.path / "ledger.json")

@@ -1,6 +1,62 @@
-"""Numbers as text: 1.2 G, 3.4 GiB, 4.63 ms, 5 min."""
+"""Numbers as text (1.2 G, 3.4 GiB, 4.63 ms, 5 min), and text as the most to spend (2h, $50, 3kwh)."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# A cap's unit -> (the key of a receipt that counts it, how many of the key's unit it is).
+SPENT = {
+    "s": ("total_s", 1.0), "min": ("total_s", 60.0), "h": ("total_s", 3600.0), "d": ("total_s", 86400.0),
+    "chip-hours": ("chip_hours", 1.0), "$": ("dollars", 1.0), "kwh": ("kwh", 1.0),
+    "flop": ("total_flops", 1.0),
+}  # fmt: skip
+AMOUNTS = "2h, 90min, 512chip-hours, $50, 3kwh or 1e18flop"
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The most that may be spent, of one of a price's keys."""
+
+    key: str
+    amount: float
+    text: str  # as it was given
+
+    def of(self, price: Mapping[str, float]) -> float:
+        return price[self.key]
+
+    def __str__(self) -> str:
+        return f"{quantity(self.amount)}FLOP" if self.key == "total_flops" else self.text
+
+
+def cap(given: str | float) -> Cap | None:
+    """Reads `2h`, `90min`, `512chip-hours`, `$50`, `3kwh`, `1e18flop`; "" and 0: None.
+
+    Args:
+        given: text, or a number of FLOPs.
+
+    Raises:
+        ValueError: no such unit, or no number above 0; the message says what to give.
+    """
+    if not given:
+        return None
+    text = str(given).strip()
+    if isinstance(given, float | int):
+        number, unit = text, "flop"
+    elif text.startswith("$"):
+        number, unit = text[1:], "$"
+    else:
+        found = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)\s*([a-z-]+)", text, re.IGNORECASE)
+        number, unit = found.groups() if found else ("", "")
+    try:
+        key, one = SPENT[unit.lower()]
+        value = float(number) * one
+        if not 0 < value < float("inf"):
+            raise ValueError
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"give an amount above 0 and its unit, such as {AMOUNTS}") from error
+    return Cap(key, value, text)
 
 
 def quantity(x: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import io
 import math
@@ -25,7 +26,7 @@ if not accelerators.found():
     accelerators.keep_to_cpu()  # before anything imports JAX
 
 from bigmodel import config as config_lib
-from bigmodel import disk, workdir
+from bigmodel import disk, units, workdir
 from bigmodel.config import InputError
 from bigmodel.training import ending
 
@@ -159,8 +160,16 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
     return list(tree.items())
 
 
+def cap(text: str, flag: str) -> units.Cap | None:
+    """The most to spend that a flag gives, such as 2h or $50; "": None."""
+    try:
+        return units.cap(text)
+    except ValueError as error:
+        raise InputError(f"{flag}={text}: {error}") from error
+
+
 def _assumption(key: str, value: Any) -> tuple[str, float]:
-    keys = ("watts", "pue", "kg_co2e_per_kwh", "dollars_per_chip_hour")
+    keys = [field.name for field in dataclasses.fields(config_lib.Assume)]
     try:
         number = float(value)
         if key not in keys or not 0 <= number < math.inf:

@@ -88,7 +88,7 @@ class _Sweep:
         if not self.metric.startswith(tuple(sets)):
             raise InputError(f"--metric={args.metric}: name one of an evaluation, such as {sets[0]}loss")
         self.maximize = not name.startswith("-") and not LOWER.search(self.metric)
-        self.cap = price.parse_cap(args.cap)
+        self.cap = cli.cap(args.cap, "--cap")
         self.pricer = price.Pricer(args.target, cli.assumptions(args.assume))
         self.definition = sweep.Definition(
             args.config,

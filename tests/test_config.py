@@ -93,7 +93,7 @@ BAD = [  # override -> what the message must name: the key, and the fix
     ("model.n_layer=3", ["did you mean 'model.depth'?"]),
     ("warmup_step=3", ["did you mean 'optim.warmup_steps'?"]),
     ("name=gpt", ["'model.name' or 'task.name'"]),
-    ("zzzz=3", ["'zzzz' is unknown", "known: batch_size"]),
+    ("zzzz=3", ["'zzzz' is unknown", "known: assume, batch_size"]),
     ("model.name=gtp", ["model.name='gtp'", "did you mean 'gpt'?"]),
     ("steps=abc", ["steps='abc'", "whole number such as 1000"]),
     ("steps=1e5", ["steps='1e5'", "whole number"]),

@@ -8,14 +8,17 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import build, tiny
 
 from bigmodel import ledger as ledger_lib
-from bigmodel import train
+from bigmodel import train, units
+from bigmodel.checkpoint.checkpoints import Checkpoints
+from bigmodel.config import InputError
 from bigmodel.ledger import Ledger
 from bigmodel.machines import energy
 from bigmodel.machines.memory import ProcessMemory
 from bigmodel.plan import receipt
+from bigmodel.training.spending import Spending
 
 
 @pytest.fixture
@@ -119,3 +122,80 @@ def test_an_old_ledger_is_a_session_and_damage_is_none():
     assert ledger_lib.add_up(session, session)["steps"] == 4
     for damage in ({"steps": "x"}, {"sessions": [3, None, {"steps": 1}]}, {"sessions": [], "steps": 9}):
         assert ledger_lib.add_up(damage, session)["steps"] == 2
+
+
+# ------------------------------------------------------------------------------------------ the budget
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "amount"),
+    [("2h", "total_s", 7200), ("90min", "total_s", 5400), ("512chip-hours", "chip_hours", 512),
+     ("$50", "dollars", 50), ("3kWh", "kwh", 3), ("1e18flop", "total_flops", 1e18),
+     (1e18, "total_flops", 1e18)],
+)  # fmt: skip
+def test_caps_are_read(text, key, amount):
+    assert (cap := units.cap(text))
+    assert (cap.key, cap.amount) == (key, amount)
+
+
+@pytest.mark.parametrize("text", ["2 weeks", "-1h", "$", "$-3", "0h", "1e999flop", "2", -1.0])
+def test_bad_caps_are_refused(text):
+    with pytest.raises(ValueError, match="such as 2h"):
+        units.cap(text)
+
+
+# A second costs one of each.
+PRICED = {"assume__dollars_per_chip_hour": 3600.0, "assume__watts": 3.6e6, "assume__pue": 1.0}
+
+
+@pytest.mark.parametrize("budget", ["10000s", "$10000", "10000kwh", "2.77778chip-hours"])
+def test_a_budget_counts_all_sessions_and_what_the_end_takes(budget, monkeypatch, tmp_path):
+    monkeypatch.setattr(energy, "RAPL", tmp_path / "nothing")
+    config = tiny("cnn", budget=budget, **PRICED)
+    mesh = build(config).mesh
+    spending = Spending(config, {"total_s": 4000.0}, Ledger(), mesh)
+    assert spending.spent() == pytest.approx(spending.cap.amount * 0.4, rel=0.01)
+    assert not spending.is_spent(5900.0)
+    assert spending.is_spent(6100.0)
+    spending.ending_s = 3000.0
+    assert not spending.is_spent(2900.0)
+    assert spending.is_spent(3100.0)
+    earlier = {"total_s": 1.0, spending.cap.key: spending.cap.amount * 0.9}  # on dearer chips
+    assert not Spending(config, earlier, Ledger(), mesh).is_spent(900.0)
+    assert Spending(config, earlier, Ledger(), mesh).is_spent(1100.0)
+
+
+def test_measured_joules_count_and_not_the_assumed_watts(rapl, monkeypatch):
+    monkeypatch.setattr(energy, "RAPL", rapl)
+    ledger, config = Ledger(), tiny("cnn", budget="1kwh", assume__pue=2.0)
+    ledger.watch(jax.devices()[:1])
+    (rapl / "intel-rapl:0/energy_uj").write_text(str(5000000 + 90_000_000))
+    assert Spending(config, {}, ledger, build(config).mesh).spent() == pytest.approx(2 * 90 / 3.6e6)
+
+
+@pytest.mark.parametrize(("budget", "key"), [("$5", "assume.dollars_per_chip_hour"), ("5 weeks", "budget")])
+def test_a_price_that_is_not_known_is_named(budget, key, tmp_path):
+    with pytest.raises(InputError, match=key):
+        train.run(tiny("cnn", data__name="digits", budget=budget), tmp_path)
+
+
+def test_a_run_ends_where_its_budget_does_and_a_resumed_one_has_what_is_left(tmp_path, capsys):
+    keys = {"data__name": "digits", "eval__batches": 1, "log__tensorboard": False}
+    config = tiny("cnn", budget="60min", assume__dollars_per_chip_hour=1.0, **keys)
+    stop = [lambda event: True]  # at the first line of the log
+    first = train.run(config, tmp_path, callbacks=stop)
+    assert first.program.config.steps > 1000  # planned by the time that a step takes
+    spent = read(tmp_path, "ledger.json")
+    assert spent["dollars"] == pytest.approx(spent["total_s"] * first.program.mesh.size / 3600)
+    later = {**spent["sessions"][0], "total_s": 3600 - 1.2 * spent["total_s"]}  # as if it had gone on
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger_lib.add_up({}, later)))
+    second = train.run(config, tmp_path)
+    said = capsys.readouterr().out
+    assert (second.exit_code, second.step > first.step) == (0, True)
+    assert second.program.config.steps == first.program.config.steps  # the schedule is as it was
+    assert f"60min is spent at step {second.step:,}" in said
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest() == second.step
+    third = train.run(config, tmp_path)
+    assert third.step == second.step
+    assert "raise budget to go on" in capsys.readouterr().out

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script, start_script
 
+from bigmodel import units
 from bigmodel.config import InputError
 from bigmodel.study import compare, price, trials
 from bigmodel.study.sweep import Definition, Runner, Study
@@ -122,22 +123,6 @@ def test_a_configs_own_values_can_be_given_as_flags():
 # ---------------------------------------------------------------------------------------------- the price
 
 
-@pytest.mark.parametrize(
-    ("text", "key", "amount"),
-    [("2h", "total_s", 7200), ("90min", "total_s", 5400), ("$50", "dollars", 50), ("3kWh", "kwh", 3),
-     ("1e18flop", "total_flops", 1e18)],
-)  # fmt: skip
-def test_caps_are_read(text, key, amount):
-    assert (cap := price.parse_cap(text))
-    assert (cap.key, cap.amount) == (key, amount)
-
-
-@pytest.mark.parametrize("text", ["2", "2 weeks", "-1h", "$", "$-3", "0h", "1e999flop"])
-def test_bad_caps_are_named(text):
-    with pytest.raises(InputError, match="--cap="):
-        price.parse_cap(text)
-
-
 def test_programs_that_differ_in_numbers_alone_are_compiled_once():
     from bigmodel import config as config_lib
 
@@ -156,7 +141,7 @@ def test_programs_that_differ_in_numbers_alone_are_compiled_once():
 
 
 def test_the_cap_is_kept_within_a_trials_price(tmp_path):
-    cap = price.parse_cap("35s")  # each is planned at 9 s and takes 10
+    cap = units.cap("35s")  # each is planned at 9 s and takes 10
     made = study(tmp_path, ["x=0:8"])
     made.enqueue(made.space.grid())
     runner = Runner(made, fake(tmp_path), priced, cap=cap)
@@ -164,7 +149,7 @@ def test_the_cap_is_kept_within_a_trials_price(tmp_path):
     assert len(starts(tmp_path)) == 3
     assert runner.spent()["total_s"] == 30
     assert runner.unpaid == "x=3"
-    Runner(made, fake(tmp_path), priced, cap=price.parse_cap("100s")).run()
+    Runner(made, fake(tmp_path), priced, cap=units.cap("100s")).run()
     assert starts(tmp_path) == [f"x={i}" for i in range(8)]
 
 

@@ -24,7 +24,7 @@ from bigmodel import data, log, train, workdir
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.checkpoint.digests import digest
 from bigmodel.config import Config, InputError
-from bigmodel.plan import estimate, flops
+from bigmodel.plan import flops, receipt
 
 TEXT = {"model__vocab_size": 264, "seq_len": 32, "log__every_steps": 2, "eval__batches": 2}
 # Everything that a state can hold, and everything random: a resume must bring back all of it.
@@ -112,8 +112,8 @@ def test_the_cnn_learns_digits(tmp_path):
 @pytest.mark.parametrize(("share", "count"), [(1e-3, 1), (1.0, 1), (2.9, 2), (3.0, 3)])
 def test_a_budget_decides_the_steps(share, count):
     part = build(tiny("cnn"))
-    rich = dataclasses.replace(part, config=part.config.replace(budget=share * flops.model_flops(part)))
-    assert estimate.steps_for_budget(rich) == count
+    one = {"total_flops": flops.model_flops(part)}
+    assert receipt.affordable(part.config.replace(budget=share * one["total_flops"]), one) == count
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 1), (3.5, 3)])

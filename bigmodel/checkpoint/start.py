@@ -39,8 +39,7 @@ def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
         InputError: the workdir is not what `resume` asks for; on every host, that they differ.
     """
     check_resume(path, resume)
-    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        newest = checkpoints.latest()
+    newest = newest_step(path)
     if newest is None and jax.process_index() == 0:
         fitted.forget(path)
     about = {"--resume": resume, "newest checkpoint": newest, "jax": jax.__version__}
@@ -51,8 +50,13 @@ def agree(config: Config, path: pathlib.Path, resume: Resume) -> None:
 
 def last_config(path: pathlib.Path) -> Config | None:
     """Returns the config of the run in `path`; None where it saved no step."""
+    return workdir.last_config(path) if newest_step(path) is not None else None
+
+
+def newest_step(path: pathlib.Path) -> int | None:
+    """Returns the step of the newest checkpoint of the run in `path`; None without any."""
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        return workdir.last_config(path) if checkpoints.latest() is not None else None
+        return checkpoints.latest()
 
 
 def agree_on_data(*pipelines: Pipeline) -> None:

@@ -8,7 +8,18 @@ from bigmodel.config.data import Data
 from bigmodel.config.files import describe, difference, from_dict, load, override, parse_arg, sweep
 from bigmodel.config.optim import OTHERS, Group, Optim
 from bigmodel.config.parsing import InputError
-from bigmodel.config.run import Check, Checkpoint, Config, Eval, Log, Mesh, eval_sets, flatten, to_dict
+from bigmodel.config.run import (
+    Assume,
+    Check,
+    Checkpoint,
+    Config,
+    Eval,
+    Log,
+    Mesh,
+    eval_sets,
+    flatten,
+    to_dict,
+)
 from bigmodel.config.task import (
     GAN,
     LM,
@@ -29,6 +40,7 @@ __all__ = [
     "LM",
     "MLM",
     "OTHERS",
+    "Assume",
     "Check",
     "Checkpoint",
     "Classify",

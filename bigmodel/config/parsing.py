@@ -167,9 +167,9 @@ def parse(text: str, hint: Any, key: str) -> Any:
     """Text -> a value of type `hint`; the error says what was expected."""
     options = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
-        if text.lower() in ("none", "null"):
+        if type(None) in options and text.lower() in ("none", "null"):
             return None
-        return parse(text, options[0], key)
+        return text if str in options[1:] and not _is_number(text) else parse(text, options[0], key)
     if typing.get_origin(hint) is Literal:
         if text not in options:
             raise InputError(f"{key}={text!r} is unknown; choose one of {', '.join(map(str, options))}")
@@ -191,6 +191,14 @@ def parse(text: str, hint: Any, key: str) -> Any:
         raise InputError(f"{key}={text!r} is not {expected}") from error
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _parse_bool(text: str) -> bool:
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
@@ -201,7 +209,10 @@ def _parse_bool(text: str) -> bool:
 def _typed(value: Any, hint: Any, key: str) -> Any:
     """A Python value, checked against `hint`; a whole number may stand for a float, nothing else may."""
     if isinstance(hint, types.UnionType):
-        return None if value is None else _typed(value, typing.get_args(hint)[0], key)
+        options = typing.get_args(hint)
+        if (value is None and type(None) in options) or (isinstance(value, str) and str in options):
+            return value
+        return _typed(value, options[0], key)
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(_typed(item, typing.get_args(hint)[0], key) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

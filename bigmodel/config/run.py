@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bigmodel import units
 from bigmodel.config import parsing, ranges
 from bigmodel.config.adapt import Distill, Init, Lora, Prune, Quantize
 from bigmodel.config.data import Data
@@ -57,12 +58,28 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Assume:
+    """Figures that prices count with; none: the chip's or a published one. --assume takes them too."""
+
+    dollars_per_chip_hour: float | None = None
+    watts: float | None = None  # of a chip under load, with its share of the host
+    pue: float | None = None  # power usage effectiveness of the building
+    kg_co2e_per_kwh: float | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes. `workdir` and `resume` are flags, not config."""
 
     seed: int = 0
     steps: int = 1000  # updates; steps that float16's loss scale skips come on top
-    budget: float = 0.0  # training FLOPs; when set, it decides `steps`
+    # What all sessions of the run may spend together: 2h, 512chip-hours, $50, 3kwh, 1e18flop (a bare number:
+    # FLOPs); it decides `steps`, and the run ends where it is spent. 0: off
+    budget: float | str = 0.0
     batch_size: int = 32  # examples a step, over the whole mesh
     microbatches: int = 0  # gradient accumulation; 0: 1, but on a CPU pieces of about 1,024 tokens
     seq_len: int = 256
@@ -84,6 +101,7 @@ class Config:
     check: Check = Check()
     eval: Eval = Eval()
     log: Log = Log()
+    assume: Assume = Assume()
 
     def replace(self, **changes: Any) -> Config:
         return dataclasses.replace(self, **changes)
@@ -170,9 +188,16 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     for key, value in counts.items():
         if value < 1:
             yield key, f"is {value}: set it to 1 or more"
-    for key in ("seed", "microbatches", "budget"):
+    for key in ("seed", "microbatches"):
         if getattr(c, key) < 0:
             yield key, f"is {getattr(c, key)}: set it to 0 or more"
+    try:
+        units.cap(c.budget)
+    except ValueError as error:
+        yield "budget", f"is {c.budget!r}: {error}"
+    for key, price in c.assume.given.items():
+        if price < 0:
+            yield f"assume.{key}", f"is {price}: set it to 0 or more"
     if c.seq_len < (least := c.task.least_seq_len):
         yield "seq_len", f"is {c.seq_len}: task.name={c.task.name} needs {least} or more"
     if c.microbatches and c.batch_size % c.microbatches:

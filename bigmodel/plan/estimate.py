@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from bigmodel import optim, trees
-from bigmodel.plan import flops, hlo, schedule
+from bigmodel.plan import hlo, schedule
 from bigmodel.plan.compiled import Compiled
 from bigmodel.plan.costs_chip import attention_flops, gemm_flops
 from bigmodel.plan.hlo import Instruction, Module
@@ -94,8 +94,3 @@ class _OneFlopASecond:
 
     def stream(self, transfer: Transfer) -> str:
         return ""
-
-
-def steps_for_budget(program: Program) -> int:
-    """Number of steps that `config.budget` training FLOPs buy, at least one."""
-    return max(int(program.config.budget // flops.model_flops(program)), 1)

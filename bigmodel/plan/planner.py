@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from bigmodel import disk, log, mesh, program, tasks, units
-from bigmodel.config import Config, InputError, ranges
+from bigmodel.config import Config, InputError
 from bigmodel.machines import chips
-from bigmodel.plan import candidates, estimate, receipt, target
+from bigmodel.plan import candidates, estimate, flops, receipt, target
 from bigmodel.plan import compiled as compiled_lib
 from bigmodel.plan import machine as machine_lib
 from bigmodel.plan.compiled import Compiled
@@ -76,7 +76,7 @@ def build(config: Config, aim: Target) -> Program:
 
 
 def build_within_budget(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
-    """Builds the Program; a budget is first turned into steps, which the learning rate's schedule needs.
+    """Builds the Program; a budget in FLOPs becomes steps first, which the learning rate's schedule needs.
 
     Raises:
         InputError: the budget buys more steps than a counter holds; and as `program.build`.
@@ -85,10 +85,8 @@ def build_within_budget(config: Config, the_mesh: jax.sharding.Mesh) -> Program:
     built = program.build(config, the_mesh, spec)
     if not config.budget:
         return built
-    config = config.replace(steps=estimate.steps_for_budget(built))
-    if config.steps > ranges.INT32:
-        raise InputError(f"budget is {config.budget}, which buys {config.steps:,} steps; set it lower")
-    log.say(f"budget    {units.quantity(config.budget)}FLOP buys {config.steps:,} steps")
+    config = config.replace(steps=receipt.affordable(config, {"total_flops": flops.model_flops(built)}))
+    log.say(f"budget    {units.cap(config.budget)} buys {config.steps:,} steps")
     return program.build(config, the_mesh, spec)
 
 

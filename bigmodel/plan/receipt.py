@@ -9,6 +9,8 @@ import time
 from collections import defaultdict
 from typing import Any
 
+from bigmodel import units
+from bigmodel.config import Config, InputError, ranges
 from bigmodel.machines.chips import Chip
 from bigmodel.plan import estimate, flops, schedule
 from bigmodel.plan.compiled import Compiled
@@ -42,7 +44,6 @@ def make(
         steps, source: as `Machine.step` gives them.
     """
     config, target, spread = program.config, machine.target, source.uncertainty
-    count = config.steps if steps_left is None else steps_left
     unit = "tokens" if "tokens" in program.batch_spec else "examples"
     tokens = config.batch_size * (config.seq_len if unit == "tokens" else 1)
     step_flops = flops.model_flops(program)
@@ -59,26 +60,27 @@ def make(
         "parameters": estimate.parameters(program.model.plain_spec),
         "active_parameters": estimate.active_parameters(program),
         "trained_parameters": estimate.trained_parameters(program),
-        "steps": count,
         "microbatches": program.pieces,
         "unit": unit,  # which the keys with `token` count
         "tokens_per_step": tokens,
         "model_flops_per_step": step_flops,
         "model_flops_per_token": step_flops / tokens,
         "formula_flops_per_token": by_formula,
-        "total_flops": step_flops * count,
         **estimate.memory(program, compiled, machine),
         "step_s": steps.total_s,
         "step_s_range": [steps.total_s / (1 + spread), steps.total_s * (1 + spread)],
         "breakdown_s": steps.breakdown(),
         "collectives": collectives(steps, program),
         "tokens_per_s_per_chip": tokens / steps.total_s / target.chips,
-        "total_s": steps.total_s * count,
-        "total_s_range": [steps.total_s * count / (1 + spread), steps.total_s * count * (1 + spread)],
         "time_source": source.text,
     }
     r |= _mfu(program, target.chip, r)
-    r |= _price(machine, r, assume or {})
+    figures = config.assume.given | (assume or {})
+    count = config.steps if steps_left is None else steps_left
+    if config.budget and steps_left is None:
+        count = affordable(config, _price(machine, r, 1, figures))
+    r |= _price(machine, r, count, figures)
+    r["total_s_range"] = [r["total_s"] / (1 + spread), r["total_s"] * (1 + spread)]
     r["limited_by"] = limited_by(r)
     r["made_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return r
@@ -97,12 +99,37 @@ def _mfu(program: Program, chip: Chip, r: Receipt) -> Receipt:
     }
 
 
-def _price(machine: Machine, r: Receipt, assume: dict[str, float]) -> Receipt:
-    """Chip-hours, energy, emissions and dollars of the whole run, each with what it assumes."""
+def affordable(config: Config, one: Receipt) -> int:
+    """Steps that `config.budget` pays for, at least one. Args: one: the price of a step.
+
+    Raises:
+        InputError: the price of these chips is not known, or the budget buys more steps than a counter holds.
+    """
+    cap = units.cap(config.budget)
+    assert cap is not None
+    if not one.get(cap.key):
+        key = {"dollars": "dollars_per_chip_hour"}.get(cap.key, "watts")
+        raise InputError(
+            f"budget={cap.text}: its price here is not known; set assume.{key}, for example to 2"
+        )
+    count = max(int(cap.amount // one[cap.key]), 1)
+    if count > ranges.INT32:
+        raise InputError(f"budget is {cap}, which buys {count:,} steps; set it lower")
+    return count
+
+
+def of_a_second(machine: Machine, assume: dict[str, float]) -> Receipt:
+    """The price of a second on all chips, of the parts that are known."""
+    return _price(machine, {"step_s": 1.0, "model_flops_per_step": 0.0}, 1, assume)
+
+
+def _price(machine: Machine, r: Receipt, steps: int, assume: dict[str, float]) -> Receipt:
+    """Time, FLOPs, chip-hours, energy, emissions and dollars of some steps, each with what it assumes."""
     notes = {key: f"{assume.get(key, value)}: {why}" for key, (value, why) in ASSUMPTIONS.items()}
     values = {key: assume.get(key, value) for key, (value, _) in ASSUMPTIONS.items()}
-    hours, chips = r["total_s"] / 3600, machine.target.chips
-    out: Receipt = {"hours": hours, "chip_hours": hours * chips}
+    hours, chips = r["step_s"] * steps / 3600, machine.target.chips
+    out: Receipt = {"steps": steps, "total_flops": r["model_flops_per_step"] * steps}
+    out |= {"total_s": r["step_s"] * steps, "hours": hours, "chip_hours": hours * chips, "pue": values["pue"]}
     watts, why = (assume["watts"], "as given") if "watts" in assume else machine.watts()
     dollars = assume.get("dollars_per_chip_hour", machine.chip.dollars_per_hour)
     if watts:

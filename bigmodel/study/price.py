@@ -9,60 +9,16 @@ import hashlib
 import pathlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from bigmodel import disk, units
 from bigmodel.config import Config, InputError
-from bigmodel.plan import estimate, planner, receipt, target
 from bigmodel.plan import machine as machine_lib
+from bigmodel.plan import planner, receipt, target
 
-# A cap's unit -> (the key of a price, what one of it is in the key's unit).
-UNITS = {
-    "s": ("total_s", 1.0), "min": ("total_s", 60.0), "h": ("total_s", 3600.0), "d": ("total_s", 86400.0),
-    "$": ("dollars", 1.0), "kwh": ("kwh", 1.0), "flop": ("total_flops", 1.0),
-}  # fmt: skip
 PUE = receipt.ASSUMPTIONS["pue"][0]
 Price = dict[str, float]  # total_s, total_flops and, where they are known, kwh and dollars
 NUMBER = re.compile(r"dense<-?[\d.]+(?:E[+-]?\d+)?> : tensor<(?:f|bf)\d+>", re.IGNORECASE)  # not a whole one
-
-
-@dataclass(frozen=True)
-class Cap:
-    """The most that a study may spend: of one of a price's keys."""
-
-    key: str
-    amount: float
-    text: str  # as it was given
-
-    def of(self, price: Mapping[str, float]) -> float:
-        return price[self.key]
-
-
-def parse_cap(text: str) -> Cap | None:
-    """`2h`, `90min`, `$50`, `3kwh`, `1e18flop` -> a Cap; "": None.
-
-    Raises:
-        InputError: no such unit, or an amount that is not above 0.
-    """
-    if not text:
-        return None
-    number, unit = (text[1:], "$") if text.startswith("$") else _divided(text)
-    try:
-        key, one = UNITS[unit.lower()]
-        amount = float(number) * one
-        if not 0 < amount < float("inf"):
-            raise ValueError
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"--cap={text}: give an amount above 0 and its unit, such as 2h, 90min, $50, 3kwh or 1e18flop"
-        ) from error
-    return Cap(key, amount, text)
-
-
-def _divided(text: str) -> tuple[str, str]:
-    found = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)\s*([a-z]+)", text.strip(), re.IGNORECASE)
-    return (found[1], found[2]) if found else ("", "")
 
 
 class Pricer:
@@ -89,8 +45,7 @@ class Pricer:
             compiled = planner.compile_for(built, aim)
             self._made[key] = (compiled, *machine.step(built, compiled, calibrated=self.calibrated))
         compiled, steps, source = self._made[key]
-        count = estimate.steps_for_budget(built) if config.budget else None
-        made = receipt.make(built, compiled, machine, steps, source, steps_left=count, assume=self.assume)
+        made = receipt.make(built, compiled, machine, steps, source, assume=self.assume)
         if not made["fits"]:
             raise InputError(f"it needs {units.size(-made['headroom_bytes'])} more than a device has")
         return made
@@ -98,7 +53,7 @@ class Pricer:
 
 def of_receipt(made: Mapping[str, Any]) -> Price:
     """The parts of a receipt that a cap can count."""
-    return {key: float(made[key]) for key, _ in UNITS.values() if made.get(key) is not None}
+    return {key: float(made[key]) for key, _ in units.SPENT.values() if made.get(key) is not None}
 
 
 def spent(directory: pathlib.Path, planned: Mapping[str, float], pue: float = PUE) -> Price:
@@ -113,7 +68,7 @@ def spent(directory: pathlib.Path, planned: Mapping[str, float], pue: float = PU
         return {}
     share = ledger["total_s"] / max(planned["total_s"], 1e-12)
     out = {"total_s": ledger["total_s"], "total_flops": ledger["model_flops"]}
-    out |= {key: share * planned[key] for key in ("dollars", "kwh") if key in planned}
+    out |= {key: share * planned[key] for key in ("dollars", "kwh", "chip_hours") if key in planned}
     if "joules" in ledger and "kwh" in planned:
         out["kwh"] = ledger["joules"] / 3.6e6 * pue
     return out

@@ -24,8 +24,9 @@ from bigmodel import log, workdir
 from bigmodel.config import InputError
 from bigmodel.machines import processes
 from bigmodel.study import price, trials
-from bigmodel.study.price import Cap, Price
+from bigmodel.study.price import Price
 from bigmodel.study.trials import Settings, Space
+from bigmodel.units import Cap
 
 STOPPED = (75, 130)  # exit codes of a run that will resume
 DIVERGED = 3

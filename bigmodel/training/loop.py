@@ -29,8 +29,10 @@ from bigmodel.plan import receipt as receipts
 from bigmodel.program import Program, State, steps_left
 from bigmodel.training import ending
 from bigmodel.training.records import Callback, Event, NotFinite, Result
+from bigmodel.training.spending import Spending
 
 SCHEDULED = r"lr(_\w+)?|loss_scale"  # metrics of a step that are settings
+COUNTED_S = 10.0  # how often a run with a budget writes its ledger
 WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
 
 
@@ -71,10 +73,10 @@ class Loop:
         writer: log.Writer,
         receipt: receipts.Receipt,
         *,
-        spent_before: Mapping[str, Any] = MappingProxyType({}),
+        spending: Spending | None = None,
     ) -> None:
         self.run_, self.compiled, self.state = run, compiled, state
-        self.spent_before = spent_before
+        self.spending = spending or Spending(run.program.config, {}, run.ledger, run.program.mesh)
         self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
         self.config, self.ledger = run.program.config, run.ledger
         self.ends_at = self.config.steps  # or later, where float16's loss scale skips steps
@@ -86,7 +88,8 @@ class Loop:
         self.eval_metrics: dict[str, float] = {}
         self.best = Best(self.config.checkpoint.best)
         self.samples: Samples | None = None
-        self.enough = False  # the run ends early: by eval.patience or a callback
+        self.enough = False  # the run ends early: by eval.patience, a callback or its budget
+        self.counted = time.monotonic()
         self.saved = -1
         self.filled = filled(run)
 
@@ -102,6 +105,7 @@ class Loop:
                     with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
                         self.step(step, batch, wait_s)
                     stopping = run.end.should_stop()
+                    self._compare_with_budget(step)
                     last = self._is_last(step) or stopping or self.enough
                     if last or self._is_due(step):
                         stopping = self._pause(step, stopping) or stopping
@@ -237,6 +241,7 @@ class Loop:
         began = time.perf_counter()
         self._read_pending()
         self.ledger.seconds["step"] += time.perf_counter() - began
+        ending = time.perf_counter()
         last = step >= self.ends_at or stopping or self.enough
         if last or step % self.config.checkpoint.every_steps == 0:
             self._save(step)
@@ -246,6 +251,7 @@ class Loop:
             if not stopping:
                 self._compare_with_best(step)
                 self._call("eval", step, self.eval_metrics)
+        self.spending.ending_s = max(self.spending.ending_s, time.perf_counter() - ending)
         self.window.reset()
         return stopping
 
@@ -261,7 +267,8 @@ class Loop:
         """Writes ledger.json: what all sessions of this run have spent so far. Raises InputError."""
         if jax.process_index() == 0:
             report = self.ledger.report(self.receipt["model_flops_per_step"])
-            workdir.write_json(self.run_.path / "ledger.json", ledger.add_up(self.spent_before, report))
+            report |= self.spending.price(report)
+            workdir.write_json(self.run_.path / "ledger.json", ledger.add_up(self.spending.sessions, report))
 
     def _evaluate(self, step: int) -> bool:
         """Evaluates on every set. Returns false when a signal ended it."""
@@ -298,6 +305,17 @@ class Loop:
             log.say(f"stopped   {best.metric} did not improve in {best.since} evaluations (eval.patience)")
             self.enough = True
 
+    def _compare_with_budget(self, step: int) -> None:
+        """Ends the run where its budget is spent; several hosts look at each line of the log alone."""
+        if self.spending.cap is None or (jax.process_count() > 1 and step % self.config.log.every_steps):
+            return
+        if time.monotonic() - self.counted > COUNTED_S:  # a run that is killed has spent what it has spent
+            self.write_ledger()
+            self.counted = time.monotonic()
+        if step < self.ends_at and self.spending.is_spent(sum(self.window.means())):
+            log.say(f"budget    {self.spending.cap} is spent at step {step:,} of {self.ends_at:,}")
+            self.enough = True
+
     def _write_samples(self, step: int, pipeline: Pipeline) -> None:
         if not self.config.eval.samples:
             return
@@ -327,6 +345,8 @@ class Loop:
         """Prints what was spent against what was planned, and draws the curves."""
         report = self.ledger.report(self.receipt["model_flops_per_step"])
         log.say(f"spent     {units.duration(report['total_s'])}, {report['goodput']:.0%} in training steps")
+        if self.spending.cap is not None:
+            log.say(f"          {self.spending.line()}")
         for line in receipts.compare(self.receipt, self._measured(report)):
             log.say(f"          {line}")
         if step:
