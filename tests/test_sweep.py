@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,11 @@ from conftest import ROOT, run_script, start_script
 from bigmodel import units
 from bigmodel.config import InputError
 from bigmodel.study import compare, price, trials
-from bigmodel.study.sweep import Definition, Runner, Study
+from bigmodel.study.order import Definition
+from bigmodel.study.runner import Runner
+from bigmodel.study.sweep import Study
+
+Command = Callable[[dict[str, str]], list[str]]
 
 # Trains nothing: its loss is (x - 0.3)^2 at once, or on a way there of several evaluations.
 FAKE = """
@@ -47,9 +52,10 @@ ledger = {"total_s": 10.0, "model_flops": 1e9}
 """
 
 
-def fake(tmp_path: pathlib.Path, *flags: str) -> list[str]:
+def fake(tmp_path: pathlib.Path, *flags: str) -> Command:
     (tmp_path / "fake.py").write_text(FAKE)
-    return [sys.executable, str(tmp_path / "fake.py"), *flags]
+    command = [sys.executable, str(tmp_path / "fake.py"), *flags]
+    return lambda settings: [*command, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
 def study(path: pathlib.Path, over: list[str], **keys: Any) -> Study:
@@ -61,7 +67,7 @@ def priced(settings: dict[str, str]) -> price.Price:
     return {"total_s": 9.0, "total_flops": 1e9, "dollars": 0.9}
 
 
-def run(path: pathlib.Path, over: list[str], command: list[str], count: int = 0, **keys: object) -> Study:
+def run(path: pathlib.Path, over: list[str], command: Command, count: int = 0, **keys: object) -> Study:
     made = study(path, over, **{k: v for k, v in keys.items() if k in ("sampler", "prune")})
     if not keys.get("sampler"):
         made.enqueue(made.space.grid())
@@ -243,19 +249,21 @@ def test_another_study_in_the_same_directory_is_refused(tmp_path):
 
 HOST = """
 import pathlib, sys
-from bigmodel.study import sweep, trials
-path, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
+from bigmodel.study import order, runner, sweep, trials
+path, storage, command = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 space = trials.parse(["x=0:5"])
-study = sweep.Study(path, sweep.Definition("configs/mlp.py", (), "eval/test/loss", False), space)
+definition = order.Definition("configs/mlp.py", (), "eval/test/loss", False)
+study = sweep.Study(path, definition, space, storage)
 study.enqueue(space.grid())
-sweep.Runner(study, command, lambda settings: {"total_s": 1.0}).run()
+train = lambda settings: [*command, *(f"--config.{key}={value}" for key, value in settings.items())]
+runner.Runner(study, train, lambda settings: {"total_s": 1.0}).run()
 """
 
 
 @pytest.mark.fault
 def test_a_study_killed_again_and_again_loses_nothing_and_runs_nothing_twice(tmp_path):
     command = fake(tmp_path, "--config.evaluations=6", "--config.sleep=0.15")
-    host = [sys.executable, "-c", HOST, str(tmp_path / "study"), *command]
+    host = [sys.executable, "-c", HOST, str(tmp_path / "study"), "", *command({})]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     rng = np.random.default_rng(0)
     for _ in range(5):

@@ -14,9 +14,11 @@ from typing import Any
 from bigmodel import disk, units
 from bigmodel.config import Config, InputError
 from bigmodel.plan import machine as machine_lib
-from bigmodel.plan import planner, receipt, target
+from bigmodel.plan import planner, target
+from bigmodel.plan import receipt as receipts
+from bigmodel.plan.receipt import Receipt
 
-PUE = receipt.ASSUMPTIONS["pue"][0]
+PUE = receipts.ASSUMPTIONS["pue"][0]
 Price = dict[str, float]  # total_s, total_flops and, where they are known, kwh and dollars
 NUMBER = re.compile(r"dense<-?[\d.]+(?:E[+-]?\d+)?> : tensor<(?:f|bf)\d+>", re.IGNORECASE)  # not a whole one
 
@@ -35,8 +37,12 @@ class Pricer:
     def compilations(self) -> int:
         return len(self._made)
 
-    def receipt(self, config: Config) -> receipt.Receipt:
+    def receipt(self, config: Config) -> Receipt:
         """The receipt of a run. Raises as `planner.plan`."""
+        return self.priced(config)[0]
+
+    def priced(self, config: Config) -> tuple[Receipt, str]:
+        """The receipt of a run, and the key of its program. Raises as `planner.plan`."""
         aim = target.of(config, self.spec)
         built, machine = planner.build(config, aim), machine_lib.of(aim)
         text = NUMBER.sub("dense<>", built.lower().as_text())
@@ -45,10 +51,10 @@ class Pricer:
             compiled = planner.compile_for(built, aim)
             self._made[key] = (compiled, *machine.step(built, compiled, calibrated=self.calibrated))
         compiled, steps, source = self._made[key]
-        made = receipt.make(built, compiled, machine, steps, source, assume=self.assume)
+        made = receipts.make(built, compiled, machine, steps, source, assume=self.assume)
         if not made["fits"]:
             raise InputError(f"it needs {units.size(-made['headroom_bytes'])} more than a device has")
-        return made
+        return made, key
 
 
 def of_receipt(made: Mapping[str, Any]) -> Price:
