@@ -20,7 +20,7 @@ class Ledger:
     """Seconds by bucket: start, compile, check, restore, step, input, eval, checkpoint, callbacks, other."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._began, self._began_at = time.perf_counter(), time.time()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._joules: defaultdict[str, float] = defaultdict(float)
         self.steps = 0
@@ -49,6 +49,7 @@ class Ledger:
         total = time.perf_counter() - self._began
         buckets = dict(self.seconds) | {"other": total - sum(self.seconds.values())}
         return {
+            "began_at": round(self._began_at, 3),
             "total_s": total,
             "seconds": {name: round(s, 4) for name, s in buckets.items()},
             "goodput": self.seconds["step"] / total,

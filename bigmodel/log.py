@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -248,10 +249,10 @@ class Progress:
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, oldest first; skips damaged ones with a warning."""
     path = directory / "metrics.jsonl"
-    rows, bad = _rows(path)
-    if bad:
-        logging.getLogger("bigmodel").warning("%s is damaged in %s; left out", path, _numbered(bad))
-    return [row for row, _ in rows]
+    found = read_lines(path)
+    if found.bad:
+        logging.getLogger("bigmodel").warning("%s is damaged in %s; left out", path, numbered(found.bad))
+    return found.rows
 
 
 def last_evaluation(directory: pathlib.Path) -> dict[str, float]:
@@ -326,8 +327,10 @@ def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
     Raises:
         InputError: the new file cannot be written; then nothing changes.
     """
-    rows, bad = _rows(path)
-    content = b"".join(line for row, line in rows if row["step"] <= last_step)
+    found = read_lines(path)
+    bad = found.bad
+    pairs = zip(found.rows, found.lines, strict=True)
+    content = b"".join(line for row, line in pairs if row["step"] <= last_step)
     if not path.exists() or len(content) == path.stat().st_size:
         return
     if bad:
@@ -336,36 +339,51 @@ def _keep_up_to(path: pathlib.Path, last_step: int) -> None:
         disk.write_atomically(damaged, lambda file: file.write(original), "make room")
         logging.getLogger("bigmodel").warning(
             "%s is damaged in %s; the rest goes on, the file as it was is kept as %s",
-            path, _numbered(bad), damaged.name,
+            path, numbered(bad), damaged.name,
         )  # fmt: skip
     disk.write_atomically(path, lambda file: file.write(content), "make room")
 
 
-def _rows(path: pathlib.Path) -> tuple[list[tuple[dict[str, Any], bytes]], list[int]]:
-    """Returns (row, line) of each sound line, and the numbers of the damaged ones.
+@dataclass(frozen=True)
+class Lines:
+    """Sound lines of a metrics.jsonl, and the numbers of the damaged ones."""
 
-    The last line may lack its end, after a kill: it counts as neither."""
+    rows: list[dict[str, Any]]
+    lines: list[bytes]  # of the rows, as they are in the file
+    bad: list[int]
+    every: int = 1  # each `every`-th line was read, and those with an evaluation
+
+
+def read_lines(path: pathlib.Path, most: int = 0) -> Lines:
+    """Reads a metrics.jsonl. The last line may lack its end, after a kill: it is neither sound nor damaged.
+
+    Args:
+        most: about how many lines to read, evenly spaced, those with an evaluation always; 0: all.
+    """
     if not path.exists():
-        return [], []
+        return Lines([], [], [])
     try:
         *lines, _ = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({disk.cause(error)}); move it away") from error
-    rows: list[tuple[dict[str, Any], bytes]] = []
-    bad: list[int] = []
+    found = Lines([], [], [], -(-len(lines) // most) if most and lines else 1)
     for number, line in enumerate(lines, 1):
+        if number % found.every and number < len(lines) and b'"eval/' not in line:
+            continue
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append((row, line + b"\n"))
+            found.rows.append(row)
+            found.lines.append(line + b"\n")
         else:
-            bad.append(number)
-    return rows, bad
+            found.bad.append(number)
+    return found
 
 
-def _numbered(lines: list[int]) -> str:
+def numbered(lines: list[int]) -> str:
+    """`lines 3, 7, 9 and 2 more`."""
     some = ", ".join(map(str, lines[:3])) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
     return f"line{'s' if len(lines) > 1 else ''} {some}"
 

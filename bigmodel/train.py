@@ -13,8 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
-from collections.abc import Sequence
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +44,7 @@ __all__ = ["Callback", "Event", "Loop", "NotFinite", "Result", "Run", "run"]
 
 DONE, BAD_INPUT, NOT_FINITE, WRONG_PROGRAM = 0, 2, 3, 4
 PREEMPTED, INTERRUPTED = ending.STOPPED, ending.INTERRUPTED
+VERSIONS = ("bigmodel", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # that plan.json has
 
 
 def run(
@@ -49,6 +55,7 @@ def run(
     force: bool = False,
     end: ending.Ending | None = None,
     callbacks: Sequence[Callback] = (),
+    at_end: Callable[[pathlib.Path], object] = bool,
 ) -> Result:
     """Trains `config` in `directory`, on every device of the job; goes on from the newest checkpoint there.
 
@@ -59,6 +66,7 @@ def run(
         force: starts it even if it takes more memory than is free.
         end: hears of signals and of the job's other hosts; a script gives the one that may end its process.
         callbacks: called, in order, on every host, after each line of the log, evaluation and checkpoint.
+        at_end: called with the directory on the first host when training has ended, even by an error.
 
     Raises:
         InputError: the config, the data, the devices and the directory do not fit together.
@@ -99,7 +107,7 @@ def run(
                 force=force,
             )
             the_program = spending.build(known, config, the_mesh)
-        the_run = Run(the_program, path, train_data, eval_data, spent, end, callbacks)
+        the_run = Run(the_program, path, train_data, eval_data, spent, end, callbacks, at_end)
         return _train(the_run, stack, before, force)
 
 
@@ -151,7 +159,9 @@ def _train(run: Run, stack: contextlib.ExitStack, before: dict[str, Any], force:
     loop.ends_at, loop.checked, loop.best = first_step + left, checked, best
     if first_step:
         loop.sums = Sums(checkpoints.meta(first_step).get("interval"))
-    with disk.after(loop.write_ledger):
+    if jax.process_index() == 0:
+        stack.callback(run.at_end, run.path)
+    with disk.after(loop.end_ledger):
         return loop.run(first_step)
 
 
@@ -198,4 +208,13 @@ def _write_start(run: Run, receipt: receipts.Receipt, first_step: int) -> None:
         return
     workdir.write_config(run.path, run.program.config)
     plan = run.path / "plan.json"
+    receipt |= {"command": shlex.join(["python", *sys.orig_argv[1:]]), "versions": _versions()}
     workdir.write_json(plan, receipts.add_up(workdir.read_json(plan), receipt, first_step))
+
+
+def _versions() -> dict[str, str]:
+    out = {"python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            out[name] = importlib.metadata.version(name)
+    return out

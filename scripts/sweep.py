@@ -80,7 +80,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
-    from bigmodel.study import order, price, quote, results, runner, sweep
+    from bigmodel.study import order, price, quote, report, results, runner, sweep
 
     asked = order.read(
         args.config, overrides, over=args.over, search=args.search, metric=args.metric, prune=args.prune
@@ -126,6 +126,8 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     if running.unpaid:
         print(f"cap       {args.cap} does not pay for {running.unpaid}: a larger --cap goes on")
     _write(args.json, found.values)
+    if not args.task:
+        report.write_at_end(study.directory, study.study)
     if code[0] or running.stopping.is_set():
         return code[0] or 75
     return FAILED if found.failed else CAPPED if running.unpaid else 0

@@ -14,6 +14,7 @@ its line.
 """
 
 import os
+import pathlib
 import signal
 
 if __name__ == "__main__":  # until bigmodel/training/ending.py listens
@@ -44,11 +45,17 @@ def main() -> int:
 
     log.show_libraries(args.verbose)
     try:
-        return train.run(config, args.workdir, args.resume, force=args.force, end=end).exit_code
+        return train.run(config, args.workdir, args.resume, force=args.force, end=end, at_end=_page).exit_code
     except train.NotFinite as error:
         return cli.fail(error, train.NOT_FINITE)
     except selfcheck.WrongProgram as error:
         return cli.fail(error, train.WRONG_PROGRAM)
+
+
+def _page(directory: pathlib.Path) -> None:
+    from bigmodel.study import report  # SciPy, Plotly: not before the run has ended
+
+    report.write_at_end(directory)
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ def add_up(before: Receipt, r: Receipt, first_step: int) -> Receipt:
         before: what plan.json held; of each session there, the steps up to the next one's first count.
         r: this session's receipt, of the steps that are left.
     """
-    session = {"first_step": first_step, **{key: r[key] for key in (*ADDED, "step_s", "made_at") if key in r}}
+    facts = (*ADDED, "step_s", "made_at", "command", "versions")
+    session = {"first_step": first_step, **{key: r[key] for key in facts if key in r}}
     earlier = [each for each in before.get("sessions", []) if _is_session(each)]
     sessions = [each for each in earlier if each["first_step"] < first_step] + [session]
     total: defaultdict[str, float] = defaultdict(float)

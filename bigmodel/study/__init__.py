@@ -1,1 +1,1 @@
-"""HOW DO RUNS COMPARE? Sweeps priced before they start, and scaling laws."""
+"""HOW DO RUNS COMPARE? Sweeps priced before they start, scaling laws, and a page for every run."""

@@ -6,8 +6,9 @@ import contextlib
 import math
 import pathlib
 import re
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
@@ -47,6 +48,7 @@ class Run:
     ledger: Ledger
     end: ending.Ending = field(default_factory=ending.Ending)
     callbacks: Sequence[Callback] = ()
+    at_end: Callable[[pathlib.Path], object] = bool  # called when training has ended, even by an error
 
 
 def filled(run: Run) -> float:
@@ -92,6 +94,7 @@ class Loop:
         self.counted = time.monotonic()
         self.saved = -1
         self.filled = filled(run)
+        self.ended: dict[str, Any] = {}  # for ledger.json: how the session ended, and what was measured
 
     def run(self, start: int) -> Result:
         run, step = self.run_, start
@@ -118,6 +121,7 @@ class Loop:
             self.checkpoints.wait()
         self._finish(step)
         code = run.end.code if stopping and step < self.ends_at else 0
+        self.ended["ended"] = f"stopped by a signal ({code})" if code else "done"
         return Result(code, step, self.eval_metrics, run.path, run.program, self.state, self.best.step)
 
     def _is_due(self, step: int) -> bool:
@@ -268,7 +272,14 @@ class Loop:
         if jax.process_index() == 0:
             report = self.ledger.report(self.receipt["model_flops_per_step"])
             report |= self.spending.price(report)
-            workdir.write_json(self.run_.path / "ledger.json", ledger.add_up(self.spending.sessions, report))
+            added = ledger.add_up(self.spending.sessions, report | self.ended)
+            workdir.write_json(self.run_.path / "ledger.json", added)
+
+    def end_ledger(self) -> None:
+        """Writes ledger.json for the last time, with how the session ended. Raises InputError."""
+        if (error := sys.exception()) is not None:
+            self.ended["ended"] = f"{type(error).__name__}: {error}"
+        self.write_ledger()
 
     def _evaluate(self, step: int) -> bool:
         """Evaluates on every set. Returns false when a signal ended it."""
@@ -347,7 +358,9 @@ class Loop:
         log.say(f"spent     {units.duration(report['total_s'])}, {report['goodput']:.0%} in training steps")
         if self.spending.cap is not None:
             log.say(f"          {self.spending.line()}")
-        for line in receipts.compare(self.receipt, self._measured(report)):
+        measured = self._measured(report)
+        self.ended["measured"] = {key: list(pair) for key, pair in measured.items()}
+        for line in receipts.compare(self.receipt, measured):
             log.say(f"          {line}")
         if step:
             log.say(f"saved     step {step:,} in {self.run_.path}")
