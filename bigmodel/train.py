@@ -98,14 +98,9 @@ def run(
             log.say(preview.division(config, train_data, eval_data))
             before = workdir.read_json(path / "ledger.json") if first else {}
             known = spending.Start(
-                last=start.last_config(path),
-                newest=start.newest_step(path) or 0,
-                before=before,
-                data=train_data,
-                evaluated=sum(map(len, eval_data.values())),
-                ledger=spent,
-                force=force,
-            )
+                last=start.last_config(path), newest=start.newest_step(path) or 0, before=before,
+                data=train_data, evaluated=sum(map(len, eval_data.values())), ledger=spent, force=force,
+            )  # fmt: skip
             the_program = spending.build(known, config, the_mesh)
         the_run = Run(the_program, path, train_data, eval_data, spent, end, callbacks, at_end)
         return _train(the_run, stack, before, force)
