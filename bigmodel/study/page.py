@@ -188,12 +188,12 @@ def _details(page: Page) -> list[dict[str, Any]]:
     """The parts of each run that the template fills in."""
     out, room = [], ROOM
     for run, how in zip(page.records[:DETAILED], page.states, strict=False):
-        shown, taken = record.pictures(run, room)
+        images, taken = record.pictures(run, room)
         room -= taken
         plans = [each for each in record.listed(run.plan, "sessions") if isinstance(each, dict)]
         ledgers = [each for each in record.listed(run.ledger, "sessions") if isinstance(each, dict)]
         out.append({
-            "run": run, "state": how, "pictures": shown, "samples": record.samples(run),
+            "run": run, "state": how, "pictures": images, "samples": record.samples(run),
             "checkpoints": record.checkpoints(run), "beside": record.beside_plan(run),
             "assumes": record.assumptions(run), "tiles": _tiles(run, page.metric), "plans": plans,
             "ledgers": ledgers, "seconds": record.group(run.ledger, "seconds"),
