@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -19,8 +20,10 @@ from bigmodel.machines import energy
 class Ledger:
     """Seconds by bucket: start, compile, check, restore, step, input, eval, checkpoint, callbacks, other."""
 
-    def __init__(self) -> None:
+    def __init__(self, entering: Callable[[str], AbstractContextManager[None]] | None = None) -> None:
+        """Args: entering: called with the name of each bucket; entered while that one is timed."""
         self._began, self._began_at = time.perf_counter(), time.time()
+        self._entering = entering or (lambda bucket: contextlib.nullcontext())
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._joules: defaultdict[str, float] = defaultdict(float)
         self.steps = 0
@@ -35,7 +38,8 @@ class Ledger:
     def timing(self, bucket: str) -> Iterator[None]:
         began, before_j = time.perf_counter(), self.joules()
         try:
-            yield
+            with self._entering(bucket):
+                yield
         finally:
             self.seconds[bucket] += time.perf_counter() - began
             self._joules[bucket] += (self.joules() or 0.0) - (before_j or 0.0)

@@ -126,11 +126,23 @@ class Writer:
         self._file, self._board = None, None
         if jax.process_index() != 0:
             return
-        _keep_up_to(self._path, first_step)
-        with disk.writing(self._path):
-            self._file = self._path.open("ab", buffering=0)
+        self._file = self._open(first_step)
         if tensorboard:
             self._board = _Board(directory / "tb", first_step + 1)
+
+    def _open(self, first_step: int) -> io.FileIO:
+        _keep_up_to(self._path, first_step)
+        with disk.writing(self._path):
+            return self._path.open("ab", buffering=0)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after `step`; the run goes on from there."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = self._open(step)
+        if self._board is not None:
+            self._board.begin(step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; `step` counts the training steps done."""
@@ -187,8 +199,13 @@ class _Board:
         with disk.writing(directory):
             directory.mkdir(exist_ok=True)
             self._writer = EventsWriter(str(directory / "events"))
-        begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=purge_step, session_log=begun)  # hides what an earlier session wrote after this step
+        self.begin(purge_step)
+
+    def begin(self, step: int) -> None:
+        """Hides what was written of this step and later ones."""
+        from tensorboardX.proto import event_pb2
+
+        self._write(step=step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         self._flush()
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:

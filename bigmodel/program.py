@@ -230,10 +230,10 @@ def state_of(
 def steps_left(config: Config, state: State) -> int:
     """Returns how many of `config.steps` are left.
 
-    Steps that float16's loss scale skipped are repeated, so that schedules reach their end, unless a budget
-    of FLOPs decides the steps.
+    Steps that float16's loss scale or `train.on_divergence` skipped are repeated, so that schedules reach
+    their end, unless a budget of FLOPs decides the steps.
     """
-    skips = "loss_scale" in state and not config.budget
+    skips = ("loss_scale" in state or config.train.on_divergence != "stop") and not config.budget
     return max(config.steps - int(optim.updates(state["opt"]) if skips else state["step"]), 0)
 
 
@@ -264,11 +264,16 @@ def update(
         new["ema"] = jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), state["ema"], trained)
     grad_norm = optim.norm(grads)
     scalars = {"grad_norm": grad_norm, **optim.learning_rates(config, optim.updates(state["opt"]))}
-    if "loss_scale" in state:  # float16: an overflow skips the update and halves the scale
+    skips = config.train.on_divergence != "stop"
+    if skips or "loss_scale" in state:
         finite = jnp.isfinite(grad_norm)
+        if skips:
+            finite &= jnp.isfinite(terms["loss"][0])
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        new["loss_scale"] = optim.loss_scale_update(state["loss_scale"], finite)
-        scalars |= {"loss_scale": state["loss_scale"]["scale"], "skipped": 1.0 - finite.astype(jnp.float32)}
+        if "loss_scale" in state:  # float16: an overflow skips the update and halves the scale
+            new["loss_scale"] = optim.loss_scale_update(state["loss_scale"], finite)
+            scalars["loss_scale"] = state["loss_scale"]["scale"]
+        scalars["skipped"] = 1.0 - finite.astype(jnp.float32)
     new["step"] = state["step"] + 1
     pairs = {**terms, **{name: (value, 1.0) for name, value in scalars.items()}}
     return new, {name: jnp.stack([jnp.float32(x) for x in pair]) for name, pair in pairs.items()}

@@ -37,8 +37,9 @@ from bigmodel.plan import fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import State, steps_left
 from bigmodel.training import ending, spending
-from bigmodel.training.loop import Loop, Run
-from bigmodel.training.records import Callback, Event, NotFinite, Result
+from bigmodel.training.divergence import Judge, Without
+from bigmodel.training.loop import Loop
+from bigmodel.training.records import Callback, Event, NotFinite, Result, Run
 
 __all__ = ["Callback", "Event", "Loop", "NotFinite", "Result", "Run", "run"]
 
@@ -73,9 +74,9 @@ def run(
         NotFinite: training diverged.
         WrongProgram: the program compiled for this mesh computes another function than the model does.
     """
-    spent = Ledger()
-    log.show_logging()
     end = end or ending.Ending()
+    spent = Ledger(end.heartbeat.phase)
+    log.show_logging()
     mesh.join_cluster()
     end.join()
     with contextlib.ExitStack() as stack:
@@ -142,7 +143,11 @@ def _train(run: Run, stack: contextlib.ExitStack, before: dict[str, Any], force:
     with log.doing("plan      measuring this machine"):
         receipt = planner.of_run(run.program, compiled, left)
     log.say("\n".join(receipts.table(receipt)))
-    checked = _check_gradient(run, state, receipt, first_step)
+    run.end.heartbeat.planned_s = receipt["step_s"]
+    meta = checkpoints.meta(first_step) if first_step else {}
+    judge = Judge(config.train, meta)
+    data = Without(run.train_data, judge.windows)
+    checked = _check_gradient(run, state, receipt, lambda: data[first_step])
     spends = spending.Spending(config, before, run.ledger, run.program.mesh)
     _write_start(run, receipt, first_step)
     if checked is not None:
@@ -151,9 +156,8 @@ def _train(run: Run, stack: contextlib.ExitStack, before: dict[str, Any], force:
         log.Writer(run.path, first_step=first_step, tensorboard=config.log.tensorboard)
     )
     loop = Loop(run, compiled, state, checkpoints, writer, receipt, spending=spends)
-    loop.ends_at, loop.checked, loop.best = first_step + left, checked, best
-    if first_step:
-        loop.sums = Sums(checkpoints.meta(first_step).get("interval"))
+    loop.ends_at, loop.checked, loop.best, loop.judge = first_step + left, checked, best, judge
+    loop.sums = Sums(meta.get("interval"))
     if jax.process_index() == 0:
         stack.callback(run.at_end, run.path)
     with disk.after(loop.end_ledger):
@@ -183,13 +187,17 @@ def _compile(run: Run, force: bool) -> Any:
 
 
 def _check_gradient(
-    run: Run, state: State, receipt: receipts.Receipt, first_step: int
+    run: Run, state: State, receipt: receipts.Receipt, read: Callable[[], Any]
 ) -> selfcheck.Check | None:
-    """Checks the gradient on this mesh, where that is due; the plan keeps what was found."""
+    """Checks the gradient on this mesh, where that is due; the plan keeps what was found.
+
+    Args:
+        read: gives the batch of the first step.
+    """
     if not selfcheck.is_due(run.program.config, run.program.mesh):
         return None
     with run.ledger.timing("check"), log.doing("check     the gradient on this mesh"):
-        found = selfcheck.check(run.program, state, run.train_data[first_step])
+        found = selfcheck.check(run.program, state, read())
     log.say(found.line())
     receipt["gradient_check"] = dataclasses.asdict(found)
     return found

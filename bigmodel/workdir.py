@@ -1,6 +1,7 @@
 """A run's directory: its lock, its config, and its JSON files.
 
 config.json  plan.json  metrics.jsonl  tb/  checkpoints/<step>/  tokenizer.json  ledger.json
+events.jsonl (starts, ends, restarts)  fleet/ (what a job's hosts agree on)  stacks/ (of trainers that hung)
 loss.png  metrics.png  pictures/  samples/ (drawn and written while it trains)
 fitted.json (class names, columns, ids, as training fitted them)
 init.json (what became of each array of init.from)  huggingface/ (files of an imported model, for its export)
@@ -27,7 +28,12 @@ __all__ = ["claim", "local", "read_config", "read_json", "without_nan", "write_c
 log = logging.getLogger("bigmodel")
 
 OF_ANY_TASK = set[str]().union(*(keys_of(cls.name) for cls in TASKS))
-BEFORE_TRAINING = {".lock", "fitted.json", "tokenizer.json"}  # files that are written before config.json
+BEFORE_TRAINING = {
+    ".lock",
+    "events.jsonl",
+    "fitted.json",
+    "tokenizer.json",
+}  # files that are written before config.json
 
 
 def local(path: str | os.PathLike[str], flag: str = "--workdir") -> pathlib.Path:

@@ -54,6 +54,26 @@ def directory(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def limits(known: Collection[str]) -> Callable[[str], dict[str, float]]:
+    """The type of a flag of KEY=NUMBER pairs with commas between them."""
+
+    def parsed(text: str) -> dict[str, float]:
+        pairs = [item.partition("=") for item in text.split(",")]
+        for key, _, value in pairs:
+            if key not in known:
+                raise argparse.ArgumentTypeError(f"{key!r} is unknown; choose of {', '.join(known)}")
+            if not value.replace(".", "", 1).isdigit() or not float(value):
+                raise argparse.ArgumentTypeError(f"{key}={value}: give a number above 0")
+        return {key: float(value) for key, _, value in pairs}
+
+    return parsed
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The type of a flag of numbers with commas between them."""
+    return tuple(map(float, text.split(",")))
+
+
 def add_config(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="e.g. configs/gpt.py:size=124m")
     flags.epilog = (

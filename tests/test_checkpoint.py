@@ -79,6 +79,15 @@ def test_round_trip_keeps_values_containers_and_shardings(tmp_path, state):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, got, state)))
 
 
+def test_meta_is_that_of_the_call_though_it_is_written_later(tmp_path, state):
+    meta = {"interval": {"loss": [1.0, 1.0]}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, meta)
+        meta["interval"]["loss"][0] = 2.0
+        checkpoints.wait()
+        assert checkpoints.meta(1) == {"interval": {"loss": [1.0, 1.0]}}
+
+
 @pytest.mark.parametrize("saved", MESHES, ids=str)
 def test_any_mesh_restores_onto_any_other(tmp_path, saved):
     state = make_state(mesh_of(**saved))

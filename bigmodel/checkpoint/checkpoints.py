@@ -138,7 +138,7 @@ class Checkpoints:
             if not isinstance(x, jax.Array):
                 raise InputError(f"{path}: cannot save a {type(x).__name__}; make it a jax.Array")
         try:
-            json.dumps(meta)
+            meta = json.loads(json.dumps(meta))  # a copy: it is written while the run goes on
         except (TypeError, ValueError) as error:
             raise InputError(f"checkpoint meta must be JSON: {error}") from error
         self.wait()
@@ -337,8 +337,16 @@ class Checkpoints:
             elif re.fullmatch(STEP, path.name.removesuffix(TMP)) and not (path / MARKER).exists():
                 self._clear(path)
 
+    def remove_after(self, step: int) -> None:
+        """Removes the steps after `step`, so that they can be saved anew."""
+        self.wait()
+        _on_first_process(lambda: self._remove([each for each in self.steps() if each > step]))
+
     def _remove_old(self) -> None:
-        for step in (step for step in self.steps()[: -self._keep] if step != self.best):
+        self._remove([step for step in self.steps()[: -self._keep] if step != self.best])
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps:
             path = self.directory / str(step)
             (path / MARKER).unlink()  # first, so that a half-removed step cannot count
             path.rename(self.directory / f"{step}{TMP}").rmtree()

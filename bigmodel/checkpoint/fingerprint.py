@@ -35,7 +35,7 @@ SETTINGS = (
 )
 MAY_CHANGE = (
     "steps", "budget", "microbatches", "remat", "compiler_options.*",
-    "mesh.*", "check.*", "checkpoint.*", "eval.*", "log.*", "assume.*",
+    "mesh.*", "check.*", "checkpoint.*", "eval.*", "log.*", "train.*", "assume.*",
     *(f"optim.{key}" for key in SETTINGS), *(f"optim.groups.*.{key}" for key in SETTINGS),
     # where the data lie and how they are read; that they are the same the pipeline's fingerprint says
     "data.data_dir", "data.cache", "data.prefetch", "data.max_skipped",

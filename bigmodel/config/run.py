@@ -35,6 +35,17 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Train:
+    # A step whose loss or gradient is not finite ends the run (stop) or is left out (skip). `rewind` leaves
+    # it out too; after `bad_steps` in a row it goes back to a checkpoint, and on with the data behind them.
+    on_divergence: Literal["stop", "skip", "rewind"] = "stop"
+    bad_steps: int = 3  # in a row: a divergence
+    spike: float = 10.0  # a loss is bad above the median by so many robust standard deviations; 0: never
+    window: int = 100  # good losses before it, which the median and deviation are of
+    rewinds: int = 3  # in all; then the run ends
+
+
+@dataclass(frozen=True)
 class Check:
     # Before its first step a run compares its gradient with the loss, and its outputs over the order of rows.
     gradient: Literal["auto", "always", "never"] = "auto"  # auto: where two or more mesh axes are above 1
@@ -76,7 +87,7 @@ class Config:
     """Everything that decides what a run computes. `workdir` and `resume` are flags, not config."""
 
     seed: int = 0
-    steps: int = 1000  # updates; steps that float16's loss scale skips come on top
+    steps: int = 1000  # updates; steps that float16's loss scale or train.on_divergence skips come on top
     # What all sessions of the run may spend together: 2h, 512chip-hours, $50, 3kwh, 1e18flop (a bare number:
     # FLOPs); it decides `steps`, and the run ends where it is spent. 0: off
     budget: float | str = 0.0
@@ -98,6 +109,7 @@ class Config:
     init: Init = field(default_factory=Init)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = Checkpoint()
+    train: Train = Train()
     check: Check = Check()
     eval: Eval = Eval()
     log: Log = Log()
@@ -188,6 +200,13 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     for key, value in counts.items():
         if value < 1:
             yield key, f"is {value}: set it to 1 or more"
+    counts = {key: getattr(c.train, key) for key in ("bad_steps", "window")}
+    yield from (
+        (f"train.{key}", f"is {value}: set it to 1 or more") for key, value in counts.items() if value < 1
+    )
+    for key in ("spike", "rewinds"):
+        if getattr(c.train, key) < 0:
+            yield f"train.{key}", f"is {getattr(c.train, key)}: set it to 0 or more"
     for key in ("seed", "microbatches"):
         if getattr(c, key) < 0:
             yield key, f"is {getattr(c, key)}: set it to 0 or more"

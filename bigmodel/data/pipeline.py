@@ -263,6 +263,14 @@ def _order(num_examples: int, seed: int | None) -> Order:
 # ----------------------------------------------------------------------------------------------- prefetch
 
 
+class Batches(Protocol):
+    """Batches by number, such as a Pipeline."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
+
+
 class Ready(NamedTuple):
     """One prefetched batch."""
 
@@ -280,7 +288,7 @@ class Prefetch:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Batches,
         start_step: int = 0,
         put: Callable[[dict[str, np.ndarray]], Any] = lambda batch: batch,
         depth: int = 2,

@@ -23,10 +23,13 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
+from bigmodel.training.heartbeat import Heartbeat
+
 STOPPED, INTERRUPTED = 75, 130  # exit codes of SIGTERM (EX_TEMPFAIL) and Ctrl-C (128 + SIGINT)
 LIMIT_S = 60.0  # on top of twice the longest step; after that the loop is assumed to hang
 STALLED_S = 5.0  # after a signal, a read that takes longer is abandoned
 POLL_S = 1.0
+REPEATED_S = 0.2  # a launcher's signal may come to a supervisor and its trainer, which then gets it twice
 ACKNOWLEDGED_S = 10.0
 FAILED = "bigmodel/failed"  # keys of the coordination service
 HEARD = "bigmodel/heard"
@@ -41,15 +44,18 @@ class Ending:
     Args:
         owns_process: this object may end the process, as in a script. In a notebook it may not: there it only
             listens for SIGTERM while training.
+        heartbeat: reports progress to the supervisor, if there is one.
     """
 
-    def __init__(self, owns_process: bool = False) -> None:
+    def __init__(self, owns_process: bool = False, heartbeat: Heartbeat | None = None) -> None:
         self.owns_process = owns_process
+        self.heartbeat = heartbeat or Heartbeat()
         self._phase: Phase = "starting"
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._signal, self._since, self._heard_of = 0, 0.0, False
         self._calls, self._called, self._longest_s = 0, 0.0, 0.0
+        self._stopping = False
         self._client: Any = None
         self._process, self._processes = 0, 1
         self._before: dict[int, Any] = {}
@@ -83,7 +89,8 @@ class Ending:
         self._called = time.monotonic()
         self._enter("training")
         try:
-            yield
+            with self.heartbeat.phase("step"):
+                yield
         finally:
             self._enter("saving")
             if not self.owns_process:
@@ -99,6 +106,9 @@ class Ending:
         if self._calls > 2:  # the first two include one-time work
             self._longest_s = max(self._longest_s, now - self._called)
         self._called = now
+        self.heartbeat.step(self._calls, self._longest_s)
+        if self._stopping:
+            return True
         if self._processes > 1:
             from jax.experimental import multihost_utils
 
@@ -106,6 +116,7 @@ class Ending:
         else:
             stop = self._signal != 0
         if stop:
+            self._stopping = True
             self._enter("saving")  # without a time limit
         return stop
 
@@ -137,6 +148,7 @@ class Ending:
         Args:
             line: what happened; this host has already printed it.
         """
+        self.heartbeat.error(line, code)
         if self._client is None or self._processes == 1:
             return
         value = json.dumps({"code": code, "line": line, "process": self._process})
@@ -172,6 +184,7 @@ class Ending:
                     return
                 failed_there = f"error: process {about['process']} of the job failed: "
                 _say(("" if about["code"] in (STOPPED, INTERRUPTED) else failed_there) + about["line"])
+                self.heartbeat.error(about["line"], about["code"])
                 self._leave()
                 os._exit(about["code"])
             if not self._signal and self._get(PREEMPTED):
@@ -225,6 +238,8 @@ class Ending:
 
     def _heard(self, number: int) -> None:
         self._note(number)
+        if self._heard_of and time.monotonic() - self._since < REPEATED_S:
+            return
         with self._lock:
             again, phase, self._heard_of = self._heard_of, self._phase, True
         name = signal.Signals(number).name
@@ -264,10 +279,10 @@ def _say(line: str) -> None:
 _taken: list[Ending] = []
 
 
-def take_over() -> Ending:
+def take_over(heartbeat: Heartbeat | None = None) -> Ending:
     """Returns this process's `Ending`, which from now on may end the process. For scripts."""
     if not _taken:
-        _taken.append(Ending(owns_process=True).__enter__())
+        _taken.append(Ending(owns_process=True, heartbeat=heartbeat).__enter__())
     return _taken[0]
 
 

@@ -4,63 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
 import jax
 
 from bigmodel import evaluate, ledger, log, optim, selfcheck, units, workdir
+from bigmodel.checkpoint import best as best_lib
 from bigmodel.checkpoint import fingerprint
 from bigmodel.checkpoint.best import Best
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.data import Pipeline, Prefetch
 from bigmodel.infer.samples import Samples
-from bigmodel.ledger import Ledger, Window
+from bigmodel.ledger import Window
 from bigmodel.machines import chips
 from bigmodel.machines.memory import ProcessMemory
 from bigmodel.metrics import Sums
 from bigmodel.plan import estimate
 from bigmodel.plan import receipt as receipts
-from bigmodel.program import Program, State, steps_left
-from bigmodel.training import ending
-from bigmodel.training.records import Callback, Event, NotFinite, Result
+from bigmodel.program import State, steps_left
+from bigmodel.training import divergence, events
+from bigmodel.training.divergence import Diverged, Judge
+from bigmodel.training.records import Event, NotFinite, Result, Run, filled
 from bigmodel.training.spending import Spending
 
 SCHEDULED = r"lr(_\w+)?|loss_scale"  # metrics of a step that are settings
 COUNTED_S = 10.0  # how often a run with a budget writes its ledger
 WEIGHED = 4  # the step whose memory is measured, after those that still grow the process for good
-
-
-@dataclass
-class Run:
-    """The parts of one run."""
-
-    program: Program
-    path: pathlib.Path
-    train_data: Pipeline
-    eval_data: Mapping[str, Pipeline]  # by the name of the set
-    ledger: Ledger
-    end: ending.Ending = field(default_factory=ending.Ending)
-    callbacks: Sequence[Callback] = ()
-    at_end: Callable[[pathlib.Path], object] = bool  # called when training has ended, even by an error
-
-
-def filled(run: Run) -> float:
-    """The share of a batch's positions that hold a token, as the first batch shows it; 1 for other data."""
-    if "segments" not in run.program.batch_spec:
-        return 1.0
-    share = float((run.train_data[0]["segments"] > 0).mean())
-    if share < 0.995:
-        log.say(
-            f"padding   {1 - share:.0%} of a batch's positions, which the plan counts and tokens/s does not"
-        )
-    return share
 
 
 class Loop:
@@ -89,6 +63,7 @@ class Loop:
         self.progress = log.Progress()
         self.eval_metrics: dict[str, float] = {}
         self.best = Best(self.config.checkpoint.best)
+        self.judge = Judge(self.config.train, {})
         self.samples: Samples | None = None
         self.enough = False  # the run ends early: by eval.patience, a callback or its budget
         self.counted = time.monotonic()
@@ -97,32 +72,44 @@ class Loop:
         self.ended: dict[str, Any] = {}  # for ledger.json: how the session ended, and what was measured
 
     def run(self, start: int) -> Result:
-        run, step = self.run_, start
-        batches = Prefetch(run.train_data, start, run.program.put, self.config.data.prefetch, run.end.stalled)
+        run, step, stopping = self.run_, start, False
         with run.end.training():
-            with self.progress, batches:
-                self.window.reset()
-                stopping = last = False
-                for index, batch, wait_s in batches:
-                    step = index + 1
-                    with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
-                        self.step(step, batch, wait_s)
-                    stopping = run.end.should_stop()
-                    self._compare_with_budget(step)
-                    last = self._is_last(step) or stopping or self.enough
-                    if last or self._is_due(step):
-                        stopping = self._pause(step, stopping) or stopping
-                    if last or stopping or self.enough:
+            with self.progress:
+                while True:
+                    try:
+                        step, stopping = self._train(step)
+                        if (stopping or self.enough) and step < self.ends_at:
+                            self._save_last(step)
                         break
-                else:
-                    stopping = run.end.stalled()
-                if (stopping or self.enough) and step < self.ends_at:
-                    self._save_last(step)
+                    except Diverged as found:
+                        step = self._rewind(found.step, found.values)
             self.checkpoints.wait()
         self._finish(step)
         code = run.end.code if stopping and step < self.ends_at else 0
         self.ended["ended"] = f"stopped by a signal ({code})" if code else "done"
         return Result(code, step, self.eval_metrics, run.path, run.program, self.state, self.best.step)
+
+    def _train(self, start: int) -> tuple[int, bool]:
+        """Trains from step `start` on. -> (the last step, true if the run has to stop there)."""
+        run, step = self.run_, start
+        stopping = last = False
+        data = divergence.Without(run.train_data, self.judge.windows)
+        with Prefetch(data, start, run.program.put, self.config.data.prefetch, run.end.stalled) as batches:
+            self.window.reset()
+            for index, batch, wait_s in batches:
+                step = index + 1
+                with self._weighing(batch) if index == start + WEIGHED else contextlib.nullcontext():
+                    self.step(step, batch, wait_s)
+                stopping = run.end.should_stop()
+                self._compare_with_budget(step)
+                last = self._is_last(step) or stopping or self.enough
+                if last or self._is_due(step):
+                    stopping = self._pause(step, stopping) or stopping
+                if last or stopping or self.enough:
+                    break
+            else:
+                stopping = run.end.stalled()
+        return step, stopping
 
     def _is_due(self, step: int) -> bool:
         """Returns true when this step is followed by an evaluation or a checkpoint."""
@@ -169,13 +156,15 @@ class Loop:
         self.pending = None
         values = {"loss": 0.0} | {name: total / weight for name, (total, weight) in pairs.items() if weight}
         # float16: an overflow that a smaller loss scale removes
-        skipped = values.get("skipped", 0.0) > 0 and values["loss_scale"] > optim.LEAST_SCALE
-        if not math.isfinite(values["loss"]) or not (skipped or math.isfinite(values["grad_norm"])):
-            self._refuse(step, values)
-        if skipped:
+        overflow = values.get("skipped", 0.0) > 0 and values.get("loss_scale", 0.0) > optim.LEAST_SCALE
+        finite = math.isfinite(values["loss"]) and (overflow or math.isfinite(values["grad_norm"]))
+        self._judge(step, values, finite)
+        if not finite:
+            pairs = {"skipped": pairs["skipped"]}
+        elif overflow:
             del pairs["grad_norm"]  # infinite
         self.sums.add_read(pairs)
-        if self.checked is not None:
+        if self.checked is not None and finite:
             selfcheck.refuse_other_step(self.checked, values, self.config)
             self.checked = None
         if step % self.config.log.every_steps == 0 or step >= self.ends_at:
@@ -186,13 +175,63 @@ class Loop:
         elif self.ledger.steps == 1:
             self.progress.show(f"step {step:,}/{self.ends_at:,}  loss {values['loss']:.4f}")
 
-    def _refuse(self, step: int, values: Mapping[str, float]) -> NoReturn:
+    def _judge(self, step: int, values: Mapping[str, float], finite: bool) -> None:
+        """Does what `train.on_divergence` says about a step. Raises NotFinite, or Diverged for a rewind."""
+        if not self.judge.is_on:
+            if not finite:
+                self._refuse(step, values)
+            return
+        verdict = self.judge.judge(step, values["loss"], finite)
+        if not finite:
+            about = {"loss": str(values["loss"]), "grad_norm": str(values.get("grad_norm"))}
+            self._note("skipped", step=step, **about)
+        if verdict == "diverged":
+            if self.config.train.on_divergence == "rewind":
+                raise Diverged(step, values)
+            self._refuse(step, values, f"{self.config.train.bad_steps} steps in a row are not finite; ")
+
+    def _rewind(self, step: int, values: Mapping[str, float]) -> int:
+        """Goes back to a checkpoint, whose step it returns, and leaves out the data up to step `step`.
+
+        Raises:
+            NotFinite: there were `train.rewinds` before, or there is no checkpoint to go back to.
+        """
+        keys, judge = self.config.train, self.judge
+        self.pending = None
+        self.checkpoints.wait()
+        to = judge.target(self.checkpoints.steps(), self.config.checkpoint.every_steps)
+        if judge.rewinds >= keys.rewinds:
+            self._refuse(step, values, f"after {judge.rewinds} rewinds (train.rewinds); ")
+        if to is None:
+            self._refuse(step, values, "no checkpoint to go back to: lower checkpoint.every_steps; ")
+        self.state = {}  # frees the memory for the other one
+        with self.ledger.timing("restore"):
+            self.state, meta, _ = self.checkpoints.restore(self.run_.program.state_spec, to)
+            self.checkpoints.remove_after(to)
+        first, last = judge.rewind(to, step, meta)
+        why = f"the loss was {values['loss']:.6g} after {keys.bad_steps} bad steps"
+        log.say(f"rewind    from step {step:,} to {to:,}: {why}; batches {first:,} to {last:,} are left out")
+        self._note("rewound", step=step, to_step=to, why=why, skip=[first, last])
+        self.writer.rewind(to)
+        self.best = best_lib.resumed(
+            self.config.checkpoint.best, self.run_.path, to, self.checkpoints.steps()
+        )
+        self.checkpoints.best = self.best.step
+        self.sums, self.saved, self.ends_at = Sums(meta.get("interval")), to, self.config.steps
+        self.ends_at = to + steps_left(self.config, self.state)
+        return to
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if jax.process_index() == 0:
+            events.append(self.run_.path, 0, event, **fields)
+
+    def _refuse(self, step: int, values: Mapping[str, float], why: str = "") -> NoReturn:
         """Raises NotFinite."""
         self.writer.write(step, {"train/loss": values["loss"], "train/grad_norm": values["grad_norm"]})
         self.checkpoints.wait()  # a save in progress is of an earlier step
         newest = self.checkpoints.latest()
         raise NotFinite(
-            f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; the "
+            f"step {step}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}; {why}the "
             f"newest checkpoint is {'none' if newest is None else f'step {newest}'}; lower optim.lr, raise "
             "optim.warmup_steps, or set optim.clip_norm"
         )
@@ -215,11 +254,13 @@ class Loop:
             mfu = f"  MFU {perf['mfu']:.1%}"
         row = {f"train/{name}": value for name, value in values.items()}
         row |= {f"perf/{name}": value for name, value in perf.items()}
+        if self.judge.is_on:
+            row |= {"train/skipped_steps": self.judge.skipped, "train/rewinds": self.judge.rewinds}
         self.writer.write(step, row)
         eta = units.duration((self.ends_at - step) * total_s)
         waiting = f"  input {wait_s / total_s:.0%}" if wait_s > 0.05 * total_s else ""
         self.progress.show(
-            f"step {step:,}/{self.ends_at:,}  loss {values['loss']:.4f}  "
+            f"step {step:,}/{self.ends_at:,}  loss {values.get('loss', math.nan):.4f}  "
             f"{units.quantity(per_s)}{unit}/s{mfu}{waiting}  ETA {eta}"
         )
         self._call("log", step, row)
@@ -262,7 +303,8 @@ class Loop:
     def _save(self, step: int) -> None:
         with self.ledger.timing("checkpoint"):
             meta = fingerprint.of(self.config, self.run_.train_data.fingerprint())
-            self.checkpoints.save(step, self.state, meta | {"interval": self.sums.pairs})
+            meta |= {"interval": self.sums.pairs} | self.judge.meta()
+            self.checkpoints.save(step, self.state, meta)
         self.saved = step
         self.write_ledger()
         self._call("save", step, {})

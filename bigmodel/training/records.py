@@ -1,13 +1,17 @@
-"""Events and results of a run, for its caller."""
+"""A run, and its events and results for its caller."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bigmodel import log
+from bigmodel.data import Pipeline
+from bigmodel.ledger import Ledger
 from bigmodel.program import Program, State
+from bigmodel.training import ending
 
 
 class NotFinite(RuntimeError):
@@ -40,3 +44,29 @@ class Event:
 
 
 Callback = Callable[[Event], bool | None]  # True ends the run after this step; on all hosts alike
+
+
+@dataclass
+class Run:
+    """The parts of one run."""
+
+    program: Program
+    path: pathlib.Path
+    train_data: Pipeline
+    eval_data: Mapping[str, Pipeline]  # by the name of the set
+    ledger: Ledger
+    end: ending.Ending = field(default_factory=ending.Ending)
+    callbacks: Sequence[Callback] = ()
+    at_end: Callable[[pathlib.Path], object] = bool  # called when training has ended, even by an error
+
+
+def filled(run: Run) -> float:
+    """The share of a batch's positions that hold a token, as the first batch shows it; 1 for other data."""
+    if "segments" not in run.program.batch_spec:
+        return 1.0
+    share = float((run.train_data[0]["segments"] > 0).mean())
+    if share < 0.995:
+        log.say(
+            f"padding   {1 - share:.0%} of a batch's positions, which the plan counts and tokens/s does not"
+        )
+    return share

@@ -1,0 +1,1 @@
+"""HOW DOES IT SURVIVE? Supervision and restarts of a job's hosts, checks before it starts."""

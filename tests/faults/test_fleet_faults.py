@@ -1,0 +1,143 @@
+"""Supervised runs under kills, hanging reads, signals, and errors of one host of two."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, config_flag, script_env
+from test_run_faults import PATCHED, TRAINS, config_of, finish_both, newest, wait_for_step
+
+from bigmodel import log
+from bigmodel.config import Config
+from bigmodel.training import events
+
+pytestmark = pytest.mark.fault
+
+HANGS_ONCE = f"""
+def get(self, step):
+    if {{where}} and {TRAINS} and step == 8 and not os.path.exists({{file!r}}):
+        open({{file!r}}, "w").close()
+        time.sleep(999)
+    return read(self, step)"""
+
+
+def start(
+    config: Config, directory: pathlib.Path, get: str, *flags: str, **env: str
+) -> subprocess.Popen[str]:
+    devices = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    args = [sys.executable, "-c", PATCHED.format(get=get), config_flag(config, directory)]
+    return subprocess.Popen(
+        [*args, f"--workdir={directory / 'run'}", "--supervise", *flags], cwd=ROOT, text=True,
+        env=script_env(XLA_FLAGS=devices, **env), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def two_hosts(config: Config, directory: pathlib.Path, get: str, *flags: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{probe.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    return [start(config, directory, get, *flags, **env, JAX_PROCESS_ID=str(index)) for index in (0, 1)]
+
+
+def trainer(path: pathlib.Path, host: int) -> int:
+    """The process that trains on a host now."""
+    started = [each for each in events.read(path) if (each["event"], each["host"]) == ("started", host)]
+    return int(started[-1]["pid"])
+
+
+def check_steps(path: pathlib.Path, steps: int) -> None:
+    rows = [row["step"] for row in log.read_metrics(path) if "train/loss" in row]
+    assert rows == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("host", [0, 1])
+def test_kill_9_of_one_of_two_hosts_and_both_train_again_within_a_minute(corpus, tmp_path, host):
+    config = config_of(corpus, mesh__data=2, steps=80, checkpoint__every_steps=5)
+    processes, path = two_hosts(config, tmp_path, "get = read"), tmp_path / "run"
+    wait_for_step(processes[0], path, 12)
+    os.kill(trainer(path, host), signal.SIGKILL)
+    killed = time.time()
+    results = finish_both(processes)
+    assert [each[0] for each in results] == [0, 0], results
+    check_steps(path, 80)
+    first = next(row["time"] for row in log.read_metrics(path) if row["time"] > killed + 1)
+    print(f"training again after {first - killed:.1f} s")
+    assert first - killed < 60
+
+
+@pytest.mark.parametrize("host", ["0", "1"])
+def test_an_error_on_one_host_ends_both_within_10_s(corpus, tmp_path, host):
+    get = (
+        f"def get(self, step):\n    if HOST == '{host}' and {TRAINS} and step == 8:\n        time.sleep(3)\n"
+        "        raise InputError('record 973 is damaged')\n    return read(self, step)"
+    )
+    processes = two_hosts(config_of(corpus, mesh__data=2), tmp_path, get)
+    results = finish_both(processes)
+    ended = time.time()
+    assert [each[0] for each in results] == [2, 2], results
+    assert "record 973 is damaged" in results[int(host)][2].splitlines()[-1]
+    last = log.read_metrics(tmp_path / "run")[-1]["time"]  # 3 s before the error
+    print(f"error to exit on both: {ended - last - 3:.1f} s")
+    assert ended - last - 3 < 10
+    assert not any(each["event"] == "restarting" for each in events.read(tmp_path / "run"))
+
+
+def test_a_read_that_hangs_on_one_host_restarts_both_with_its_stacks(corpus, tmp_path):
+    get = HANGS_ONCE.format(where="HOST == '1'", file=str(tmp_path / "hung"))
+    config = config_of(corpus, mesh__data=2, steps=20, checkpoint__every_steps=5)
+    results = finish_both(two_hosts(config, tmp_path, get, "--limits=least=10"))
+    assert [each[0] for each in results] == [0, 0], results
+    check_steps(tmp_path / "run", 20)
+    assert "in get" in (tmp_path / "run" / "stacks" / "host-1-attempt-0.txt").read_text()
+
+
+def test_a_run_that_always_fails_at_one_step_is_given_up(corpus, tmp_path):
+    kill = f"if {TRAINS} and step == 8: os.kill(os.getpid(), 9)"
+    get = f"def get(self, step):\n    {kill}\n    return read(self, step)"
+    process = start(config_of(corpus, checkpoint__every_steps=3), tmp_path, get, "--restarts=1")
+    ((code, _, err),) = finish_both([process])
+    assert code == 1
+    assert "gave up after 1 restarts without a newer checkpoint" in err.splitlines()[-1]
+
+
+PHASES = {
+    "compile": "get = read",
+    "eval": f"def get(self, step):\n    time.sleep(0 if {TRAINS} else 3)\n    return read(self, step)",
+    "read": HANGS_ONCE.format(where="True", file="{file}"),
+    "step": "get = read",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_each_phase_has_its_code_and_saves_what_was_trained(
+    corpus, tmp_path, phase, number, code
+):
+    config = config_of(
+        corpus, eval__every_steps=5 if phase == "eval" else 1000, eval__batches=-1,
+        **({"model__depth": 40, "model__scan": False} if phase == "compile" else {}),
+    )  # fmt: skip
+    get = PHASES[phase].replace("{file}", str(tmp_path / "hung"))
+    process, path = start(config, tmp_path, get), tmp_path / "run"
+    if phase == "compile":
+        time.sleep(6)
+    else:
+        wait_for_step(process, path, {"eval": 5, "read": 7, "step": 3}[phase])
+        time.sleep(1)
+    os.kill(process.pid, number)
+    began = time.monotonic()
+    ((got, _, err),) = finish_both([process])
+    assert (got, "Traceback" in err) == (code, False), err
+    assert time.monotonic() - began < 30
+    if phase == "compile":
+        assert newest(path) is None
+    else:
+        assert newest(path) >= {"eval": 5, "read": 8, "step": 3}[phase]
