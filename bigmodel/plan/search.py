@@ -81,7 +81,7 @@ def search(
     capacity = machine_lib.of(aim).capacity_bytes or math.inf
     possible = [c for c in found if c.least_bytes <= capacity]
     ranked = sorted(possible, key=lambda c: (c.likely_bytes > capacity, c.example_s))
-    order = _thinned(ranked, capacity)
+    order = thinned(ranked, capacity)
     rows: list[Row] = []
     for candidate in order[: 3 * compile_best]:
         say(f"compiling {name(candidate.config)} ...")
@@ -102,7 +102,7 @@ def _compile(candidate: Candidate, aim: Target, assume: dict[str, float] | None)
         return Row(candidate, None, str(error))
 
 
-def _thinned(order: list[Candidate], capacity: float) -> list[Candidate]:
+def thinned(order: list[Candidate], capacity: float) -> list[Candidate]:
     """Keeps the best of each mesh and remat: where it is likely to fit, more microbatches only cost."""
     done, out = set(), []
     for c in order:
