@@ -90,9 +90,10 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     cap, pricer = cli.cap(args.cap, "--cap"), price.Pricer(args.target, cli.assumptions(args.assume))
     measured = not (args.target or args.steps_alone or args.task or args.on == "slurm")
     prices = quote.Prices(asked, pricer, cap, TRAIN if measured else ())
-    with cli.patience("planning"):
-        quoted = quote.make(asked, prices)
-    print("\n".join(quoted.lines), flush=True)
+    if not args.task:
+        with cli.patience("planning"):
+            quoted = quote.make(asked, prices)
+        print("\n".join(quoted.lines), flush=True)
     if args.dry_run:
         _write(args.json, {"trials": quoted.rows, "total": quoted.total})
         return 0
@@ -111,6 +112,21 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         limit=1 if args.task else None,
         pue=pricer.assume.get("pue", price.PUE),
     )
+    code = _run(running) if args.on == "local" else 0
+    failed = "failed" in running.ended.values()
+    if not args.task:
+        found = results.of(study, running.spent(), quoted.total)
+        print("\n".join(found.lines))
+        _write(args.json, found.values)
+        report.write_at_end(study.directory, study.study)
+        failed = bool(found.failed)
+    if running.unpaid:
+        print(f"cap       {args.cap} does not pay for {running.unpaid}: a larger --cap goes on")
+    return code or (FAILED if failed else CAPPED if running.unpaid else 0)
+
+
+def _run(running: Any) -> int:
+    """Runs trials until all are done or a signal comes; returns the signal's exit code, or 0."""
     code = [0]
 
     def stop(number: int, _: Any) -> None:
@@ -119,18 +135,8 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    if args.on == "local":
-        running.run()
-    found = results.of(study, running.spent(), quoted.total)
-    print("\n".join(found.lines))
-    if running.unpaid:
-        print(f"cap       {args.cap} does not pay for {running.unpaid}: a larger --cap goes on")
-    _write(args.json, found.values)
-    if not args.task:
-        report.write_at_end(study.directory, study.study)
-    if code[0] or running.stopping.is_set():
-        return code[0] or 75
-    return FAILED if found.failed else CAPPED if running.unpaid else 0
+    running.run()
+    return code[0] or (75 if running.stopping.is_set() else 0)
 
 
 def _submit(args: argparse.Namespace, study: Any, count: int) -> int:
@@ -138,7 +144,7 @@ def _submit(args: argparse.Namespace, study: Any, count: int) -> int:
 
     task = [sys.executable, *sys.argv, "--on=local", "--task", "--jobs=1", "--sbatch=", "--json="]
     task.append(f"--storage={args.storage or 'journal'}")
-    script = pathlib.Path(__file__).with_name("slurm_trial.sh")
+    script = pathlib.Path(__file__).with_name("launch") / "slurm_trial.sh"
     job = slurm.submit(study, script, task, count, args.jobs, args.sbatch)
     print(
         f"slurm     job {job}, {count} trials left, {args.jobs} at a time; their output: {args.study}/slurm/"

@@ -137,6 +137,8 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
     ]
     _until(lambda: b"idle" in subprocess.run(["sinfo"], env=env, capture_output=True, check=False).stdout)
     yield {"SLURM_CONF": str(conf)}
+    subprocess.run(["scancel", "--partition=main"], env=env, check=True)
+    _until(lambda: not _queue({"SLURM_CONF": str(conf)}))
     for daemon in reversed(daemons):
         daemon.terminate()
         daemon.wait()
@@ -151,21 +153,21 @@ def _queue(env: dict[str, str]) -> str:
 
 def test_a_study_is_a_job_array_and_a_trial_that_is_preempted_goes_on(tmp_path, slurm):
     args = ["sweep.py", *TOY, f"--study={tmp_path / 's'}", "--over=seed=0:3", f"--json={tmp_path / 'r.json'}"]
-    args += ["--config.steps=20000", "--on=slurm", "--jobs=1"]
-    ran = run_script(*args, env=slurm)
+    args += ["--config.steps=20000", "--on=slurm", "--jobs=1", "--target=v5e:1x1"]
+    ran = run_script(*args, env=slurm, limit_s=400)
     assert ran.code == 0, ran.err
     assert "3 trials left" in ran.out
     job = ran.out.split("job ")[1].partition(",")[0]
-    _until(lambda: list((tmp_path / "s").glob("seed=0/metrics.jsonl")))
+    _until(lambda: any(path.stat().st_size for path in (tmp_path / "s").glob("seed=0/metrics.jsonl")))
     kill = ["scancel", "--signal=TERM", "--batch", f"{job}_0"]
     signaller = subprocess.Popen(kill, env={**os.environ, **slurm}, stderr=subprocess.DEVNULL)
-    _until(lambda: "saved" in (tmp_path / "s" / "seed=0" / "output.txt").read_text())
+    _until(lambda: "was stopped" in (tmp_path / "s" / "slurm" / f"{job}_0.txt").read_text())
     signaller.kill()  # scancel tries again and again to signal a task that is queued again
     signaller.wait()
-    again = run_script(*args, env=slurm)  # while it runs: nothing is submitted twice
+    again = run_script(*args, env=slurm, limit_s=400)  # while it runs: nothing is submitted twice
     assert f"job {job}," in again.out
     _until(lambda: not _queue(slurm), 500)
-    done = run_script(*args, env=slurm)
+    done = run_script(*args, env=slurm, limit_s=400)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "r.json").read_text())
     assert [row["state"] for row in found["trials"]] == ["complete"] * 3

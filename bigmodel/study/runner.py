@@ -66,6 +66,7 @@ class Runner:
         self.limit = math.inf if limit is None else limit
         self.begun = 0
         self.running: list[_Job] = []
+        self.ended: dict[str, str] = {}  # the trials that ended here -> their state
         self.unpaid: str = ""  # the first trial that the cap does not pay for
         self.stopping = threading.Event()
 
@@ -193,12 +194,8 @@ class Runner:
                     job.process.send_signal(signal.SIGTERM)
 
     def _tell(self, job: _Job, state: str, value: float | None) -> None:
-        import optuna
-
-        kinds = {"pruned": optuna.trial.TrialState.PRUNED, "failed": optuna.trial.TrialState.FAIL}
-        job.trial.set_user_attr("state", state)
-        kind = kinds.get(state, optuna.trial.TrialState.COMPLETE)
-        self.study.study.tell(job.trial.number, None if state in kinds else value, state=kind)
+        self.study.end(job.trial, state, value)
+        self.ended[job.name] = state
         said = "" if value is None else f", {self.study.definition.metric} {value:.6g}"
         hint = f"; its output: {job.directory / 'output.txt'}" if state in ("failed", "diverged") else ""
         log.say(f"trial     {job.name} is {state}{said}{hint}")

@@ -227,6 +227,15 @@ class Study:
                 found.append(frozen.user_attrs["name"])
         return found
 
+    def end(self, trial: Any, state: str, value: float | None) -> None:
+        """Notes how a trial ended: complete, pruned, diverged or failed."""
+        import optuna
+
+        kinds = {"pruned": optuna.trial.TrialState.PRUNED, "failed": optuna.trial.TrialState.FAIL}
+        trial.set_user_attr("state", state)
+        kind = kinds.get(state, optuna.trial.TrialState.COMPLETE)
+        self.study.tell(trial.number, None if state in kinds else value, state=kind)
+
     def _suggest(self, trial: Any) -> Settings:
         settings = {key: str(trial.suggest_categorical(key, list(v))) for key, v in self.space.values.items()}
         for key, each in self.space.ranges.items():

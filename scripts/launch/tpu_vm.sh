@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Runs one command on every host of a Cloud TPU VM slice, in a clone of this repository there.
-#   bash scripts/tpu_vm.sh NAME ZONE 'python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=/mnt/shared/run'
+# Runs one command on every host of a Cloud TPU VM slice, in a clone of this repository there, at this commit and with
+# the versions of tpu.lock.
+#   bash scripts/launch/tpu_vm.sh NAME ZONE 'python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=/mnt/shared/run'
 # The hosts find each other (JAX asks the TPU's metadata); the workdir must be one that all of them see, such as a
 # bucket mounted with gcsfuse. DRY_RUN=1 prints what it would run.
 set -euo pipefail
 
 if [ $# -ne 3 ]; then
-    echo "error: usage: bash scripts/tpu_vm.sh NAME ZONE 'COMMAND', three arguments, but $# were given" >&2
+    echo "error: usage: bash scripts/launch/tpu_vm.sh NAME ZONE 'COMMAND', three arguments, but $# were given" >&2
     exit 2
 fi
 name=$1 zone=$2 command=$3
@@ -18,7 +19,8 @@ remote="set -e
 cd bigmodel && git fetch --quiet && git checkout --quiet $revision
 [ -d .venv ] || python3 -m venv .venv
 . .venv/bin/activate
-pip install --quiet --editable '.[tpu]'
+pip install --quiet --require-hashes --requirement scripts/launch/tpu.lock
+pip install --quiet --no-deps --editable .
 $command"
 
 run=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$remote")
