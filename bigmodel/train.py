@@ -19,13 +19,14 @@ import pathlib
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from bigmodel import config as config_lib
-from bigmodel import disk, log, mesh, preview, selfcheck, tasks, workdir
+from bigmodel import disk, ledger, log, mesh, preview, selfcheck, tasks, workdir
 from bigmodel.checkpoint import best as best_lib
 from bigmodel.checkpoint import start
 from bigmodel.checkpoint.best import Best
@@ -36,7 +37,7 @@ from bigmodel.metrics import Sums
 from bigmodel.plan import fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import State, steps_left
-from bigmodel.training import ending, spending
+from bigmodel.training import ending, events, spending
 from bigmodel.training.divergence import Judge, Without
 from bigmodel.training.loop import Loop
 from bigmodel.training.records import Callback, Event, NotFinite, Result, Run
@@ -75,7 +76,8 @@ def run(
         WrongProgram: the program compiled for this mesh computes another function than the model does.
     """
     end = end or ending.Ending()
-    spent = Ledger(end.heartbeat.phase)
+    beat = end.heartbeat
+    spent = Ledger(beat.phase, waited_s=beat.waited_s, started_s=time.perf_counter() - beat.began)
     log.show_logging()
     mesh.join_cluster()
     end.join()
@@ -97,9 +99,10 @@ def run(
                 }
                 start.agree_on_data(train_data, *eval_data.values())
             log.say(preview.division(config, train_data, eval_data))
-            before = workdir.read_json(path / "ledger.json") if first else {}
+            newest = start.newest_step(path) or 0
+            before = _spent_before(path, newest) if first else {}
             known = spending.Start(
-                last=start.last_config(path), newest=start.newest_step(path) or 0, before=before,
+                last=start.last_config(path), newest=newest, before=before,
                 data=train_data, evaluated=sum(map(len, eval_data.values())), ledger=spent, force=force,
             )  # fmt: skip
             the_program = spending.build(known, config, the_mesh)
@@ -162,6 +165,17 @@ def _train(run: Run, stack: contextlib.ExitStack, before: dict[str, Any], force:
         stack.callback(run.at_end, run.path)
     with disk.after(loop.end_ledger):
         return loop.run(first_step)
+
+
+def _spent_before(path: pathlib.Path, newest: int) -> dict[str, Any]:
+    """Returns ledger.json of the earlier sessions; what the newest checkpoint lacks is wasted."""
+    rows = log.read_metrics(path)
+    ends = [each for each in events.read(path) if each["event"] == "ended" and each["host"] == 0]
+    step = max((row["step"] for row in rows), default=0)
+    times = [each["time"] for each in ends if each.get("step")] + [
+        row["time"] for row in rows if "time" in row
+    ]
+    return ledger.lose(workdir.read_json(path / "ledger.json"), newest, (max(times), step) if times else None)
 
 
 def _check_best(run: Run, best: Best) -> None:

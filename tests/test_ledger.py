@@ -11,7 +11,7 @@ import pytest
 from conftest import build, tiny
 
 from bigmodel import ledger as ledger_lib
-from bigmodel import train, units
+from bigmodel import log, train, units
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import InputError
 from bigmodel.ledger import Ledger
@@ -199,3 +199,96 @@ def test_a_run_ends_where_its_budget_does_and_a_resumed_one_has_what_is_left(tmp
     third = train.run(config, tmp_path)
     assert third.step == second.step
     assert "raise budget to go on" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- lost work
+
+
+def session(first: int, last: int, **keys: object) -> dict:
+    """A session that spent a second a step, and two seconds otherwise."""
+    steps, seconds = last - first, {"step": float(last - first), "start": 2.0}
+    total = sum(seconds.values())
+    return {
+        "began_at": 1000.0, "total_s": total, "seconds": seconds, "steps": steps, "model_flops": 5.0 * steps,
+        "redone_steps": 0, "first_step": first, "last_step": last, "dollars": 0.5 * total, "step_s": 1.0,
+        "goodput": steps / total, **keys,
+    }  # fmt: skip
+
+
+def added(*sessions: dict) -> dict:
+    return ledger_lib.add_up({"sessions": list(sessions[:-1])}, sessions[-1])
+
+
+def check_parts(ledger: dict) -> None:
+    """All time is in one bucket, and its price with it."""
+    assert sum(ledger["seconds"].values()) == pytest.approx(ledger["total_s"])
+    assert sum(part["share"] for part in ledger["parts"].values()) == pytest.approx(1)
+    assert sum(part["dollars"] for part in ledger["parts"].values()) == pytest.approx(ledger["dollars"])
+    workload = ledger["workload"]
+    badput = [s for s in workload["badput_time"].values() if not isinstance(s, dict)]
+    badput += workload["badput_time"]["CUSTOM_BADPUT_EVENTS"].values()
+    assert sum(badput) + workload["goodput_time"]["TOTAL"] == pytest.approx(ledger["total_s"])
+
+
+def test_steps_after_the_checkpoint_are_wasted_in_each_session_that_made_them():
+    ledger = ledger_lib.lose(added(session(0, 10, ended="done"), session(8, 20, ended="75")), 6)
+    check_parts(ledger)
+    assert ledger["seconds"] == {"step": 6.0, "start": 4.0, "wasted": 16.0}
+    assert (ledger["steps"], ledger["redone_steps"], ledger["step_s"]) == (22, 16, 1.0)
+    assert ledger["goodput"] == pytest.approx(6 / 26)
+    assert ledger_lib.lose(ledger, 6) == ledger  # the next start finds it so
+    assert ledger_lib.lose(added(session(0, 10, ended="done")), 10)["seconds"].get("wasted", 0) == 0
+
+
+def test_a_killed_session_also_spent_what_came_after_its_last_ledger():
+    ledger = ledger_lib.lose(added(session(0, 10)), 10, died=(1000.0 + 12 + 3, 13))
+    check_parts(ledger)
+    assert (ledger["total_s"], ledger["seconds"]["wasted"]) == (15, 3)
+    assert (ledger["steps"], ledger["redone_steps"], ledger["model_flops"]) == (13, 3, 65)
+    assert ledger["dollars"] == pytest.approx(7.5)
+    clean = added(session(0, 10, ended="done"))
+    assert ledger_lib.lose(clean, 10, died=(2000.0, 10))["total_s"] == 12
+
+
+def test_a_rewind_wastes_this_session_s_steps_and_then_those_before():
+    ledger = Ledger(waited_s=3.0, started_s=2.0)
+    ledger.steps, ledger.seconds["step"] = 8, 16.0
+    assert ledger.waste(2) == 0
+    assert (ledger.seconds["step"], ledger.seconds["wasted"]) == (12, 4)
+    assert ledger.waste(9) == 3
+    report = ledger.report(1.0)
+    assert (report["redone_steps"], report["step_s"], report["seconds"]["wasted"]) == (8, None, 16)
+    assert (report["seconds"]["waiting"], report["seconds"]["start"]) == (3, 2)
+    assert report["total_s"] > 5
+
+
+def test_a_run_that_is_killed_has_each_second_in_one_bucket(tmp_path):
+    """An error between two checkpoints, then the rest."""
+    config = tiny(
+        "cnn", steps=30, checkpoint__every_steps=10, log__every_steps=1, eval__batches=1,
+        log__tensorboard=False, log__maxtext_names=True,
+    )  # fmt: skip
+
+    def fail(event: train.Event) -> None:
+        if event.kind == "log" and event.step == 17:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train.run(config, tmp_path, callbacks=[fail])
+    train.run(config, tmp_path)
+    ledger = read(tmp_path, "ledger.json")
+    assert (ledger["steps"], ledger["redone_steps"]) == (37, 7)
+    assert [(each["first_step"], each["last_step"]) for each in ledger["sessions"]] == [(0, 10), (10, 30)]
+    assert ledger["workload"]["max_productive_step"] == 30
+    assert ledger["workload"]["disruption_count"] == 1
+    assert sum(ledger["seconds"].values()) == pytest.approx(ledger["total_s"], abs=1e-3)
+    rows = [row for row in train_rows(tmp_path) if row["step"] > 20]
+    for row in rows:
+        assert row["learning/loss"] == row["train/loss"]
+        assert 0 < row["goodput"] == row["perf/goodput"] < 1
+        tflops = row["perf/per_device_tflops_per_sec"] * row["perf/step_time_seconds"]
+        assert tflops == pytest.approx(row["perf/per_device_tflops"])
+
+
+def train_rows(path: pathlib.Path) -> list[dict]:
+    return [row for row in log.read_metrics(path) if "train/loss" in row]

@@ -66,6 +66,7 @@ class Eval:
 class Log:
     every_steps: int = 10
     tensorboard: bool = True
+    maxtext_names: bool = False  # writes loss, learning rate and speed under MaxText's names, too
 
 
 @dataclass(frozen=True)

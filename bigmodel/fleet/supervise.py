@@ -91,7 +91,7 @@ class _Trainer:
         )
         os.close(theirs)
         self.beat, self.at = Beat(), time.monotonic()
-        self.looked = self.at
+        self.looked = self.began = self.at
         self.error: tuple[int, str] | None = None
         self.error_at = 0.0
         self._rest = b""
@@ -332,7 +332,11 @@ class _Supervisor:
         self._own = Report(self._own.attempt, "ended", code, why)
         self._note("ended", attempt=self._own.attempt, code=code, line=why, step=trainer.beat.steps)
         trainer.close()
-        self._trainer, self._waiting_since, self._posted = None, time.monotonic(), 0.0
+        if trainer.beat.steps:
+            self._waiting_since = time.monotonic()
+        elif self._waiting_since is None:  # it died before it trained: all of its time is waiting
+            self._waiting_since = trainer.began
+        self._trainer, self._posted = None, 0.0
 
     # ------------------------------------------------------------------------------------------ signals
 

@@ -56,7 +56,7 @@ class Heartbeat:
     """
 
     def __init__(self, pipe: int = -1, stacks: int = -1, waited_s: float = 0.0) -> None:
-        self._pipe, self.waited_s = pipe, waited_s
+        self._pipe, self.waited_s, self.began = pipe, waited_s, time.perf_counter()
         self._phase, self._steps, self._longest_s, self._sent = "start", 0, 0.0, 0.0
         self.planned_s = 0.0
         if pipe >= 0:

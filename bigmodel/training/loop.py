@@ -27,7 +27,7 @@ from bigmodel.metrics import Sums
 from bigmodel.plan import estimate
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import State, steps_left
-from bigmodel.training import divergence, events
+from bigmodel.training import divergence, events, measured
 from bigmodel.training.divergence import Diverged, Judge
 from bigmodel.training.records import Event, NotFinite, Result, Run, filled
 from bigmodel.training.spending import Spending
@@ -73,6 +73,8 @@ class Loop:
 
     def run(self, start: int) -> Result:
         run, step, stopping = self.run_, start, False
+        self.first_step = self.last_step = start
+        self.write_ledger()  # a run that is killed before its first checkpoint has spent this
         with run.end.training():
             with self.progress:
                 while True:
@@ -129,6 +131,7 @@ class Loop:
         self.pending = (step, metrics)
         self.window.add(wait_s)
         self.ledger.steps += 1
+        self.last_step = step
         self.ledger.seconds["input"] += wait_s
         self.ledger.seconds["step"] += time.perf_counter() - began
 
@@ -208,6 +211,9 @@ class Loop:
         with self.ledger.timing("restore"):
             self.state, meta, _ = self.checkpoints.restore(self.run_.program.state_spec, to)
             self.checkpoints.remove_after(to)
+        if self.ledger.waste(step - to):
+            self.spending.sessions = ledger.lose(self.spending.sessions, to)
+        self.last_step = to
         first, last = judge.rewind(to, step, meta)
         why = f"the loss was {values['loss']:.6g} after {keys.bad_steps} bad steps"
         log.say(f"rewind    from step {step:,} to {to:,}: {why}; batches {first:,} to {last:,} are left out")
@@ -239,6 +245,7 @@ class Loop:
     def _log(self, step: int, values: dict[str, float]) -> None:
         step_s, wait_s = self.window.means()
         perf = {"step_time_s": step_s, "input_wait_s": wait_s}
+        perf["goodput"] = self.ledger.goodput(self.spending.sessions)
         total_s = step_s + wait_s
         unit = "tokens" if "tokens" in self.run_.program.batch_spec else "examples"
         per_s = self.receipt["tokens_per_step"] * self.filled / total_s
@@ -256,6 +263,9 @@ class Loop:
         row |= {f"perf/{name}": value for name, value in perf.items()}
         if self.judge.is_on:
             row |= {"train/skipped_steps": self.judge.skipped, "train/rewinds": self.judge.rewinds}
+        if self.config.log.maxtext_names:
+            size = self.run_.program.mesh.size
+            row |= ledger.maxtext(row, self.receipt["model_flops_per_step"] / size, size)
         self.writer.write(step, row)
         eta = units.duration((self.ends_at - step) * total_s)
         waiting = f"  input {wait_s / total_s:.0%}" if wait_s > 0.05 * total_s else ""
@@ -313,6 +323,7 @@ class Loop:
         """Writes ledger.json: what all sessions of this run have spent so far. Raises InputError."""
         if jax.process_index() == 0:
             report = self.ledger.report(self.receipt["model_flops_per_step"])
+            report |= {"first_step": self.first_step, "last_step": self.last_step}
             report |= self.spending.price(report)
             added = ledger.add_up(self.spending.sessions, report | self.ended)
             workdir.write_json(self.run_.path / "ledger.json", added)
@@ -378,31 +389,15 @@ class Loop:
         self.writer.text(step, "samples", [f"{prompt} >>> {answer}" for prompt, answer in texts])
         log.say(f"sample    {texts[0].prompt!r:.60} >>> {texts[0].answer!r:.100}")
 
-    def _measured(self, report: dict[str, Any]) -> dict[str, tuple[float, str]]:
-        """Returns the measured value of each planned one, and how it was measured."""
-        the_mesh, hosts = self.run_.program.mesh, jax.process_count()
-        stats = the_mesh.local_devices[0].memory_stats() or {}
-        peak = (float(stats.get("peak_bytes_in_use", 0)), "of one device, by its allocator")
-        return {
-            "step_s": (report["step_s"] or 0.0, "mean"),
-            "peak_bytes": peak if peak[0] else (self.memory.peak_bytes, "growth of the process in one step"),
-            "state_bytes": (float(estimate.tree_bytes(self.state)), "of the live arrays"),
-            "model_flops_per_step": (
-                estimate.executed_flops(self.compiled.as_text() or "", the_mesh.size),
-                "matrix products of the compiled program, the optimizer's and what is computed again too",
-            ),
-            "step_j": (report.get("step_j", 0.0) * hosts, report.get("joules_from", "")),
-        }
-
     def _finish(self, step: int) -> None:
         """Prints what was spent against what was planned, and draws the curves."""
         report = self.ledger.report(self.receipt["model_flops_per_step"])
         log.say(f"spent     {units.duration(report['total_s'])}, {report['goodput']:.0%} in training steps")
         if self.spending.cap is not None:
             log.say(f"          {self.spending.line()}")
-        measured = self._measured(report)
-        self.ended["measured"] = {key: list(pair) for key, pair in measured.items()}
-        for line in receipts.compare(self.receipt, measured):
+        found = measured.of(self.run_.program, self.compiled, self.state, self.memory, report)
+        self.ended["measured"] = {key: list(pair) for key, pair in found.items()}
+        for line in receipts.compare(self.receipt, found):
             log.say(f"          {line}")
         if step:
             log.say(f"saved     step {step:,} in {self.run_.path}")
