@@ -1,8 +1,8 @@
 """Spending of a run: time by bucket, energy, FLOPs; `goodput` is the share of time in training steps.
 
 ledger.json adds up all sessions of a run (its first start, and each resume); `sessions` has each one's own.
-`parts` divides time, dollars and kWh, which it takes to be spent evenly in time. Two of its buckets are of runs
-that died: `wasted` is work that had to be done again, `waiting` the time without a trainer in between.
+`parts` divides time, dollars and kWh, which it takes to be spent evenly in time. Two of its buckets are of
+runs that died: `wasted` is work that had to be done again, `waiting` the time without a trainer in between.
 `workload` has the same seconds under the names that MaxText's goodput library gives them.
 """
 
