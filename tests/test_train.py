@@ -79,7 +79,7 @@ def test_a_run_learns_and_leaves_its_files(corpus, tmp_path):
     assert result.metrics["eval/test/loss"] < 0.7 * losses[0]
     names = rows_by_name(tmp_path)
     train_names = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "accuracy", "bits_per_byte")}
-    perf_names = {f"perf/{name}" for name in ("step_time_s", "input_wait_s", "tokens_per_s")}
+    perf_names = {f"perf/{name}" for name in ("step_time_s", "input_wait_s", "tokens_per_s", "goodput")}
     eval_names = {f"eval/test/{name}" for name in ("loss", "accuracy", "bits_per_byte", "perplexity")}
     assert names.keys() - {"perf/joules"} == train_names | perf_names | eval_names  # not all CPUs count
     assert names["train/loss"] == list(range(2, 31, 2))
