@@ -15,14 +15,13 @@ import logging
 import math
 import os
 import pathlib
-import re
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -31,7 +30,6 @@ from rich.live import Live
 from rich.text import Text
 
 from bigmodel import disk
-from bigmodel.config import Config
 from bigmodel.disk import InputError
 
 
@@ -113,17 +111,27 @@ def show_libraries(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
 
 
+class Tracker(Protocol):
+    """A service that gets what `Writer` writes, too."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None: ...
+
+
 class Writer:
     """Writes metrics by step. A context manager; one for each run, in every process."""
 
-    def __init__(self, directory: pathlib.Path, *, first_step: int, tensorboard: bool):
+    def __init__(
+        self, directory: pathlib.Path, *, first_step: int, tensorboard: bool, tracker: Tracker | None = None
+    ) -> None:
         """Drops the lines after `first_step`: they are of steps that no checkpoint has.
 
         Raises:
             InputError: something cannot be written; from `write` and `picture`, too.
         """
         self._directory, self._path = directory, directory / "metrics.jsonl"
-        self._file, self._board = None, None
+        self._file, self._board, self._tracker = None, None, tracker
         if jax.process_index() != 0:
             return
         self._file = self._open(first_step)
@@ -155,6 +163,8 @@ class Writer:
             _append(self._file, line.encode())
         if self._board is not None:
             self._board.scalars(step, values)
+        if self._tracker is not None:
+            self._tracker.write(step, metrics)
 
     def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """uint8 [H, W, 3] -> pictures/<name>-<step>.png in the workdir, and TensorBoard."""
@@ -167,6 +177,8 @@ class Writer:
         disk.write_atomically(path, lambda file: file.write(png.tobytes()), "make room")
         if self._board is not None:
             self._board.image(step, name, image_HWC)
+        if self._tracker is not None:
+            self._tracker.picture(step, name, image_HWC)
 
     def text(self, step: int, name: str, texts: Sequence[str]) -> None:
         """Writes texts to <name>/<step>.txt in the workdir."""
@@ -278,64 +290,6 @@ def last_evaluation(directory: pathlib.Path) -> dict[str, float]:
     for row in read_metrics(directory):
         found = {name: x for name, x in row.items() if name.startswith("eval/") and x is not None} or found
     return found
-
-
-UNPLOTTED = r"grad_norm|lr(_\w+)?|loss_scale|skipped|perplexity"  # settings, and exp(loss)
-PANELS = 12  # at most
-
-
-def plot(directory: pathlib.Path, config: Config) -> list[pathlib.Path]:
-    """Draws loss.png, and metrics.png of the task's own metrics, against steps. Returns what was drawn.
-
-    Raises:
-        InputError: they cannot be written.
-    """
-    rows = read_metrics(directory)
-    curves: dict[str, list[str]] = {}  # "loss": ["train/loss", "eval/test/loss"]
-    for name in dict.fromkeys(name for row in rows for name in row if name.startswith(("train/", "eval/"))):
-        leaf = name.rpartition("/")[2]
-        if not re.fullmatch(UNPLOTTED, leaf):
-            curves.setdefault(leaf, []).append(name)
-    if not curves:
-        return []
-    last = max(row["step"] for row in rows)
-    data = config.data.name if len(config.data.name) < 50 else f"{config.data.name[:47]}..."
-    title = f"{directory.resolve().name}: {config.model.name} on {data}, step {last:,}"
-    unit = "" if config.distill.teacher else config.task.loss_unit
-    losses = [leaf for leaf in curves if leaf == "loss"] + [leaf for leaf in curves if leaf.endswith("_loss")]
-    parts = {leaf: curves.pop(leaf) for leaf in losses}
-    paths = [_draw(directory / "loss.png", title, rows, parts, f" ({unit})" if unit else "")]
-    return paths + ([_draw(directory / "metrics.png", title, rows, curves)] if curves else [])
-
-
-def _draw(
-    path: pathlib.Path, title: str, rows: list[dict[str, Any]], curves: dict[str, list[str]], unit: str = ""
-) -> pathlib.Path:
-    """One panel for each metric, with a curve for training and one for each evaluation set."""
-    import matplotlib.figure
-
-    names = list(curves)[:PANELS]
-    across = 1 if len(names) == 1 else 2 if len(names) <= 4 else 3
-    down = -(-len(names) // across)
-    figure = matplotlib.figure.Figure(figsize=(max(7, 4 * across), max(4, 2.8 * down)), layout="constrained")
-    grid = list(figure.subplots(down, across, squeeze=False).flat)
-    for axes, leaf in zip(grid, names, strict=False):
-        for name in curves[leaf]:
-            points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-            if points:
-                steps, values = zip(*points, strict=True)
-                style = "-" if name.startswith("train/") else "o-"
-                axes.plot(steps, values, style, label=name.rpartition("/")[0], linewidth=1.2, markersize=4)
-        axes.set(xlabel="step", ylabel=leaf + (unit if leaf == "loss" else ""))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    for axes in grid[len(names) :]:
-        axes.set_axis_off()
-    figure.suptitle(title, fontsize=10)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120, format="png")
-    disk.write_atomically(path, lambda file: file.write(png.getvalue()), "make room")
-    return path
 
 
 def _keep_up_to(path: pathlib.Path, last_step: int) -> None:

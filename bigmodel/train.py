@@ -37,7 +37,7 @@ from bigmodel.metrics import Sums
 from bigmodel.plan import fits, planner
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import State, steps_left
-from bigmodel.training import ending, events, spending
+from bigmodel.training import ending, events, spending, tracking
 from bigmodel.training.divergence import Judge, Without
 from bigmodel.training.loop import Loop
 from bigmodel.training.records import Callback, Event, NotFinite, Result, Run
@@ -112,6 +112,7 @@ def run(
 
 def _train(run: Run, stack: contextlib.ExitStack, before: dict[str, Any], force: bool) -> Result:
     config = run.program.config
+    tracking.check(config)
     checkpoints = stack.enter_context(
         Checkpoints(
             run.path / "checkpoints",
@@ -155,8 +156,12 @@ def _train(run: Run, stack: contextlib.ExitStack, before: dict[str, Any], force:
     _write_start(run, receipt, first_step)
     if checked is not None:
         selfcheck.refuse_wrong(checked, config)
+    tracker = None
+    if jax.process_index() == 0:
+        with run.ledger.timing("start"):
+            tracker = stack.enter_context(tracking.tracking(config, run.path))
     writer = stack.enter_context(
-        log.Writer(run.path, first_step=first_step, tensorboard=config.log.tensorboard)
+        log.Writer(run.path, first_step=first_step, tensorboard=config.log.tensorboard, tracker=tracker)
     )
     loop = Loop(run, compiled, state, checkpoints, writer, receipt, spending=spends)
     loop.ends_at, loop.checked, loop.best, loop.judge = first_step + left, checked, best, judge

@@ -16,6 +16,7 @@ from bigmodel.checkpoint import best as best_lib
 from bigmodel.checkpoint.best import Best
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config, InputError
+from bigmodel.training import plots
 
 
 def cnn(**overrides: Any) -> Config:
@@ -186,13 +187,13 @@ def test_a_loss_is_in_nats_only_where_it_is_a_log_likelihood(family, keys, unit)
 
 def test_curves_are_drawn_of_all_metrics_of_the_task(tmp_path):
     config = tiny("gan")
-    assert log.plot(tmp_path, config) == []
+    assert plots.plot(tmp_path, config) == []
     rows = [
         {"step": step, "train/loss": 2.0, "train/generator_loss": 1.0, "train/lr": 0.1, "perf/mfu": 0.5}
         for step in (1, 2)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [path.name for path in log.plot(tmp_path, config)] == ["loss.png"]
+    assert [path.name for path in plots.plot(tmp_path, config)] == ["loss.png"]
     rows += [{"step": 2, "eval/test/told_apart": None, "eval/val/told_apart": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [path.name for path in log.plot(tmp_path, config)] == ["loss.png", "metrics.png"]
+    assert [path.name for path in plots.plot(tmp_path, config)] == ["loss.png", "metrics.png"]

@@ -67,6 +67,7 @@ class Log:
     every_steps: int = 10
     tensorboard: bool = True
     maxtext_names: bool = False  # writes loss, learning rate and speed under MaxText's names, too
+    wandb: str = ""  # PROJECT or ENTITY/PROJECT of Weights & Biases that gets the metrics too; "": none
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def _reporting_problems(c: Config) -> Iterable[tuple[str, str]]:
             f"is {c.checkpoint.best!r}; name a metric of an evaluation, such as eval/{names[0]}/accuracy, or "
             f"-eval/{names[0]}/loss for the lowest",
         )
+    if c.log.wandb and not re.fullmatch(r"([\w.-]+/)?[\w. -]{1,128}", c.log.wandb):
+        yield "log.wandb", f"is {c.log.wandb!r}; give PROJECT or ENTITY/PROJECT, of letters and digits"
     if c.eval.patience and not c.checkpoint.best:
         yield "eval.patience", f"needs a metric; set checkpoint.best, e.g. to -eval/{names[0]}/loss"
 

@@ -292,7 +292,8 @@ def beside_plan(record: Record) -> list[dict[str, Any]]:
     ):  # fmt: skip
         value, how = number(ledger, key), ""
         if key in measured:
-            value, how = number({"x": measured[key][0]}, "x"), str(measured[key][-1])
+            value = number({"x": measured[key][0]}, "x") if value is None else value
+            how = str(measured[key][-1])
         rows.append(
             {"label": label, "kind": kind, "planned": number(plan, key), "measured": value, "how": how}
         )

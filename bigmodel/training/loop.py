@@ -27,7 +27,7 @@ from bigmodel.metrics import Sums
 from bigmodel.plan import estimate
 from bigmodel.plan import receipt as receipts
 from bigmodel.program import State, steps_left
-from bigmodel.training import divergence, events, measured
+from bigmodel.training import divergence, events, measured, plots
 from bigmodel.training.divergence import Diverged, Judge
 from bigmodel.training.records import Event, NotFinite, Result, Run, filled
 from bigmodel.training.spending import Spending
@@ -404,4 +404,4 @@ class Loop:
         if self.best.step is not None:
             log.say(f"best      step {self.best.step:,} in {self.best.metric} {self.best.value:.4f}")
         if jax.process_index() == 0:
-            log.plot(self.run_.path, self.config)
+            plots.plot(self.run_.path, self.config)
