@@ -39,6 +39,8 @@ def _chain(config: Config) -> optax.GradientTransformation:
         *([_penalty(o)] if o.l1 or o.l2 else []),
         *([optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []),
         _direction(o),
+        # Before the decay, which stays as strong for all.
+        *([_scaled(config.model.rate_scales)] if config.model.rate_scales else []),
         *([optax.add_decayed_weights(o.weight_decay, decay_mask)] if o.weight_decay else []),
     ]
     if o.every > 1:  # updates on the last of every `every` steps
@@ -230,6 +232,17 @@ def _penalty(o: Optim) -> optax.GradientTransformation:
 
     penalize = optax.stateless(lambda updates, params: jax.tree.map(add, updates, params))
     return optax.masked(penalize, _mask(o.penalty_on))
+
+
+def _scaled(scales: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the steps of parameters by the factor of the regex that finds them."""
+
+    def scaled(path: Any, x: Any) -> Any:
+        where = trees.path_str(path)
+        factor = next((factor for pattern, factor in scales.items() if re.search(pattern, where)), 1.0)
+        return x * jnp.asarray(factor, x.dtype) if factor != 1 else x
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
 def _mask(pattern: str) -> Any:

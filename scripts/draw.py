@@ -1,4 +1,5 @@
-"""Draws the diagrams of docs/: the Program, a request's path through the server, and a model's layout.
+"""Draws the diagrams of docs/: the Program, a request's path through the server, a model's layout, and muP's
+coordinate check (which trains small models for four steps each).
 
     python scripts/draw.py --out=docs
 
@@ -35,7 +36,7 @@ def main() -> int:
     if rest:
         raise InputError(f"--config.{rest[0]}: this script reads no config; see --help")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("program", program), ("request", request), ("layout", layout)):
+    for name, draw in (("program", program), ("request", request), ("layout", layout), ("mup", mup)):
         path = args.out / f"{name}.png"
         figure = draw()
         figure.savefig(path, dpi=144, facecolor=PAPER)
@@ -192,6 +193,29 @@ def layout() -> Any:
         axes.text(7.2, y, units.size(total), va="center", fontsize=9, color=INK)
         axes.text(8.2, y, units.size(share), va="center", fontsize=9, color=INK)
     return figure
+
+
+def mup() -> Any:
+    """Changes of logits and scores in four steps at widths 64 to 512, in both parametrizations."""
+    import jax
+
+    from bigmodel import config as config_lib
+    from bigmodel import mesh, tasks
+    from bigmodel import program as program_lib
+    from bigmodel.study import coordinates
+
+    found: dict[str, dict[int, Any]] = {}
+    for title, base in (("standard", 0), ("muP, base width 64", 64)):
+        keys = {"model.width": 64, "model.heads": 2, "model.mup_base_width": base, "optim.name": "adamw"}
+        keys |= {"optim.lr": 3e-3, "optim.warmup_steps": 0, "optim.schedule": "constant", "batch_size": 8}
+        config = tasks.sized(config_lib.load("configs/gpt.py:seq_len=64", keys))
+        batch = tasks.make_pipeline(config, "train")[0]
+        for width in (64, 128, 256, 512):
+            wide = coordinates.of_width(config, width)
+            devices = jax.devices("cpu")[:1]
+            built = program_lib.build(wide, mesh.make_mesh(wide, devices), tasks.batch_spec(wide))
+            found.setdefault(title, {})[width] = coordinates.changes(built, batch, 4)
+    return coordinates.draw(found)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ def check(config: Config) -> None:
         raise InputError(f"{key} {problem}")
 
 
+MUP = ("adamw", "adam", "lion")  # optimizers whose steps are as large whatever the gradient's size
 SET_KEYS = ("name", "split", "data_dir", "columns", "max_skipped", "decimal")
 
 
@@ -230,6 +231,9 @@ def _problems(config: Config) -> Iterable[tuple[str, str]]:
     yield from _reporting_problems(c)
     yield from ((f"task.{key}", problem) for key, problem in _task_problems(c))
     yield from ((f"data.{key}", problem) for key, problem in ranges.data_problems(c.data))
+    for prefix, optim in {"": c.optim, **{f"groups.{k}.": v for k, v in c.optim.every_group.items()}}.items():
+        if c.model.mup_base_width and optim.name not in MUP:
+            yield f"optim.{prefix}name", f"is {optim.name}: model.mup_base_width is for {', '.join(MUP)}"
     yield from ((f"model.{key}", problem) for key, problem in c.model.problems())
     yield from ((f"optim.{key}", problem) for key, problem in ranges.optim_problems(c.optim))
     for name, group in c.optim.every_group.items():

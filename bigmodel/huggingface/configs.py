@@ -243,6 +243,11 @@ def write(
         class_names: by number; none: LABEL_0 and so on.
     """
     c = config.model
+    if isinstance(c, families.Transformer) and (c.mup_ratio != 1 or c.base_head_dim != c.head_dim):
+        raise InputError(
+            f"model.mup_base_width={c.mup_base_width}: transformers has no multiplier of the logits; "
+            "export with --format=stablehlo"
+        )
     out: Tree = {"model_type": layout.model_type, "architectures": [layout.architecture]}
     out["dtype"] = config.param_dtype
     out |= {theirs: vars(c)[ours] for theirs, (ours, _) in KEYS[layout.model_type].items()}

@@ -39,13 +39,14 @@ class BERT(nnx.Module):
         self.embed_norm = transformer.norm(c, dtype)
         self.blocks = module.stack(lambda rngs: transformer.Block(config, rngs), c.depth, rngs)
         self.norm = transformer.norm(c, dtype) if c.norm_order == "pre" else None
-        dense = functools.partial(layers.Dense, width, std=std, dtype=dtype, rngs=rngs)
-        self.pooler = dense(width) if c.pooler else None
-        self.next_sentence = dense(2) if "next_sentence" in spec else None
+        dense = functools.partial(layers.Dense, width, dtype=dtype, rngs=rngs)
+        out_std = transformer.output_std(c)
+        self.pooler = dense(width, std=std) if c.pooler else None
+        self.next_sentence = dense(2, std=out_std) if "next_sentence" in spec else None
         classifies = config.task.one_output
         mlm = c.head == "mlm" and not classifies
-        self.head = dense(c.num_classes) if classifies else None
-        self.transform = dense(width) if mlm else None
+        self.head = dense(c.num_classes, std=out_std) if classifies else None
+        self.transform = dense(width, std=std) if mlm else None
         self.transform_norm = transformer.norm(c, dtype) if mlm else None
         self.head_bias = nnx.Param(jnp.zeros((c.vocab_size,), dtype)) if mlm else None
 
@@ -72,7 +73,7 @@ class BERT(nnx.Module):
         if self.transform is not None:
             outputs |= self._masked_words(x_BLD, batch["masked_positions"])
         if self.next_sentence is not None:
-            outputs["next_sentence"] = self.next_sentence(outputs["pooled"])
+            outputs["next_sentence"] = self.next_sentence(transformer.to_outputs(c, outputs["pooled"]))
         return {**outputs, "losses": losses}
 
     def _masked_words(self, x_BLD: jax.Array, at_BM: jax.Array) -> module.Outputs:
@@ -83,5 +84,6 @@ class BERT(nnx.Module):
         c = transformer.transformer(self.config)
         x_BMD = layers.shard_stream(jnp.take_along_axis(x_BLD, at_BM[..., None], axis=1))
         x_BMD = self.transform_norm(transformer.ACTIVATIONS[c.mlp](self.transform(x_BMD)))
+        x_BMD = transformer.to_outputs(c, x_BMD)
         bias_V = self.head_bias[...].astype(x_BMD.dtype)
         return module.read_out(lambda x_BMD: self.embed.attend(x_BMD) + bias_V, x_BMD)

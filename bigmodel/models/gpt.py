@@ -39,7 +39,7 @@ class GPT(nnx.Module):
         self.blocks = module.stack(lambda rngs: transformer.Block(config, rngs), c.depth, rngs)
         self.norm = transformer.norm(c, dtype) if c.norm_order == "pre" else None
         self.one_output = config.task.one_output
-        outputs, std = c.num_classes if self.one_output else c.vocab_size, transformer.small(c)
+        outputs, std = c.num_classes if self.one_output else c.vocab_size, transformer.output_std(c)
         head = functools.partial(layers.Dense, c.width, outputs, std=std, dtype=dtype, bias=False)
         self.head = None if c.tie_embeddings and not self.one_output else head(rngs=rngs)
 
@@ -74,4 +74,5 @@ class GPT(nnx.Module):
         return {"logits": self._logits(x_BLD), "cache": cache}
 
     def _logits(self, x_BLD: jax.Array) -> jax.Array:
+        x_BLD = transformer.to_outputs(transformer.transformer(self.config), x_BLD)
         return self.embed.attend(x_BLD) if self.head is None else self.head(x_BLD)

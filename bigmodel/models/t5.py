@@ -35,7 +35,7 @@ class T5(nnx.Module):
         c = config.model
         assert isinstance(c, families.T5)
         self.config, self.scale_output = config, c.scale_output
-        dtype, std = config.param_dtype, transformer.small(c)
+        dtype, std = config.param_dtype, transformer.output_std(c)
         self.embed = layers.Embed(c.vocab_size, c.width, dtype=dtype, rngs=rngs, std=1.0)
 
         def relative(bidirectional: bool) -> RelativeBias:
@@ -102,8 +102,11 @@ class T5(nnx.Module):
         return {"logits": self._logits(y_BMD), "cache": cache}
 
     def _logits(self, y_BMD: jax.Array) -> jax.Array:
+        c = transformer.transformer(self.config)
+        y_BMD = transformer.to_outputs(c, y_BMD)
         if self.head is not None:
             return self.head(y_BMD)
-        # A tied table is scaled for the input: the output undoes that.
-        y_BMD = y_BMD * y_BMD.shape[-1] ** -0.5 if self.scale_output else y_BMD
+        # A tied table is scaled for the input: the output undoes that, for muP as at the base width.
+        width = c.mup_base_width or c.width
+        y_BMD = y_BMD * width**-0.5 if self.scale_output else y_BMD
         return self.embed.attend(y_BMD)

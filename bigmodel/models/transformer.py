@@ -151,7 +151,7 @@ def one_output(
     """The vector of a text -> {"logits": [B, classes], "losses": the experts', [B] each}."""
     c = transformer(config)
     key = None if key is None else jax.random.fold_in(key, c.depth + 1)
-    outputs = module.read_out(head, layers.dropout(x_BD, c.dropout, key))
+    outputs = module.read_out(head, layers.dropout(to_outputs(c, x_BD), c.dropout, key))
     return outputs | {"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
 
 
@@ -221,7 +221,7 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.c = c = transformer(config)
         dense = functools.partial(layers.Dense, dtype=config.param_dtype, rngs=rngs, bias=c.bias)
-        q_scale = 1.0 if c.scale_attention else c.head_dim**-0.5  # the scores start out alike
+        q_scale = 1.0 if c.scale_attention else c.base_head_dim**-0.5  # the scores start out alike
         self.q = dense(c.width, c.heads * c.head_dim, std=small(c) * q_scale)
         self.k = dense(c.width, c.kv_heads * c.head_dim, std=small(c))
         self.v = dense(c.width, c.kv_heads * c.head_dim, std=small(c))
@@ -237,7 +237,7 @@ class Attention(nnx.Module):
         if c.position == "rope" and at_BL is not None:
             q_BLHK = layers.rope(q_BLHK, at_BL, c.rope_theta)
             k_BLGK = layers.rope(k_BLGK, at_BL, c.rope_theta)
-        scale = None if c.scale_attention else 1.0
+        scale = c.score_scale
         if cache is not None:
             assert at_BL is not None
             real_BL = at_BL >= 0 if sight.segments_BL is None else sight.segments_BL > 0
@@ -272,7 +272,7 @@ class Attention(nnx.Module):
             segments_BL = jnp.ones(x_BLD.shape[:2], jnp.int32)
         y_BLHK = attend(
             q_BLHK, k_BSGK, v_BSGK, segments_BL=segments_BL, causal=False,
-            key_segments_BS=sight.memory_segments_BS, scale=None if self.c.scale_attention else 1.0,
+            key_segments_BS=sight.memory_segments_BS, scale=self.c.score_scale,
         )  # fmt: skip
         return self._merge(y_BLHK)
 
@@ -375,6 +375,16 @@ def norm(c: Transformer, dtype: str) -> nnx.Module:
 def small(c: Transformer) -> float:
     """Standard deviation sqrt(2 / 5D) of the weights (Nguyen and Salazar 2019); 0.023 at GPT-2's width."""
     return (2 / (5 * c.width)) ** 0.5
+
+
+def output_std(c: Transformer) -> float:
+    """Standard deviation of an output layer's weights: muP's is that of the base width."""
+    return small(c) * c.mup_ratio**-0.5
+
+
+def to_outputs(c: Transformer, x: jax.Array) -> jax.Array:
+    """Multiplies what output layers read by muP's base width / width."""
+    return x if c.mup_ratio == 1 else x * jnp.asarray(c.mup_ratio, x.dtype)
 
 
 def _last(c: Transformer) -> float:

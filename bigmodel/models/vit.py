@@ -37,7 +37,7 @@ class ViT(nnx.Module):
         self.positions = layers.Embed(length, c.width, dtype=dtype, rngs=rngs)
         self.blocks = module.stack(lambda rngs: transformer.Block(config, rngs), c.depth, rngs)
         self.norm = transformer.norm(c, dtype) if c.norm_order == "pre" else None
-        std = transformer.small(c)
+        std = transformer.output_std(c)
         self.head = layers.Dense(c.width, c.num_classes, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -53,7 +53,8 @@ class ViT(nnx.Module):
         x_BLD, losses = transformer.run(
             self.config, self.blocks, self.norm, x_BLD, transformer.Sight(), key, taps=taps
         )  # fmt: skip
-        outputs = module.read_out(self.head, x_BLD[:, 0] if self.pool == "cls" else x_BLD.mean(1))
+        x_BD = x_BLD[:, 0] if self.pool == "cls" else x_BLD.mean(1)
+        outputs = module.read_out(self.head, transformer.to_outputs(c, x_BD))
         return outputs | {"losses": {name: x_BL.mean(1) for name, x_BL in losses.items()}}
 
 

@@ -37,6 +37,7 @@ class Family:
     window = 0  # tokens that a token sees, itself among them; 0: all before it
     experts = 0
     experts_per_token = 0
+    mup_base_width = 0  # the width that optim.lr is transferred from; 0: it is not
     pooler = False  # has the output that next-sentence prediction reads
 
     starts = "separator"  # stands before a text of one output: separator, cls, or "" for nothing
@@ -80,6 +81,11 @@ class Family:
     def stream(self) -> tuple[int, int]:
         """(layers, numbers of a token that each passes on), to be moved over mesh.tensor; zeros: none."""
         return 0, 0
+
+    @property
+    def rate_scales(self) -> Mapping[str, float]:
+        """Regex on parameter paths -> what the learning rate of those parameters is multiplied by."""
+        return {}
 
     @property
     def strides(self) -> tuple[int, ...]:

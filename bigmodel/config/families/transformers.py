@@ -43,6 +43,9 @@ class Transformer(Family):
     router_z_loss: float = 0.001  # weight of the router's z-loss (Zoph et al. 2022, eq. 5)
     bias: bool = True
     dropout: float = 0.0
+    # muP (Yang et al. 2022, Tensor Programs V, table 8): the width at which optim.lr was tuned; 0: off
+    mup_base_width: int = 0
+    mup_base_head_dim: int = 0  # head_dim there; 0: as here, with fewer heads
     attention_block: int = 0  # rows of a TPU attention kernel's block; 0: 512
     scan: bool = True  # one compiled block scanned over depth; False unrolls (same values)
 
@@ -60,6 +63,27 @@ class Transformer(Family):
     def gated(self) -> bool:
         """The MLP multiplies its hidden units by a second projection (Shazeer 2020)."""
         return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def mup_ratio(self) -> float:
+        """muP's base width / width: the multiplier of the outputs, and of the rates of hidden weights."""
+        return self.mup_base_width / self.width if self.mup_base_width else 1.0
+
+    @property
+    def rate_scales(self) -> Mapping[str, float]:
+        hidden = r"(^|/)(blocks/.*|transform|pooler)/kernel$"  # their inputs and outputs grow with the width
+        return {hidden: self.mup_ratio} if self.mup_ratio != 1 else {}
+
+    @property
+    def base_head_dim(self) -> int:
+        return self.mup_base_head_dim or self.head_dim
+
+    @property
+    def score_scale(self) -> float | None:
+        """Multiplier of q k in place of 1 / sqrt(head_dim); None: that. muP: 1 / head_dim, as at the base."""
+        if self.base_head_dim == self.head_dim:
+            return None if self.scale_attention else 1.0
+        return (self.base_head_dim**0.5 if self.scale_attention else self.base_head_dim) / self.head_dim
 
     @property
     def expert_share(self) -> float:
@@ -110,7 +134,11 @@ class Transformer(Family):
         yield from rate(self)
         yield from above_0(self, "norm_eps", "rope_theta")
         yield from positive(self, "experts_per_token")
-        yield from at_least_0(self, "attention_block")
+        yield from at_least_0(self, "attention_block", "mup_base_width", "mup_base_head_dim")
+        if self.mup_base_head_dim and not self.mup_base_width:
+            yield "mup_base_head_dim", f"is {self.mup_base_head_dim}: set model.mup_base_width too, or 0"
+        if self.mup_base_width and self.experts:
+            yield "mup_base_width", f"is {self.mup_base_width}: no rule for experts is known; set it to 0"
         yield from self._expert_problems()
 
     def _expert_problems(self) -> Iterable[tuple[str, str]]:
