@@ -52,6 +52,10 @@ def main() -> int:
         help="of --supervise: seconds without progress; "
         + " ".join(f"{key}={value:g}" for key, value in LIMITS.items()),
     )  # fmt: skip
+    flags.add_argument(
+        "--elastic", type=float, nargs="?", const=60.0, metavar="SECONDS",
+        help="of --supervise: after so many seconds (60) without a host go on without it, on another mesh",
+    )  # fmt: skip
     flags.add_argument("--supervised", type=cli.numbers, default=(), help=argparse.SUPPRESS)
     args, overrides = cli.parse(flags)
     if args.supervise and not args.supervised:
@@ -60,9 +64,13 @@ def main() -> int:
     config = config_lib.load(args.config, overrides)
     cli.say(f"start     {config.model.name} on {config.data.name} in {args.workdir}")
     from bigmodel import log, selfcheck, train  # JAX, Flax and Orbax: only for a config that is sound
+    from bigmodel.fleet import elastic, preflight
 
     log.show_libraries(args.verbose)
+    preflight.before_run(config, pathlib.Path(args.workdir), end)
     try:
+        if args.elastic is not None:
+            config = elastic.refit(config, pathlib.Path(args.workdir))
         return train.run(config, args.workdir, args.resume, force=args.force, end=end, at_end=_page).exit_code
     except train.NotFinite as error:
         return cli.fail(error, train.NOT_FINITE)
@@ -81,7 +89,7 @@ def supervise(args: argparse.Namespace) -> int:
     from bigmodel.fleet import supervise
     from bigmodel.fleet.orders import Policy
 
-    options = supervise.Options(Policy(args.restarts), {**LIMITS, **args.limits})
+    options = supervise.Options(Policy(args.restarts, args.elastic), {**LIMITS, **args.limits})
     command = [sys.executable, *sys.orig_argv[1:]]
     return supervise.run(command, pathlib.Path(args.workdir), options, os.environ)
 

@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Mapping
 
+import jax
 import pytest
-from conftest import ROOT, finish, script_env
+from conftest import ROOT, finish, script_env, tiny
 
+from bigmodel import mesh
 from bigmodel.checkpoint.checkpoints import MARKER
-from bigmodel.fleet import orders, supervise
+from bigmodel.config import InputError
+from bigmodel.fleet import elastic, orders, supervise
 from bigmodel.fleet.board import Order, Report
 from bigmodel.fleet.orders import Leader, Policy
 from bigmodel.training import events
@@ -148,19 +151,28 @@ from bigmodel.fleet import supervise
 from bigmodel.fleet.orders import Policy
 from bigmodel.training.heartbeat import LIMITS
 assert "jax" not in sys.modules and "numpy" not in sys.modules
-path, host, trainer, restarts, limit = sys.argv[1:]
-options = supervise.Options(Policy(int(restarts)), {**LIMITS, "least": float(limit), "start": float(limit)})
+path, host, trainer, restarts, limit, elastic = sys.argv[1:]
+policy = Policy(int(restarts), float(elastic) if elastic else None)
+options = supervise.Options(policy, {**LIMITS, "least": float(limit), "start": float(limit)})
 command = [sys.executable, "-c", trainer, path, host]
 sys.exit(supervise.run(command, pathlib.Path(path), options, os.environ))
 """
 
 
 def supervised(
-    path: pathlib.Path, code: str, *, host: str = "0", hosts: int = 1, restarts: int = 2, limit: float = 60
+    path: pathlib.Path,
+    code: str,
+    *,
+    host: str = "0",
+    hosts: int = 1,
+    restarts: int = 2,
+    limit: float = 60,
+    elastic: float | str = "",
 ) -> subprocess.Popen[str]:
     env = {"JAX_PROCESS_ID": host, "JAX_NUM_PROCESSES": str(hosts)}
     path.mkdir(exist_ok=True)
-    args = [sys.executable, "-c", SUPERVISOR, str(path), host, TRAINER + code, str(restarts), str(limit)]
+    numbers = [str(restarts), str(limit), str(elastic)]
+    args = [sys.executable, "-c", SUPERVISOR, str(path), host, TRAINER + code, *numbers]
     return subprocess.Popen(
         args, cwd=ROOT, env=script_env(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
@@ -350,3 +362,36 @@ def test_a_supervisor_imports_no_jax():
     args = [sys.executable, "-c", code]
     ran = subprocess.run(args, cwd=ROOT, env=script_env(), capture_output=True, text=True)
     assert ran.stdout == "set()\n"
+
+
+def test_missing_hosts_leave_a_numbering_without_holes(tmp_path):
+    code = "(path / f'env-{host}').write_text(os.environ['JAX_PROCESS_ID'] + os.environ['JAX_NUM_PROCESSES'])"
+    processes = [supervised(tmp_path, code, host=host, hosts=3, elastic=2.0) for host in ("0", "2")]
+    assert [finish(process)[0] for process in processes] == [0, 0]
+    assert [(tmp_path / f"env-{host}").read_text() for host in (0, 2)] == ["02", "12"]
+    assert next(each["hosts"] for each in events.read(tmp_path) if each["event"] == "started") == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "devices", "axes"),
+    [
+        ({"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, 4, None),
+        ({"mesh__data": 4, "mesh__tensor": 2, "batch_size": 12}, 6, None),
+        ({"mesh__data": 8, "microbatches": 1}, 4, None),
+        ({"mesh__data": -1, "mesh__tensor": 2}, 4, {"data": -1, "tensor": 2}),  # fits as it is
+        ({"mesh__data": 8}, 8, {"data": 8}),
+    ],
+)
+def test_a_mesh_of_fewer_devices_divides_the_same_batch(keys, devices, axes):
+    config = tiny("gpt", **{"mesh__data": 1, **keys})
+    fitted = elastic.refit(config, devices=jax.devices()[:devices])
+    assert mesh.make_mesh(fitted, jax.devices()[:devices]).size == devices
+    assert fitted.replace(mesh=config.mesh) == config  # nothing else has changed
+    if axes is not None:
+        assert fitted == config
+
+
+def test_devices_that_divide_nothing_are_refused():
+    config = tiny("gpt", mesh__data=8)
+    with pytest.raises(InputError, match=r"no mesh of the 7 devices .* batch_size that more numbers divide"):
+        elastic.refit(config, devices=jax.devices()[:7])

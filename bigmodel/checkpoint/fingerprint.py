@@ -146,7 +146,7 @@ def same_on_all_hosts(values: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    hosts = [json.loads(text) for text in _gathered(json.dumps(dict(values)))]
+    hosts = [json.loads(text) for text in gathered(json.dumps(dict(values)))]
     for index, other in enumerate(hosts):
         keys = sorted(hosts[0].keys() | other.keys())
         pairs = {key: (hosts[0].get(key), other.get(key)) for key in keys}
@@ -155,7 +155,7 @@ def same_on_all_hosts(values: Mapping[str, Any]) -> None:
             raise InputError(f"the hosts of this job differ: {listed}; give all the same command and data")
 
 
-def _gathered(text: str) -> list[str]:
+def gathered(text: str) -> list[str]:
     """The text of each process, on every process."""
     raw = np.frombuffer(text.encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(raw)))).ravel()

@@ -137,6 +137,8 @@ class Ending:
         import jax
         from jax._src import distributed
 
+        if self._client is not None:
+            return
         self._client = distributed.global_state.client
         self._process, self._processes = jax.process_index(), jax.process_count()
         if self._client is not None and self._processes > 1 and self.owns_process:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, config_flag, script_env
+from test_multihost import losses
 from test_run_faults import PATCHED, TRAINS, config_of, finish_both, newest, wait_for_step
 
-from bigmodel import log
+from bigmodel import log, train
 from bigmodel.config import Config
 from bigmodel.training import events
 
@@ -31,7 +33,8 @@ def get(self, step):
 def start(
     config: Config, directory: pathlib.Path, get: str, *flags: str, **env: str
 ) -> subprocess.Popen[str]:
-    devices = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    count = env.pop("DEVICES", "1")
+    devices = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
     args = [sys.executable, "-c", PATCHED.format(get=get), config_flag(config, directory)]
     return subprocess.Popen(
         [*args, f"--workdir={directory / 'run'}", "--supervise", *flags], cwd=ROOT, text=True,
@@ -141,3 +144,47 @@ def test_a_signal_in_each_phase_has_its_code_and_saves_what_was_trained(
         assert newest(path) is None
     else:
         assert newest(path) >= {"eval": 5, "read": 8, "step": 3}[phase]
+
+
+def grid_config(corpus: str, batch_size: int, **axes: int) -> Config:
+    sizes = {"mesh__data": 1} | {f"mesh__{axis}": size for axis, size in axes.items()}
+    return config_of(
+        corpus, steps=30, checkpoint__every_steps=5, batch_size=batch_size, optim__name="sgd",
+        optim__schedule="constant", check__gradient="never", **sizes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hosts", "axes", "batch_size"),
+    [
+        (2, {"data": 2, "fsdp": 2, "tensor": 2}, 8),
+        pytest.param(4, {"data": 4, "tensor": 2}, 12, marks=pytest.mark.slow),
+    ],
+)
+def test_an_elastic_job_goes_on_without_a_host_with_the_full_mesh_s_losses(
+    corpus, tmp_path, hosts, axes, batch_size
+):
+    """The last host disappears with its supervisor, for good."""
+    config, path = grid_config(corpus, batch_size, **axes), tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{probe.getsockname()[1]}"}
+    env |= {"JAX_NUM_PROCESSES": str(hosts), "DEVICES": str(8 // hosts)}
+    get = f"def get(self, step):\n    time.sleep(0.5 * ({TRAINS}))\n    return read(self, step)"
+    processes = [
+        start(config, tmp_path, get, "--elastic=2", **env, JAX_PROCESS_ID=str(index))
+        for index in range(hosts)
+    ]
+    wait_for_step(processes[0], path, 7)
+    for process in (trainer(path, hosts - 1), processes[-1].pid):
+        os.kill(process, signal.SIGKILL)
+    results = finish_both(processes)
+    assert [each[0] for each in results] == [0] * (hosts - 1) + [-9], results
+    check_steps(path, 30)
+    members = [
+        each["hosts"] for each in events.read(path) if each["event"] == "started" and each["host"] == 0
+    ]
+    assert members == [list(range(hosts)), list(range(hosts - 1))]
+    assert "elastic   " in results[0][1]
+    train.run(config, tmp_path / "straight")
+    np.testing.assert_allclose(losses(path), losses(tmp_path / "straight"), rtol=1e-5)
