@@ -2,7 +2,7 @@
 
 config.json  plan.json  metrics.jsonl  tb/  checkpoints/<step>/  tokenizer.json  ledger.json
 events.jsonl (starts, ends, restarts)  fleet/ (what a job's hosts agree on)  stacks/ (of trainers that hung)
-loss.png  metrics.png  pictures/  samples/ (drawn and written while it trains)
+loss.png  metrics.png  pictures/  samples/ (drawn and written while it trains)  report.html
 fitted.json (class names, columns, ids, as training fitted them)
 init.json (what became of each array of init.from)  huggingface/ (files of an imported model, for its export)
 """

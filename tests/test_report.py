@@ -203,6 +203,21 @@ def test_the_clock_stops_between_sessions(tmp_path):
     assert "pauses included" in run["since"]
 
 
+def test_the_state_of_a_run_is_that_of_its_newest_session(tmp_path):
+    def state(**changes: Any) -> str:
+        path = workdir(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+        one = session(1_800_000_000.0, 100, **changes)
+        disk.write_json(path / "ledger.json", {**one, "sessions": [one]})
+        disk.write_json(path / "plan.json", plan(400) | {"made_at": made_at})
+        return report.collect([path]).states[0]
+
+    made_at = "2027-01-15T08:00:01Z"  # 1,800,000,001: the session's own plan
+    assert state(ended="done") == "complete"  # by eval.patience, say
+    assert state(ended="stopped by a signal (75)") == state() == "step 200 of 400"
+    made_at = "2027-01-15T08:00:11Z"  # it has ended, and a newer one has planned
+    assert state(ended="done") == "step 200 of 400"
+
+
 def test_totals_are_compared_with_the_plan_only_where_they_count_the_same_steps(tmp_path):
     path = workdir(tmp_path / "run")
     assert cells(page(path)[1], "time in steps")[2] == "-20.0%"
@@ -414,6 +429,8 @@ def test_a_study_has_its_states_and_metric_from_its_storage(tmp_path):
     assert data["table"]["rows"][0]["state"] == "pruned"
     assert data["table"]["rows"][0]["values"]["optim.lr"] == "0.01"
     assert "1 trials have not begun: lr=0.5" in html
+    report.write_at_end(directory, made)
+    assert "pruned" in (directory / "report.html").read_text()
     (directory / "study.db").write_bytes(b"no database")
     assert "storage cannot be read" in page(directory)[1]
 

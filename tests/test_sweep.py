@@ -352,6 +352,7 @@ def test_a_study_of_real_runs_goes_on_after_sigterm(tmp_path):
     for seed in range(3):
         ledger = json.loads((tmp_path / "s" / f"seed={seed}" / "ledger.json").read_text())
         assert ledger["steps"] == 4
+    assert "3 runs, ranked by eval/test/loss" in (tmp_path / "s" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ function drawMemory() {
   const parts = Object.fromEntries(planned.map(key => [key, [memory[key] * mib]]));
   if (peak_bytes) { labels.push("measured"); for (const key of planned) parts[key].push(0); parts["peak, measured"] = [0, peak_bytes * mib]; }
   if (memory.capacity) { labels.push("a device has"); for (const key in parts) parts[key].push(0); parts["capacity"] = labels.map((_, n) => n === labels.length - 1 ? memory.capacity * mib : 0); }
-  return bars(place, labels, parts, " MiB", { "peak, measured": "#3f9b4f", capacity: "#9aa0a8" });
+  return bars(place, labels, parts, " MiB", { "peak, measured": "#5b6ee1", capacity: "#9aa0a8" });
 }
 
 // -------------------------------------------------------------------------------------------- several runs

@@ -30,6 +30,7 @@ POINTS, ALL_POINTS, FEWEST = (
     40,
 )  # of a curve; of all curves of a page; of a curve on a full page
 ROOM = 8 << 20  # bytes of pictures
+COLUMNS = 10  # of settings in the table of runs
 DETAILED = 30  # runs of which a page shows all, not the table and the curves alone
 
 
@@ -158,7 +159,8 @@ COSTS = {
 
 def _table(page: Page) -> dict[str, Any]:
     """A row a run; columns that no run has are left out."""
-    columns = [{"key": key, "label": key, "kind": "text"} for key in (page.settings or [{}])[0]]
+    settings = list((page.settings or [{}])[0])
+    columns = [{"key": key, "label": key, "kind": "text"} for key in settings[:COLUMNS]]
     columns += [{"key": "metric", "label": page.metric or "metric", "kind": "number"}]
     columns += [{"key": "step", "label": "step", "kind": "count"}]
     columns += [{"key": key, "label": label, "kind": kind} for key, (label, kind) in COSTS.items()]
@@ -170,7 +172,7 @@ def _table(page: Page) -> dict[str, Any]:
         values["goodput"] = number(run.ledger, "goodput")
         rows.append({"name": run.name, "state": page.states[n], "values": values})
     used = [c for c in columns if any(row["values"].get(c["key"]) is not None for row in rows)]
-    return {"columns": used, "rows": rows, "settings": list((page.settings or [{}])[0])}
+    return {"columns": used, "rows": rows, "settings": settings}
 
 
 def _groups(page: Page) -> list[compare.Group]:
@@ -197,6 +199,7 @@ def _details(page: Page) -> list[dict[str, Any]]:
             "checkpoints": record.checkpoints(run), "beside": record.beside_plan(run),
             "assumes": record.assumptions(run), "tiles": _tiles(run, page.metric), "plans": plans,
             "ledgers": ledgers, "seconds": record.group(run.ledger, "seconds"),
+            "parts": record.group(run.ledger, "parts"),
             "scalars": {k: v for k, v in run.evaluation.items() if isinstance(v, int | float | str)},
             "versions": record.group(run.plan, "versions"), "config": _config(run),
         })  # fmt: skip
@@ -211,7 +214,7 @@ def _tiles(run: Record, metric: str) -> list[tuple[str, str]]:
     """The few numbers at the top: label, text."""
     found = [
         (metric, run.last(metric), "number"),
-        ("steps", float(run.step), "count"),
+        ("last logged step", float(run.step), "count"),
         ("parameters", number(run.plan, "parameters"), "quantity"),
         ("time", number(run.ledger, "total_s"), "seconds"),
         ("goodput", number(run.ledger, "goodput"), "share"),

@@ -6,12 +6,14 @@ Nothing is computed here that a file does not say, and no config file is run.
 from __future__ import annotations
 
 import base64
+import calendar
 import contextlib
 import json
 import math
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +65,16 @@ class Record:
             return None if count is None else int(count)
         return int(first + count)
 
+    @property
+    def ended(self) -> str:
+        """How the newest session ended, as ledger.json says; "" while it runs, and after a kill."""
+        sessions = [each for each in listed(self.ledger, "sessions") if isinstance(each, dict)]
+        last = sessions[-1] if sessions else {}
+        began, total_s = number(last, "began_at"), number(last, "total_s")
+        if began is None or total_s is None or _seconds(self.plan.get("made_at")) > began + total_s:
+            return ""  # of an older version; or a newer session has made its plan
+        return str(last.get("ended", ""))
+
     def last(self, metric: str) -> float | None:
         """The last value of a metric; None where it was not finite, or there is none."""
         for row in reversed(self.rows):
@@ -113,6 +125,13 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
     with contextlib.suppress(OverflowError):
         return float(value) if math.isfinite(value) else None
     return None
+
+
+def _seconds(text: Any) -> float:
+    """Seconds since 1970 of a plan's `made_at`; 0 for anything else."""
+    with contextlib.suppress(ValueError, TypeError):
+        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+    return 0.0
 
 
 def group(values: Mapping[str, Any], key: str) -> dict[str, Any]:

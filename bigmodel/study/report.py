@@ -160,6 +160,8 @@ def state(run: Record) -> str:
     losses = [row["train/loss"] for row in run.rows[-3:] if "train/loss" in row]
     if losses and number({"loss": losses[-1]}, "loss") is None:
         return "diverged"
+    if run.ended == "done":  # by eval.patience, a callback or its budget, too
+        return "complete"
     if run.ends_at is None or not run.rows:
         return f"step {run.step:,}" if run.rows else "no step"
     return "complete" if run.step >= run.ends_at else f"step {run.step:,} of {run.ends_at:,}"
