@@ -67,7 +67,7 @@ class Record:
 
     @property
     def ended(self) -> str:
-        """How the newest session ended, as ledger.json says; "" while it runs, and after a kill."""
+        """The end of the newest session, as ledger.json says it; "" while it runs, and after a kill."""
         sessions = [each for each in listed(self.ledger, "sessions") if isinstance(each, dict)]
         last = sessions[-1] if sessions else {}
         began, total_s = number(last, "began_at"), number(last, "total_s")
