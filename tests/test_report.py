@@ -12,10 +12,10 @@ from typing import Any
 import chromium
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import run_script, tiny
 
 from bigmodel import disk, train
-from bigmodel.config import InputError
+from bigmodel.config import Config, InputError
 from bigmodel.study import page as pages
 from bigmodel.study import report, thinned
 
@@ -136,16 +136,14 @@ def test_the_page_of_a_real_run_has_the_numbers_of_its_files(run_of_a_few_steps)
     assert receipt["sessions"][0]["command"]
 
 
+def few_steps() -> Config:
+    return tiny("mlp", data__name="digits", steps=8, log__every_steps=1, eval__every_steps=4, eval__batches=2)
+
+
 @pytest.fixture(scope="module")
 def run_of_a_few_steps(tmp_path_factory):
-    from conftest import tiny
-
     path = tmp_path_factory.mktemp("report") / "run"
-    keys: dict[str, Any] = {"log.every_steps": 1, "eval.every_steps": 4, "eval.batches": 2}
-    config = tiny(
-        "cnn", data__name="digits", steps=8, **{key.replace(".", "__"): value for key, value in keys.items()}
-    )
-    train.run(config, path, at_end=report.write_at_end)
+    train.run(few_steps(), path, at_end=report.write_at_end)
     return path
 
 
@@ -153,6 +151,22 @@ def test_a_run_that_ends_has_its_page(run_of_a_few_steps):
     html = (run_of_a_few_steps / "report.html").read_text()
     assert "Planned beside measured" in html
     assert 'id="library">H4sI' in html  # gzip in base64
+
+
+def test_an_error_that_ends_a_run_is_on_its_page_and_a_fault_of_the_page_does_not_hide_it(tmp_path, capsys):
+    def explode(event: train.Event) -> None:
+        raise train.NotFinite(f"step {event.step}: the loss is <nan>")
+
+    for path in (tmp_path / "a", tmp_path / "b"):
+        if path.name == "b":
+            (path / "report.html").mkdir(parents=True)
+        with pytest.raises(train.NotFinite, match="step 1: the loss is <nan>"):
+            train.run(few_steps(), path, callbacks=[explode], at_end=report.write_at_end)
+    html = (tmp_path / "a" / "report.html").read_text()
+    assert "NotFinite: step 1: the loss is &lt;nan&gt;" in html
+    said = capsys.readouterr().out
+    assert said.count("report.html is not written") == 1
+    assert (tmp_path / "b" / "ledger.json").exists()
 
 
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, caplog):
@@ -498,6 +512,11 @@ def test_a_browser_draws_the_page_at_every_size_without_a_network(scheme, tmp_pa
                     tab.value(CHOOSE.replace("AXIS", axis))
                     assert min(tab.value(LENGTHS)) > 10, axis
                 tab.screenshot(tmp_path / f"{name}-{width}-{scheme}.png")
+                if name == "study":
+                    assert tab.value("document.querySelectorAll('#parcoords canvas').length") > 0
+                    assert (
+                        tab.value("document.querySelector('#parcoords').textContent").count("optim.lr") == 1
+                    )
                 assert not tab.complaints()
                 assert not tab.requests()
                 assert tab.value("document.querySelectorAll('script').length") == 4  # and Plotly

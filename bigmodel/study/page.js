@@ -93,7 +93,8 @@ function panelNames() {  // title -> the metrics that share a panel: of one run 
   names.sort((a, b) => weight(a) - weight(b) || names.indexOf(a) - names.indexOf(b));
   const panels = new Map();
   for (const name of names) {
-    const title = many || !/^(train|eval)\//.test(name) ? name : leaf(name);
+    const alone = names.filter(other => leaf(other) === leaf(name)).length === 1;
+    const title = many || alone || !/^(train|eval)\//.test(name) ? name : leaf(name);
     panels.set(title, [...(panels.get(title) ?? []), name]);
   }
   return panels;
@@ -131,7 +132,8 @@ function panelNote(names, choice) {
   const said = [], scale = scales[choice.axis];
   const parts = names.flatMap(name => runs.map(run => [run, run.curves[name], name]).filter(([, curve]) => curve));
   const thinned = Math.max(0, ...parts.map(([, curve]) => curve.lines_per_point ?? 0));
-  if (thinned) said.push(`A point is the mean of up to ${thinned} lines, the band their lowest and highest.`);
+  if (thinned && !choice.band) said.push(`A point is the mean of up to ${thinned} lines.`);
+  else if (thinned) said.push(`A point is the mean of up to ${thinned} lines, the band their lowest and highest.`);
   for (const [run, curve, name] of parts.filter(([, curve]) => curve.not_finite).slice(0, 3))
     said.push(`${many ? run.name : name}: ${count(curve.not_finite, "value")} of ${curve.lines.toLocaleString("en")} not finite (step ${curve.not_finite_at.slice(0, 5).join(", ")}${curve.not_finite > 5 ? " …" : ""}).`);
   if (scale.needs && parts.some(([run]) => !scale.needs(run))) said.push("Runs without this axis are left out.");
@@ -287,7 +289,7 @@ function makeParallel() {
   const columns = data.table.columns.filter(column => data.table.settings.includes(column.key)).slice(0, 10);
   const dims = columns.map(dimension).filter(Boolean);
   const known = rows.map((_, n) => n).filter(n => typeof values[n] === "number");
-  if (!many || !dims.length || known.length < 2) return;
+  if (!many || !dims.length || known.length < 2 || !document.createElement("canvas").getContext("webgl")) return;
   at("parallel").hidden = false;
   const last = { label: short(data.metric), values };
   drawers.push(() => {

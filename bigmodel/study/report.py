@@ -57,6 +57,7 @@ def write_at_end(directory: pathlib.Path, study: Any = None) -> None:
     try:
         found = None if study is None else trials_of(study)
         save(collect([directory], Options(most=AT_END), found), directory / "report.html")
+        log.info("report    %s", directory / "report.html")
     except Exception as error:  # a page must not change how a run ends
         said = " ".join(f"{type(error).__name__}: {error}".split())
         log.warning("%s is not written (%.300s)", directory / "report.html", said)
