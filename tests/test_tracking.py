@@ -6,9 +6,10 @@ import json
 import math
 import pathlib
 import sys
-import types
+import time
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import run_script, tiny
 
@@ -22,38 +23,61 @@ KEYS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class FakeRun:
-    """Records what it gets; `step` is where a resumed run stands."""
+# Writes what it is called with to a file, and fails as $FAKE says: "log 2" raises there, "hang", "die".
+FAKE = """
+import json, os, time
+kind, _, at = os.environ.get("FAKE", "").partition(" ")
 
-    offline, url = False, "https://wandb.example/run"
+def write(**call):
+    with open(os.environ["FAKE_FILE"], "a") as file:
+        file.write(json.dumps(call) + chr(10))
 
-    def __init__(self, step: int = 0, fails_at: int = -1) -> None:
-        self.step, self.fails_at = step, fails_at
-        self.logged: list[tuple[int, dict[str, Any]]] = []
-        self.codes: list[int] = []
+def fault(here):
+    if at == here and kind == "fail":
+        raise RuntimeError("the service" + chr(10) + "is gone")
+    if at == here and kind == "die":
+        os._exit(9)
+    if at == here and kind == "hang":
+        time.sleep(1000)
 
-    def log(self, values: dict[str, Any], step: int) -> None:
-        if step == self.fails_at:
-            raise RuntimeError("the service\nis gone")
-        self.logged.append((step, values))
+class Run:
+    offline, url, step = False, "https://wandb.example/run", int(os.environ.get("FAKE_STEP", 0))
+    def log(self, values, step):
+        fault(str(step))
+        write(step=step, values=values)
+    def finish(self, exit_code):
+        fault("finish")
+        write(code=exit_code)
 
-    def finish(self, exit_code: int) -> None:
-        self.codes.append(exit_code)
+def init(**keys):
+    print("to nobody")
+    fault("init")
+    write(init={key: value for key, value in keys.items() if key != "settings"})
+    return Run()
+
+def Image(picture):
+    return list(picture.size)
+
+Settings = dict
+"""
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, run: FakeRun) -> dict[str, Any]:
-    """Puts a module in place of wandb. -> what `init` was called with."""
-    module, given = types.ModuleType("wandb"), {}
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Puts a module in place of wandb, here and in other processes. -> its calls, so far."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "wandb.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path / "fake"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    monkeypatch.setenv("FAKE_FILE", str(tmp_path / "calls.jsonl"))
 
-    def init(**keys: Any) -> FakeRun:
-        given.update(keys)
-        if run.fails_at == 0:
-            raise ConnectionError("no network")
-        return run
+    def calls(name: str) -> list[Any]:
+        found = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+        return [
+            call[name] if name != "values" else (call["step"], call[name]) for call in found if name in call
+        ]
 
-    module.init, module.Settings = init, dict  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return given
+    return calls
 
 
 def rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -64,51 +88,71 @@ def plain(found: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     return [(row["step"], {k: v for k, v in row.items() if k not in ("step", "time")}) for row in found]
 
 
-def test_it_gets_the_metrics_of_the_log_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
-    first = FakeRun()
-    given = fake(monkeypatch, first)
-    train.run(tiny("mlp", steps=4, **KEYS), tmp_path / "run")
-    assert first.logged == plain(rows(tmp_path / "run"))
-    assert first.codes == [0]
+def test_it_gets_the_metrics_of_the_log_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch, fake, capsys):
+    path = tmp_path / "run"
+    train.run(tiny("mlp", steps=4, **KEYS), path)
+    assert fake("values") == plain(rows(path))
+    assert fake("code") == [0]
+    assert "wandb     team/proj, run" in capsys.readouterr().out
+    (given,) = fake("init")
     assert (given["entity"], given["project"], given["resume"]) == ("team", "proj", "allow")
-    assert given["config"] == json.loads((tmp_path / "run" / "config.json").read_text())
-    second = FakeRun(step=7)  # what step 6 logged is there already
-    again = fake(monkeypatch, second)
-    train.run(tiny("mlp", steps=8, **KEYS), tmp_path / "run")
-    assert again["id"] == given["id"] == json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
-    assert second.logged == [each for each in plain(rows(tmp_path / "run")) if each[0] >= 7]
+    assert given["config"] == json.loads((path / "config.json").read_text())
+    count = len(fake("values"))
+    monkeypatch.setenv("FAKE_STEP", "7")  # what step 6 logged is there already
+    train.run(tiny("mlp", steps=8, **KEYS), path)
+    assert fake("init")[1]["id"] == given["id"] == json.loads((path / "wandb.json").read_text())["id"]
+    assert fake("values")[count:] == [each for each in plain(rows(path)) if each[0] >= 7]
 
 
-def test_a_fault_is_one_warning_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    fake(monkeypatch, FakeRun(fails_at=2))
-    assert train.run(tiny("mlp", steps=4, **KEYS), tmp_path / "run").exit_code == 0
-    (warning,) = [
-        line for line in capsys.readouterr().out.splitlines() if "log.wandb" in line and "fail" in line
-    ]
-    assert (
-        "warning: log.wandb: log failed (RuntimeError: the service is gone); the run goes on without it"
-        in warning
-    )
-
-
-def test_a_start_that_fails_and_a_damaged_id_are_warnings(tmp_path, monkeypatch, caplog):
-    given = fake(monkeypatch, FakeRun(fails_at=0))
-    (tmp_path / "wandb.json").write_text("damaged")
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("fail init", "RuntimeError: the service is gone"),
+        ("fail 2", "RuntimeError: the service is gone"),
+        ("die 2", "its process "),
+        ("fail finish", "RuntimeError: the service is gone"),
+        ("hang init", "it does not answer within 2 s"),
+        ("hang 2", "it does not answer within 2 s"),
+        ("hang finish", "it does not answer within 2 s"),
+    ],
+)
+def test_a_fault_is_one_warning_and_delays_nothing(fault, said, tmp_path, monkeypatch, fake, caplog):
+    monkeypatch.setenv("FAKE", fault)
+    monkeypatch.setattr(tracking, "WAIT_S", 2.0 if fault.startswith("hang") else 20.0)
     with tracking.tracking(tiny("mlp", **KEYS), tmp_path) as tracker:
         assert tracker is not None
-        tracker.write(2, {"train/loss": math.nan})
-    assert given["id"] == json.loads((tmp_path / "wandb.json").read_text())["id"]
-    first, second = (each.getMessage() for each in caplog.records)
-    assert "wandb.json is not JSON" in first
-    assert "start failed (ConnectionError: no network)" in second
+        began = time.monotonic()
+        for step in range(3000):
+            tracker.write(step, {"train/loss": math.nan if step else 1.0, "x": 1.0})
+        tracker.picture(3000, "drawn", np.zeros((4, 4, 3), np.uint8))
+        assert time.monotonic() - began < 2
+    (warning,) = [each.getMessage() for each in caplog.records]
+    assert said in warning
+    assert "the run goes on" in warning
 
 
-def test_a_run_that_fails_is_a_failed_one_there(tmp_path, monkeypatch):
-    run = FakeRun()
-    fake(monkeypatch, run)
+def test_a_service_that_does_not_keep_up_is_left_alone(tmp_path, monkeypatch, fake, caplog):
+    monkeypatch.setenv("FAKE", "hang 2")
+    monkeypatch.setattr(tracking, "MOST_BYTES", 100_000)
+    with tracking.tracking(tiny("mlp", **KEYS), tmp_path) as tracker:
+        assert tracker is not None
+        for step in range(20_000):
+            tracker.write(step, {"train/loss": 1.0})
+    assert "does not keep up" in caplog.text
+
+
+def test_a_damaged_id_is_a_new_one_and_a_run_that_fails_is_a_failed_one_there(tmp_path, fake, caplog):
+    (tmp_path / "wandb.json").write_text("damaged")
     with pytest.raises(train.NotFinite), tracking.tracking(tiny("mlp", **KEYS), tmp_path):
         raise train.NotFinite
-    assert run.codes == [1]
+    assert fake("code") == [1]
+    with tracking.tracking(tiny("mlp", **KEYS), tmp_path) as tracker:
+        assert tracker is not None
+        tracker.picture(5, "drawn", np.zeros((4, 6, 3), np.uint8))
+        tracker.write(6, {"train/loss": math.inf})
+    assert fake("values") == [(5, {"drawn": [6, 4]}), (6, {"train/loss": math.inf})]
+    assert fake("init")[0]["id"] == json.loads((tmp_path / "wandb.json").read_text())["id"]
+    assert "wandb.json is not JSON" in caplog.text
 
 
 def test_without_it_or_with_a_wrong_name_a_run_does_not_start(tmp_path, monkeypatch):
