@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
+from bigmodel import config as config_lib
 from bigmodel import log, mesh, tasks, workdir
+from bigmodel.checkpoint import fingerprint
 from bigmodel.config import Config, InputError
 from bigmodel.plan import candidates as candidates_lib
 from bigmodel.plan import machine as machine_lib
@@ -37,6 +41,23 @@ def refit(
         return config
     except InputError as error:
         problem = error
+    # Host 0 chooses: a machine that measures itself may rank the meshes otherwise than another.
+    first = jax.process_index() == 0
+    choice = _chosen(config, directory, devices) if first else {}
+    if jax.process_count() > 1:
+        choice = json.loads(fingerprint.gathered(json.dumps(choice))[0])
+    if not choice:
+        raise InputError(
+            f"--elastic: no mesh of the {len(devices)} devices that are left divides the batch and the model "
+            f"and fits ({problem}); choose a batch_size that more numbers divide, or wait for the others"
+        )
+    fitted = config_lib.override(config, choice)
+    log.say(f"elastic   {len(devices)} devices: {candidates_lib.mesh_name(fitted)}")
+    return fitted
+
+
+def _chosen(config: Config, directory: pathlib.Path | None, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Returns keys of the config and their values; {} where no mesh is legal and likely to fit."""
     last = workdir.last_config(directory) if directory else None
     sized, aim = tasks.sized(config, directory, last=last), target.here(devices)
     capacity = machine_lib.of(aim).capacity_bytes
@@ -46,14 +67,11 @@ def refit(
         if capacity is None or each.likely_bytes <= HEADROOM * capacity
     ]
     if not found:
-        raise InputError(
-            f"--elastic: no mesh of the {len(devices)} devices that are left divides the batch and the model "
-            f"and fits ({problem}); choose a batch_size that more numbers divide, or wait for the others"
-        )
+        return {}
     best = min(found, key=lambda each: (_changes(config, each), each.step_s)).config
-    log.say(f"elastic   {len(devices)} devices: {candidates_lib.name(best)}")
     pieces = config.microbatches if best.microbatches == max(config.microbatches, 1) else best.microbatches
-    return config.replace(mesh=best.mesh, microbatches=pieces, remat=best.remat)
+    sizes = {f"mesh.{axis}": size for axis, size in best.mesh.sizes().items()}
+    return {**sizes, "microbatches": pieces, "remat": best.remat}
 
 
 def _changes(config: Config, candidate: Candidate) -> int:

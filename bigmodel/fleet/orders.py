@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bigmodel.fleet.board import Order, Report
@@ -16,6 +16,7 @@ SETTLE_S = 1.5  # after a first failure, for the other hosts' reports
 GRACE_S = 3.0  # for trainers whose job has failed
 SAVING_S = 120.0  # for trainers that save, as their job was stopped
 WAIT_S = 600.0  # for hosts to come
+FIRST_S = 300.0  # for hosts to come to the first attempt of an elastic job: they are still being launched
 MOST_BACKOFF_S = 60.0
 
 
@@ -24,7 +25,7 @@ class Policy:
     """The choices of whoever launched the job."""
 
     restarts: int = 5  # attempts that follow each other without a newer checkpoint
-    elastic_s: float | None = None  # seconds to wait for missing hosts before going on without them
+    elastic_s: float | None = None  # seconds to wait for missing hosts to come back; then without them
     address: str = ""  # of JAX's coordinator on the leader's host
 
 
@@ -40,16 +41,17 @@ class Leader:
         self.order = Order("wait", 0)
         self.failures, self.backoff_s, self.newest = 0, 0.0, newest
         self._since, self._failed_at = now, float("inf")
-        self._newest_at_failure = newest
 
-    def decide(self, reports: Mapping[int, Report | None], newest: int | None, now: float) -> Order:
+    def decide(
+        self, reports: Mapping[int, Report | None], newest: Callable[[], int | None], now: float
+    ) -> Order:
         """Returns the order in force from now on.
 
         Args:
             reports: of every host, also the leader's own; None for a host that is lost or has not come.
-            newest: the newest checkpoint's step.
+            newest: gives the newest checkpoint's step.
         """
-        self.newest = newest
+        self._newest_step = newest
         decide = {"wait": self._gather, "go": self._watch, "end": self._follow}[self.order.kind]
         decide(reports, now)
         return self.order
@@ -63,10 +65,12 @@ class Leader:
                 return
         ready = tuple(sorted(i for i, report in here.items() if report.doing == "ready"))
         missing = [i for i in self._hosts if i not in ready]
-        patience_s = self._policy.elastic_s
+        patience_s = float("inf") if self._policy.elastic_s is None else self._policy.elastic_s
+        if not attempt:
+            patience_s = max(patience_s, FIRST_S)
         if waited_s < self.backoff_s:
             return
-        if not missing or (patience_s is not None and waited_s > self.backoff_s + patience_s and 0 in ready):
+        if not missing or (waited_s > self.backoff_s + patience_s and 0 in ready):
             self._failed_at = float("inf")
             address = self._policy.address if missing else ""
             self.order = Order("go", attempt, ready, address=address)
@@ -99,7 +103,7 @@ class Leader:
         if code in FINAL:
             self._end(host, code, line, True, SAVING_S if code in STOPPED else GRACE_S)
             return
-        before, self._newest_at_failure = self._newest_at_failure, self.newest
+        before, self.newest = self.newest, self._newest_step()
         progressed = self.newest is not None and (before is None or self.newest > before)
         self.failures = 1 if progressed else self.failures + 1
         self.backoff_s = min(2.0 ** (self.failures - 1), MOST_BACKOFF_S)

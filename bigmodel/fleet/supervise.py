@@ -185,7 +185,9 @@ class _Supervisor:
         assert isinstance(self._board, Alone)
         others = self._board.reports()
         before_order = self._leader.order
-        order = self._leader.decide({0: self._own, **others}, newest_step(self._workdir), self._posted)
+        order = self._leader.decide(
+            {0: self._own, **others}, lambda: newest_step(self._workdir), self._posted
+        )
         with contextlib.suppress(OSError):  # a full disk: this host alone goes on
             self._board.publish(order)
         if order != before_order:
@@ -199,9 +201,8 @@ class _Supervisor:
         where = f"host {order.host}: " if self._hosts > 1 else ""
         if not order.final:
             in_s, newest, failures = self._leader.backoff_s, self._leader.newest, self._leader.failures
-            self._note(
-                "restarting", attempt=order.attempt + 1, in_s=in_s, checkpoint=newest, failures=failures
-            )
+            about = {"checkpoint": newest, "failures": failures, "line": order.line, "failed": order.host}
+            self._note("restarting", attempt=order.attempt + 1, in_s=in_s, **about)
             after = "no checkpoint" if newest is None else f"step {newest:,}"
             limit = self._options.policy.restarts
             _say(f"restart   {where}{order.line}; again from {after} in {in_s:.0f} s ({failures} of {limit})")

@@ -6,8 +6,8 @@ Every line has `time` (seconds since 1970), `host` (the process's number in the 
     ended       attempt, code (exit code; minus the signal's number), line (why, for people), step
     stalled     attempt, phase, waited_s, limit_s, stacks (a file in the workdir: of all threads)
     signal      name, step
-    lost        attempt, line: a host has not been heard of
-    restarting  attempt (the next one), in_s, checkpoint (newest step), failures (since a newer checkpoint)
+    restarting  attempt (the next one), in_s, checkpoint (newest step), failures (since a newer checkpoint),
+                line (why), failed (the host where it began, also one that is lost)
     gave_up     line
     finished    code, line
     skipped     step, loss, grad_norm: training.on_divergence left this batch out

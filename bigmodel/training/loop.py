@@ -68,6 +68,7 @@ class Loop:
         self.enough = False  # the run ends early: by eval.patience, a callback or its budget
         self.counted = time.monotonic()
         self.saved = -1
+        self.first_step = self.last_step = 0  # of this session
         self.filled = filled(run)
         self.ended: dict[str, Any] = {}  # for ledger.json: how the session ended, and what was measured
 

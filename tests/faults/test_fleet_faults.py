@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -12,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, config_flag, script_env
+from conftest import ROOT, config_flag, script_env, tiny
 from test_multihost import losses
 from test_run_faults import PATCHED, TRAINS, config_of, finish_both, newest, wait_for_step
 
@@ -61,6 +63,20 @@ def check_steps(path: pathlib.Path, steps: int) -> None:
     assert rows == list(range(1, steps + 1))
 
 
+def check_ledger(path: pathlib.Path) -> None:
+    """All time from the first trainer's start to the end of the last is in one bucket, and in no other."""
+    ledger = json.loads((path / "ledger.json").read_text())
+    mine = [each for each in events.read(path) if each["host"] == 0]
+    wall_s = mine[-1]["time"] - mine[0]["time"]
+    parts = ledger["seconds"]
+    assert sum(parts.values()) == pytest.approx(ledger["total_s"], abs=0.01)
+    assert wall_s - 15 < ledger["total_s"] < wall_s + 1  # without a process's own start and end
+    assert parts["waiting"] >= 1
+    assert ledger["redone_steps"] > 0
+    assert 0 < parts["wasted"] < wall_s
+    assert ledger["workload"]["disruption_count"] == 1
+
+
 @pytest.mark.parametrize("host", [0, 1])
 def test_kill_9_of_one_of_two_hosts_and_both_train_again_within_a_minute(corpus, tmp_path, host):
     config = config_of(corpus, mesh__data=2, steps=80, checkpoint__every_steps=5)
@@ -71,6 +87,7 @@ def test_kill_9_of_one_of_two_hosts_and_both_train_again_within_a_minute(corpus,
     results = finish_both(processes)
     assert [each[0] for each in results] == [0, 0], results
     check_steps(path, 80)
+    check_ledger(path)
     first = next(row["time"] for row in log.read_metrics(path) if row["time"] > killed + 1)
     print(f"training again after {first - killed:.1f} s")
     assert first - killed < 60
@@ -112,6 +129,9 @@ def test_a_run_that_always_fails_at_one_step_is_given_up(corpus, tmp_path):
 
 
 PHASES = {
+    "restore": (
+        "from bigmodel.checkpoint import start\nstart.initial_state = lambda *_: time.sleep(999)\nget = read"
+    ),
     "compile": "get = read",
     "eval": f"def get(self, step):\n    time.sleep(0 if {TRAINS} else 3)\n    return read(self, step)",
     "read": HANGS_ONCE.format(where="True", file="{file}"),
@@ -130,8 +150,8 @@ def test_a_signal_in_each_phase_has_its_code_and_saves_what_was_trained(
     )  # fmt: skip
     get = PHASES[phase].replace("{file}", str(tmp_path / "hung"))
     process, path = start(config, tmp_path, get), tmp_path / "run"
-    if phase == "compile":
-        time.sleep(6)
+    if phase in ("compile", "restore"):
+        time.sleep(8)
     else:
         wait_for_step(process, path, {"eval": 5, "read": 7, "step": 3}[phase])
         time.sleep(1)
@@ -140,7 +160,7 @@ def test_a_signal_in_each_phase_has_its_code_and_saves_what_was_trained(
     ((got, _, err),) = finish_both([process])
     assert (got, "Traceback" in err) == (code, False), err
     assert time.monotonic() - began < 30
-    if phase == "compile":
+    if phase in ("compile", "restore"):
         assert newest(path) is None
     else:
         assert newest(path) >= {"eval": 5, "read": 8, "step": 3}[phase]
@@ -188,3 +208,48 @@ def test_an_elastic_job_goes_on_without_a_host_with_the_full_mesh_s_losses(
     assert "elastic   " in results[0][1]
     train.run(config, tmp_path / "straight")
     np.testing.assert_allclose(losses(path), losses(tmp_path / "straight"), rtol=1e-5)
+
+
+def test_sigterm_to_the_supervisor_of_one_of_two_hosts_saves_and_ends_both(corpus, tmp_path):
+    processes = two_hosts(config_of(corpus, mesh__data=2), tmp_path, "get = read")
+    wait_for_step(processes[0], tmp_path / "run", 5)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    results = finish_both(processes)
+    assert [each[0] for each in results] == [75, 75], results
+    assert newest(tmp_path / "run") >= 5
+
+
+def test_two_hosts_rewind_together(tmp_path):
+    """And train what one does."""
+    config = tiny(
+        "cnn", steps=24, log__every_steps=1, log__tensorboard=False, eval__batches=1, mesh__data=2,
+        checkpoint__every_steps=5, train__on_divergence="rewind",
+    )  # fmt: skip
+    get = (
+        f"def get(self, step):\n    batch = read(self, step)\n    if {TRAINS} and step in (13, 14, 15):\n"
+        "        batch['image'] = batch['image'] * float('nan')\n    return batch"
+    )
+    results = finish_both(two_hosts(config, tmp_path, get))
+    assert [each[0] for each in results] == [0, 0], results
+    (event,) = [each for each in events.read(tmp_path / "run") if each["event"] == "rewound"]
+    assert (event["step"], event["to_step"], event["skip"]) == (16, 10, [10, 15])
+    (tmp_path / "one").mkdir()
+    one = config.replace(mesh=dataclasses.replace(config.mesh, data=1))
+    ((code, _, err),) = finish_both([start(one, tmp_path / "one", get)])
+    assert code == 0, err
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one" / "run"), rtol=1e-4)
+
+
+def test_a_read_that_hangs_on_one_of_two_hosts_does_not_hold_sigterm_up_for_ever(corpus, tmp_path):
+    """Nobody can save then: the last checkpoint stays the newest."""
+    get = HANGS_ONCE.format(where="HOST == '1'", file=str(tmp_path / "hung"))
+    processes = two_hosts(config_of(corpus, mesh__data=2, checkpoint__every_steps=5), tmp_path, get)
+    wait_for_step(processes[0], tmp_path / "run", 7)
+    time.sleep(2)
+    began = time.monotonic()
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    results = finish_both(processes)
+    assert [each[0] for each in results] == [75, 75], results
+    assert time.monotonic() - began < 130
+    assert newest(tmp_path / "run") == 5
