@@ -44,7 +44,7 @@ function theme() {
 }
 
 function layout(given) {
-  const { ink, faint, line, paper } = theme(), axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
+  const { ink, faint, line, paper } = theme(), axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, exponentformat: "SI", minexponent: 4 };
   const out = { margin: { l: 48, r: 12, t: 8, b: 40 }, font: { color: ink, size: 11, family: "system-ui, sans-serif" },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hoverlabel: { bgcolor: paper, bordercolor: line, font: { color: ink } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: faint, activecolor: ink }, dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", ...given };
@@ -160,7 +160,7 @@ function drawPanel(panel, names) {
   return draw(panel.plot, traces, {
     hovermode: traces.length > 12 ? "closest" : "x unified", showlegend: !many && names.length > 1,
     legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0 },
-    xaxis: { title: { text: title }, type: chosen.logx ? "log" : "linear" }, yaxis: { type: chosen.logy ? "log" : "linear", exponentformat: "SI", minexponent: 4 },
+    xaxis: { title: { text: title }, type: chosen.logx ? "log" : "linear" }, yaxis: { type: chosen.logy ? "log" : "linear" },
     margin: { l: 48, r: 12, t: !many && names.length > 1 ? 26 : 8, b: 40 },
   });
 }
@@ -211,7 +211,7 @@ const names = labels => ({ autorange: "reversed", tickvals: labels.map((_, n) =>
 function bars(place, labels, parts, unit, hues_) {
   const traces = Object.entries(parts).map(([name, values], n) => ({ type: "bar", orientation: "h", name: safe(name), y: labels.map((_, k) => k), x: values, customdata: labels.map(short),
     marker: { color: hues_[name] ?? hues[n % hues.length] }, hovertemplate: `%{customdata}: ${safe(name)} %{x:.4s}${unit}<extra></extra>` }));
-  return draw(place, traces, { barmode: "stack", xaxis: { ticksuffix: unit, exponentformat: "SI" }, yaxis: names(labels),
+  return draw(place, traces, { barmode: "stack", xaxis: { ticksuffix: unit }, yaxis: names(labels),
     margin: { l: 48, r: 16, t: 8, b: 84 },
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", traceorder: "normal" }, showlegend: true, bargap: 0.35 });
 }
