@@ -239,6 +239,8 @@ class _Board:
             self._writer.close()
         except OSError as error:
             logging.getLogger("bigmodel").warning("%s: %s", self._directory, disk.cause(error))
+            with contextlib.suppress(OSError):  # a flush that fails leaves its file open
+                self._writer._py_recordio_writer.close()
 
     def _write(self, **event: Any) -> None:
         with disk.writing(self._directory):
