@@ -155,7 +155,7 @@ class _Supervisor:
                     if self._trainer is not None:
                         self._watch(self._trainer)
                     else:
-                        time.sleep(POLL_S)
+                        time.sleep(POLL_S if self._posted else 0)
                     if time.monotonic() - self._posted >= POST_S:
                         order = self._confer()
                         if (code := self._obey(order)) is not None:
