@@ -28,13 +28,14 @@ from bigmodel.fleet.board import DEAD_S, Alone, Follower, Leader, Order, Report
 from bigmodel.fleet.orders import Policy
 from bigmodel.machines.processes import die_with_parent
 from bigmodel.training import events, heartbeat
-from bigmodel.training.ending import INTERRUPTED, REPEATED_S, STOPPED
+from bigmodel.training.ending import INTERRUPTED, STOPPED
 from bigmodel.training.heartbeat import Beat
 
 POLL_S = 0.1
 POST_S = 0.4  # from one look at the other hosts to the next
 STOP_S, SAVE_S, LEAVE_S = 120.0, 600.0, 3.0
 STACKS_S = 3.0  # for writing the stacks
+REPEATED_S = 0.2  # the same signal, sent to a process and to its group
 HANGS = "no progress"
 MARKER = "commit_success.txt"  # of a complete checkpoint
 

@@ -29,7 +29,6 @@ STOPPED, INTERRUPTED = 75, 130  # exit codes of SIGTERM (EX_TEMPFAIL) and Ctrl-C
 LIMIT_S = 60.0  # on top of twice the longest step; after that the loop is assumed to hang
 STALLED_S = 5.0  # after a signal, a read that takes longer is abandoned
 POLL_S = 1.0
-REPEATED_S = 0.2  # a launcher's signal may come to a supervisor and its trainer, which then gets it twice
 ACKNOWLEDGED_S = 10.0
 FAILED = "bigmodel/failed"  # keys of the coordination service
 HEARD = "bigmodel/heard"
@@ -240,8 +239,8 @@ class Ending:
 
     def _heard(self, number: int) -> None:
         self._note(number)
-        if self._heard_of and time.monotonic() - self._since < REPEATED_S:
-            return
+        if self._heard_of and self.heartbeat.is_on:
+            return  # a launcher may signal both; a second one is the supervisor's matter
         with self._lock:
             again, phase, self._heard_of = self._heard_of, self._phase, True
         name = signal.Signals(number).name

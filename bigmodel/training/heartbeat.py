@@ -64,6 +64,11 @@ class Heartbeat:
             faulthandler.register(DUMP, file=stacks, all_threads=True)
             self._send()
 
+    @property
+    def is_on(self) -> bool:
+        """True under a supervisor."""
+        return self._pipe >= 0
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Says that the block is this phase, then that the one before goes on."""
@@ -86,7 +91,7 @@ class Heartbeat:
         self._send(error=line, code=code)
 
     def _send(self, **fields: Any) -> None:
-        if self._pipe < 0:
+        if not self.is_on:
             return
         self._sent = time.monotonic()
         beat = Beat(self._phase, self._steps, self.planned_s, self._longest_s, **fields)

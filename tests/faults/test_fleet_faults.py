@@ -54,7 +54,10 @@ def two_hosts(config: Config, directory: pathlib.Path, get: str, *flags: str) ->
 
 def trainer(path: pathlib.Path, host: int) -> int:
     """The process that trains on a host now."""
-    started = [each for each in events.read(path) if (each["event"], each["host"]) == ("started", host)]
+    end, started = time.monotonic() + 5, []
+    while not started and time.monotonic() < end:  # events are written twice a second
+        started = [each for each in events.read(path) if (each["event"], each["host"]) == ("started", host)]
+        time.sleep(0.05)
     return int(started[-1]["pid"])
 
 
@@ -253,3 +256,15 @@ def test_a_read_that_hangs_on_one_of_two_hosts_does_not_hold_sigterm_up_for_ever
     assert [each[0] for each in results] == [75, 75], results
     assert time.monotonic() - began < 130
     assert newest(tmp_path / "run") == 5
+
+
+def test_a_signal_that_a_launcher_sends_to_both_saves_the_step(corpus, tmp_path):
+    """SLURM signals all processes of a step; the supervisor's copy comes late here."""
+    process, path = start(config_of(corpus), tmp_path, "get = read"), tmp_path / "run"
+    wait_for_step(process, path, 3)
+    os.kill(trainer(path, 0), signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGTERM)
+    ((code, out, err),) = finish_both([process])
+    assert (code, "came again" in err) == (75, False), err
+    assert f"saved     step {newest(path)}" in out
