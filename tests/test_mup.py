@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 import pytest
-from conftest import build, by_path, mesh_keys, random_batch, start, steps, tiny
+from conftest import ROOT, build, by_path, mesh_keys, random_batch, start, steps, tiny
 
+from bigmodel import config as config_lib
 from bigmodel.config import InputError
 from bigmodel.study import coordinates
 
@@ -132,3 +135,24 @@ def test_an_export_that_would_lose_the_multiplier_is_refused():
     assert configs.write(plain, layout)["n_embd"] == 32
     with pytest.raises(InputError, match="has no multiplier of the logits; export with --format=stablehlo"):
         configs.write(tiny("gpt", model__mup_base_width=16), layout)
+
+
+def test_the_ladder_has_budgets_of_flops_and_the_widths_of_each():
+    spec = f"{ROOT}/configs/gpt.py:ladder"
+    spent: dict[float, set[int]] = {}
+    for keys in config_lib.sweep(spec):
+        config = config_lib.load(spec, keys)
+        per_token = config.model.flops_per_token(config.seq_len)
+        flops = per_token * config.seq_len * config.batch_size * config.steps
+        spent.setdefault(round(math.log(flops), 1), set()).add(config.model.width)
+        assert config.model.head_dim == 16
+        assert config.model.mup_ratio == 32 / config.model.width
+        assert config.optim.warmup_steps == config.steps // 10
+    assert [len(widths) for widths in spent.values()] == [
+        4,
+        4,
+        4,
+        4,
+    ]  # budgets are within 10 %, as parabolas want
+    other = config_lib.sweep(f"{ROOT}/configs/gpt.py:size=small")
+    assert all(keys.keys() == {"optim.lr"} for keys in other)

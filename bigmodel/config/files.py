@@ -7,6 +7,7 @@ ConfigDict goes further than this file."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -59,11 +60,15 @@ def describe(spec: str | pathlib.Path, overrides: Iterable[str] | Mapping[str, A
 
 
 def sweep(spec: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Settings of several runs that a config file's `sweep()` returns; [] without one. Raises as `load`."""
-    path = pathlib.Path(str(spec).partition(":")[0])
+    """Settings of several runs that a config file's `sweep()` returns, [] without one. Raises as `load`.
+
+    A `sweep` with a parameter is given the arguments of the config, as `get_config` is.
+    """
+    path, arg = pathlib.Path(str(spec).partition(":")[0]), str(spec).partition(":")[2]
     _read(spec)  # with its errors
     function = getattr(parsing.read_file(path, "--config file"), "sweep", None)
-    return [] if function is None else [dict(each) for each in function()]
+    given = (arg or None,) if function and inspect.signature(function).parameters else ()
+    return [] if function is None else [dict(each) for each in function(*given)]
 
 
 def _read(spec: str | pathlib.Path) -> dict[str, Any]:
