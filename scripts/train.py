@@ -89,6 +89,9 @@ def supervise(args: argparse.Namespace) -> int:
     from bigmodel.fleet import supervise
     from bigmodel.fleet.orders import Policy
 
+    for flag in ("restarts", "elastic"):
+        if (value := getattr(args, flag) or 0) < 0:
+            raise config_lib.InputError(f"--{flag}={value:g}: give 0 or more")
     options = supervise.Options(Policy(args.restarts, args.elastic), {**LIMITS, **args.limits})
     command = [sys.executable, *sys.orig_argv[1:]]
     return supervise.run(command, pathlib.Path(args.workdir), options, os.environ)
