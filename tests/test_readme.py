@@ -43,7 +43,8 @@ def test_the_readme_has_its_commands():
     scripts = {command.split()[1] for command in COMMANDS}
     names = ("quickstart.sh", "test.sh", "plan.py", "train.py", "evaluate.py", "generate.py", "compress.py")
     assert scripts >= {f"scripts/{name}" for name in names}
-    assert {c.split()[1] for c in BENCHMARKS} == {f"scripts/bench/{x}.py" for x in ("bench", "bench_serve")}
+    benchmarks = ("bench", "bench_serve", "bench_sweep")
+    assert {c.split()[1] for c in BENCHMARKS} == {f"scripts/bench/{x}.py" for x in benchmarks}
 
 
 def test_the_readme_is_short():
@@ -123,6 +124,7 @@ def test_benchmarks_run(tmp_path):
             "--slots=2",
             "--rounds=1",
         ],
+        "bench/bench_sweep.py": ["--seeds=1", "--trials=3"],
     }
     for command in BENCHMARKS:
         script, args = tiny(command, tmp_path)
