@@ -157,6 +157,9 @@ def test_a_budget_counts_all_sessions_and_what_the_end_takes(budget, monkeypatch
     assert spending.spent() == pytest.approx(spending.cap.amount * 0.4, rel=0.01)
     assert not spending.is_spent(5900.0)
     assert spending.is_spent(6100.0)
+    spending.evaluated = 3  # takes as long as a step
+    assert not spending.is_spent(2900.0)
+    assert spending.is_spent(3100.0)
     spending.ending_s = 3000.0
     assert not spending.is_spent(2900.0)
     assert spending.is_spent(3100.0)

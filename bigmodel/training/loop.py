@@ -53,6 +53,7 @@ class Loop:
     ) -> None:
         self.run_, self.compiled, self.state = run, compiled, state
         self.spending = spending or Spending(run.program.config, {}, run.ledger, run.program.mesh)
+        self.spending.evaluated = sum(map(len, run.eval_data.values()))
         self.checkpoints, self.writer, self.receipt = checkpoints, writer, receipt
         self.config, self.ledger = run.program.config, run.ledger
         self.ends_at = self.config.steps  # or later, where float16's loss scale skips steps

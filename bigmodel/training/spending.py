@@ -49,6 +49,7 @@ class Spending:
         machine = machine_lib.of(target.here(tuple(mesh.devices.flat)))
         self.rates = receipts.of_a_second(machine, config.assume.given)
         self.ending_s = 0.0  # the longest evaluation and save: the run's end has one more
+        self.evaluated = 0  # batches of an evaluation, for an end that nothing has measured yet
         if self.cap is not None:
             receipts.affordable(config, self.rates)
             self.before = before.get(self.cap.key) or before.get("total_s", 0.0) * self.rates[self.cap.key]
@@ -83,7 +84,8 @@ class Spending:
         if self.cap is None:
             return False
         now, total_s = self._now()
-        further = now / total_s * (step_s + self.ending_s)
+        end_s = self.ending_s or FORWARD * step_s * self.evaluated
+        further = now / total_s * (step_s + end_s)
         return _as_first_host(bool(self.before + now + further >= self.cap.amount))
 
     def left_s(self) -> float:
@@ -101,7 +103,8 @@ def amount(cap: units.Cap, number: float) -> str:
     """A number of the cap's unit as text."""
     if cap.key == "total_s":
         return units.duration(number) if number >= 60 else units.seconds(number)
-    return f"${number:,.2f}" if cap.key == "dollars" else f"{number:.4g} {cap.key.replace('_', '-')}"
+    dollars = f"${number:,.2f}" if number >= 1 else f"${number:.3g}"
+    return dollars if cap.key == "dollars" else f"{number:.4g} {cap.key.replace('_', '-')}"
 
 
 def measured_cap(config: Config) -> units.Cap | None:
