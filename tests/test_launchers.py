@@ -227,7 +227,7 @@ def test_locks_pin_what_setup_cfg_asks_for(name):
 
 def test_slurm_starts_one_process_a_node(tmp_path):
     ran = bash(LAUNCH / "slurm.sh", *FLAGS, DRY_RUN="1", SLURM_SUBMIT_DIR=str(tmp_path))
-    train = ["srun", "--kill-on-bad-exit=0", ".venv/bin/python", "scripts/train.py", *FLAGS]
+    train = ["srun", "--kill-on-bad-exit=0", ".venv/bin/python", "scripts/train.py", "--supervise", *FLAGS]
     assert printed_words(ran) == train
     assert "#SBATCH --ntasks-per-node=1" in (LAUNCH / "slurm.sh").read_text()
 

@@ -177,6 +177,23 @@ def test_a_study_is_a_job_array_and_a_trial_that_is_preempted_goes_on(tmp_path, 
         assert len(ledger["sessions"]) == (2 if seed == 0 else 1)
 
 
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="needs the .venv of scripts/test.sh")
+def test_a_job_of_slurm_trains_under_supervision(tmp_path, slurm):
+    script = str(ROOT / "scripts/launch/slurm.sh")
+    job = [
+        "sbatch",
+        "--wait",
+        f"--output={tmp_path / 'out.txt'}",
+        script,
+        *TOY,
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    ran = subprocess.run(job, env={**os.environ, **slurm}, cwd=ROOT, check=False, timeout=400)
+    assert ran.returncode == 0, (tmp_path / "out.txt").read_text()
+    assert json.loads((tmp_path / "run" / "ledger.json").read_text())["steps"] == 4
+    assert (tmp_path / "run" / "events.jsonl").exists()
+
+
 def test_without_slurm_the_flag_is_named(tmp_path):
     flags = [f"--study={tmp_path / 's'}", "--over=seed=0:2", "--on=slurm"]
     ran = run_script("sweep.py", *TOY, *flags, env={"PATH": str(pathlib.Path(sys.executable).parent)})

@@ -1,7 +1,7 @@
 """Starts a command on Kubernetes as a JobSet: a job for each slice, a pod for each host.
 
     python scripts/launch/jobset.py --name=run1 --target=2*v5e:16x16 --image=IMAGE --claim=CLAIM -- \\
-        python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=/checkpoints/run1
+        python scripts/train.py --supervise --config=configs/gpt.py:size=1.5b --workdir=/checkpoints/run1
     DRY_RUN=1 python scripts/launch/jobset.py ...    # prints the manifest that kubectl would apply
 
 The cluster has the JobSet controller (jobset.sigs.k8s.io), and node pools of GKE as xpk makes them. A pod

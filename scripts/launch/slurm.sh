@@ -13,7 +13,7 @@ if [ $# -eq 0 ]; then
     echo "error: usage: sbatch --nodes=N scripts/launch/slurm.sh --config=FILE --workdir=DIR [more flags for scripts/train.py]" >&2
     exit 2
 fi
-run=(srun --kill-on-bad-exit=0 .venv/bin/python scripts/train.py "$@")
+run=(srun --kill-on-bad-exit=0 .venv/bin/python scripts/train.py --supervise "$@")
 if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${run[@]}"
     echo

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one command on several hosts by ssh; they train as one job. The first host is the coordinator.
-#   bash scripts/launch/ssh.sh 'node1 node2' 'python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=/shared/run'
+#   bash scripts/launch/ssh.sh 'node1 node2' 'python scripts/train.py --supervise --config=configs/gpt.py:size=1.5b --workdir=/shared/run'
 # Each host has a clone of this repository, with its .venv, in DIR (default: bigmodel, from the home directory); all must
 # be at this commit. PORT (default 8476) is the coordinator's. A signal is passed on to all hosts, and the exit code is
 # that of the first host that failed. DRY_RUN=1 prints what it would run.

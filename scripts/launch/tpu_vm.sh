@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs one command on every host of a Cloud TPU VM slice, in a clone of this repository there, at this commit and with
 # the versions of tpu.lock.
-#   bash scripts/launch/tpu_vm.sh NAME ZONE 'python scripts/train.py --config=configs/gpt.py:size=1.5b --workdir=/mnt/shared/run'
+#   bash scripts/launch/tpu_vm.sh NAME ZONE 'python scripts/train.py --supervise --config=configs/gpt.py:size=1.5b --workdir=/mnt/shared/run'
 # The hosts find each other (JAX asks the TPU's metadata); the workdir must be one that all of them see, such as a
 # bucket mounted with gcsfuse. DRY_RUN=1 prints what it would run.
 set -euo pipefail
