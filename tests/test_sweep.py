@@ -19,7 +19,7 @@ from conftest import ROOT, run_script, start_script
 
 from bigmodel import units
 from bigmodel.config import InputError
-from bigmodel.study import compare, price, trials
+from bigmodel.study import compare, overhead, price, trials
 from bigmodel.study.order import Definition
 from bigmodel.study.runner import Runner
 from bigmodel.study.sweep import Study
@@ -182,6 +182,55 @@ def test_energy_is_counted_as_the_plan_counts_it(tmp_path):
         "kwh": 1.5,
         "dollars": 3.0,
     }
+
+
+# A run that starts in 7 s, and whose evaluations take 5 s (the first, which compiles) and 2 s.
+PROBED = """
+import json, pathlib, signal, sys, time
+flags = dict(item.removeprefix("--config.").lstrip("-").split("=", 1) for item in sys.argv[1:])
+assert flags["eval.every_steps"] == "1"
+directory = pathlib.Path(flags["workdir"])
+directory.mkdir()
+times = [(1, 100.0, 105.0), (2, 106.0, 108.0)]
+rows = [row for step, begun, done in times for row in (
+    {"step": step, "time": begun, "perf/step_time_s": 1.0},
+    {"step": step, "time": done, "eval/test/loss": 1.0})]
+seconds = {"step": 2.0, "input": 0.5, "eval": 7.0}
+(directory / "ledger.json").write_text(json.dumps({"total_s": 16.5, "seconds": seconds}))
+(directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(flags["code"])))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("code", ["75", "3"])  # stopped by the probe, or diverged meanwhile
+def test_what_a_run_takes_beyond_its_steps_is_measured(tmp_path, monkeypatch, code):
+    monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "probed.py").write_text(PROBED)
+    command = [sys.executable, str(tmp_path / "probed.py"), f"--config.code={code}"]
+    found = overhead.measure(command, "key")
+    assert found == overhead.Overhead(fixed_s=16.5 - 2.5 - 2 * 2.0, evaluation_s=2.0)
+    assert found.of(steps=100, every_steps=40) == 10.0 + 3 * 2.0  # at 40, 80 and the end
+    (tmp_path / "probed.py").unlink()
+    assert overhead.measure(command, "key") == found  # an hour long it is not measured again
+
+
+def test_a_probe_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "failing.py").write_text("import sys; print('error: no data'); sys.exit(2)")
+    with pytest.raises(InputError, match="exit code 2: error: no data"):
+        overhead.measure([sys.executable, str(tmp_path / "failing.py")], "key")
+
+
+def test_an_overhead_adds_seconds_and_what_is_counted_by_the_second():
+    price_of_steps = {"total_s": 10.0, "total_flops": 1e9, "dollars": 2.0, "kwh": 0.5}
+    assert overhead.with_overhead(price_of_steps, 5.0) == {
+        "total_s": 15.0, "total_flops": 1e9, "dollars": 3.0, "kwh": 0.75,
+    }  # fmt: skip
+    known = {1.0: overhead.Overhead(10.0, 1.0), 3.0: overhead.Overhead(20.0, 3.0)}
+    assert overhead.between(2.0, known) == overhead.Overhead(15.0, 2.0)
+    assert overhead.between(9.0, known) == overhead.Overhead(20.0, 3.0)  # not beyond what was measured
+    assert overhead.spread([5.0, 1.0, 3.0, 2.0]) == [1, 2, 0]
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from bigmodel import disk, log
-from bigmodel.config import Config, InputError
+from bigmodel.config import InputError
 from bigmodel.machines.processes import die_with_parent
 from bigmodel.study.price import Price
 
 EVALUATIONS = 2  # of a probe: the first compiles
 POLL_S = 0.05
+FRESH_S = 3600.0  # a measurement is used again: this machine may have been busy
+ENDED = (0, 3, 75)  # done, diverged, stopped by us: the ledger is sound
 MOST = 3  # programs of a study that are probed; for the others the seconds are interpolated
 
 
@@ -35,10 +37,9 @@ class Overhead:
     fixed_s: float  # once: starting, reading data, compiling, making the first state, saving
     evaluation_s: float  # each time that the run evaluates
 
-    def of(self, config: Config) -> float:
-        """Seconds of a run that trains to its last step."""
-        every = config.eval.every_steps
-        return self.fixed_s + self.evaluation_s * -(-config.steps // every)
+    def of(self, steps: int, every_steps: int) -> float:
+        """Seconds of a run of `steps` that evaluates every so many steps, and at its end."""
+        return self.fixed_s + self.evaluation_s * -(-steps // every_steps)
 
 
 def with_overhead(price: Price, seconds: float) -> Price:
@@ -60,7 +61,8 @@ def measure(command: Sequence[str], key: str) -> Overhead:
     digest = hashlib.sha256(f"{key} {' '.join(command[2:])}".encode()).hexdigest()[:32]
     cached = disk.cache_dir() / "overheads" / f"{digest}.json"
     with contextlib.suppress(FileNotFoundError, InputError, TypeError):
-        return Overhead(**disk.read_json(cached))
+        if time.time() - cached.stat().st_mtime < FRESH_S:
+            return Overhead(**disk.read_json(cached))
     with tempfile.TemporaryDirectory(prefix="bigmodel-probe-") as folder:
         found = _probe(command, pathlib.Path(folder) / "run")
     with disk.writing(cached):
@@ -82,7 +84,7 @@ def _probe(command: Sequence[str], directory: pathlib.Path) -> Overhead:
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait()
-    if code not in (0, 75):
+    if code not in ENDED:
         last = output.read_text(errors="replace").strip().rpartition("\n")[2]
         raise InputError(f"measuring a run's overhead failed with exit code {code}: {last}")
     return _of_run(_rows(directory), disk.read_json(directory / "ledger.json"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigmodel import tasks
-from bigmodel.config import Config, InputError
+from bigmodel.config import InputError
 from bigmodel.study import overhead, price, trials
 from bigmodel.study.order import Order, described
 from bigmodel.study.overhead import Overhead
@@ -32,8 +32,8 @@ class Prices:
         programs: dict[str, tuple[float, Settings]] = {}
         sized = {}
         for settings in all_settings:
-            config, found, key, step_s = self._steps(settings)
-            sized[_key(settings)] = (config, found, step_s)
+            lengths, found, key, step_s = self._steps(settings)
+            sized[_key(settings)] = (lengths, found, step_s)
             programs.setdefault(key, (step_s, settings))
         known = {step_s: (key, settings) for key, (step_s, settings) in programs.items()}
         if self.command:
@@ -42,23 +42,23 @@ class Prices:
                 key, settings = known[steps_s[index]]
                 command = self.order.command(self.command, settings)
                 self._overheads[steps_s[index]] = overhead.measure(command, key)
-        for name, (config, found, step_s) in sized.items():
-            self._made[name] = self._of_run(config, found, step_s)
+        for name, (lengths, found, step_s) in sized.items():
+            self._made[name] = self._of_run(*lengths, found, step_s)
 
     def __call__(self, settings: Settings) -> Price:
         """The price of a trial. Raises InputError, which names it."""
         key = _key(settings)
         if key not in self._made:
-            config, found, _, step_s = self._steps(settings)
-            self._made[key] = self._of_run(config, found, step_s)
+            lengths, found, _, step_s = self._steps(settings)
+            self._made[key] = self._of_run(*lengths, found, step_s)
         return self._made[key]
 
-    def _of_run(self, config: Config, found: Price, step_s: float) -> Price:
+    def _of_run(self, steps: int, every: int, found: Price, step_s: float) -> Price:
         if not self._overheads:
             return found
-        return overhead.with_overhead(found, overhead.between(step_s, self._overheads).of(config))
+        return overhead.with_overhead(found, overhead.between(step_s, self._overheads).of(steps, every))
 
-    def _steps(self, settings: Settings) -> tuple[Config, Price, str, float]:
+    def _steps(self, settings: Settings) -> tuple[tuple[int, int], Price, str, float]:
         try:
             config = tasks.sized(self.order.config(settings))
             made, key = self.pricer.priced(config)
@@ -70,7 +70,7 @@ class Prices:
                 f"--cap={self.cap}: the price of this machine is not known; give "
                 "--assume=dollars_per_chip_hour=2 or --assume=watts=200"
             )
-        return config, found, key, float(made["step_s"])
+        return (int(made["steps"]), config.eval.every_steps), found, key, float(made["step_s"])
 
     def parts(self) -> str:
         """Says in words what the prices count."""
