@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import pathlib
-import platform
 import shlex
 import sys
 import time
@@ -28,7 +26,7 @@ import jax
 from bigmodel import config as config_lib
 from bigmodel import disk, ledger, log, mesh, preview, selfcheck, tasks, workdir
 from bigmodel.checkpoint import best as best_lib
-from bigmodel.checkpoint import start
+from bigmodel.checkpoint import fingerprint, start
 from bigmodel.checkpoint.best import Best
 from bigmodel.checkpoint.checkpoints import Checkpoints
 from bigmodel.config import Config
@@ -46,7 +44,6 @@ __all__ = ["Callback", "Event", "Loop", "NotFinite", "Result", "Run", "run"]
 
 DONE, BAD_INPUT, NOT_FINITE, WRONG_PROGRAM = 0, 2, 3, 4
 PREEMPTED, INTERRUPTED = ending.STOPPED, ending.INTERRUPTED
-VERSIONS = ("bigmodel", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")  # that plan.json has
 
 
 def run(
@@ -230,13 +227,5 @@ def _write_start(run: Run, receipt: receipts.Receipt, first_step: int) -> None:
         return
     workdir.write_config(run.path, run.program.config)
     plan = run.path / "plan.json"
-    receipt |= {"command": shlex.join(["python", *sys.orig_argv[1:]]), "versions": _versions()}
+    receipt |= {"command": shlex.join(["python", *sys.orig_argv[1:]]), "versions": fingerprint.versions()}
     workdir.write_json(plan, receipts.add_up(workdir.read_json(plan), receipt, first_step))
-
-
-def _versions() -> dict[str, str]:
-    out = {"python": platform.python_version()}
-    for name in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            out[name] = importlib.metadata.version(name)
-    return out

@@ -7,9 +7,12 @@ one session of a run to the next: MAY_CHANGE. Whatever it does not name, a new k
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import importlib.metadata
 import json
 import pathlib
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +23,9 @@ from jax.experimental import multihost_utils
 from bigmodel import config as config_lib
 from bigmodel.config import Config, InputError, parsing
 
+PACKAGES = (
+    "bigmodel", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore",
+)  # fmt: skip
 # Keys of the config that a resumed run may have otherwise: how long and where it trains, what it reports, how
 # it steps from here. The parameters and the optimizer's state mean the same with any value of them.
 SETTINGS = (
@@ -47,6 +53,15 @@ MAY_CHANGE = (
 # Keys that a model which is loaded, and not trained, may have otherwise too: they change nothing it computes.
 OF_TRAINING = ("data.name", "data.split", "data.shuffle", "batch_size", "seed", "init.*")
 MOST_NAMED = 5
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def of(config: Config, pipeline: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import shutil
 import socket
 import statistics
@@ -39,7 +37,6 @@ from bigmodel.training.ending import Ending
 LIMIT_S = 20.0  # of one check
 STEP_S = 40.0  # of the dry step, with its compilation
 SKEW_S = 5.0  # between clocks
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore")
 
 
 def names(host: int) -> str:
@@ -116,7 +113,7 @@ def check(config: Config, directory: pathlib.Path, *, thorough: bool) -> list[st
         InputError: on every host, with every failure and its host.
     """
     config_values = config_lib.flatten(config_lib.to_dict(config)) if thorough else {}
-    done = [_alike("code", {"code": code_digest()}), _alike("versions", versions())]
+    done = [_alike("code", {"code": code_digest()}), _alike("versions", fingerprint.versions())]
     if thorough:
         done.append(_alike("config", config_values | fingerprint.own_files(config)))
     done += [_clocks(), _shared(directory)]
@@ -135,15 +132,6 @@ def before_run(config: Config, directory: pathlib.Path, end: Ending) -> None:
     end.join()
     if jax.process_count() > 1:
         check(config, directory, thorough=False)
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def code_digest() -> str:
